@@ -1,0 +1,71 @@
+# `make` lists the targets. PYTHONSAFEPATH keeps the repo root off sys.path: its folder kernels/ would shadow a package
+# of that name which transformers imports.
+export PYTHONSAFEPATH := 1
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+PYTHON ?= python3
+VENV ?= .venv
+# The CPU build of torch. On a machine whose package index serves CUDA builds only, name PyTorch's CPU index:
+#   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+BIN := $(VENV)/bin
+ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
+
+.PHONY: help setup demo test test-slow test-gpu check format lint types imports bench wheel clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -c "import torch" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	touch $@
+
+setup: $(BIN)/.ready  ## make .venv with a pinned torch and everything that demo and tests need
+
+demo: setup  ## federate the bundled model over one aggregator and four clients; result in runs/demo
+	$(BIN)/fedblocks demo --json runs/demo/result.json
+
+test: setup  ## the test suite (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: setup  ## the tests that take longer than ten seconds each
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+test-gpu: setup  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: format lint types imports test  ## format, lint, types, imports and tests
+
+format: setup  ## check the format (ruff)
+	$(BIN)/ruff format --check $(ROOMS)
+
+lint: setup  ## lint (ruff)
+	$(BIN)/ruff check $(ROOMS)
+
+# The type checker and the import linter do not follow the editable mapping of the rooms: one reads a link farm, the
+# other (which follows no links) a copy.
+.typing/fedblocks/.ready: Makefile
+	rm -rf .typing && mkdir -p .typing/fedblocks
+	for f in fedblocks/*.py; do ln -s ../../$$f .typing/fedblocks/; done
+	for r in profiles protocol kernels edge_client aggregator; do ln -s ../../$$r .typing/fedblocks/$$r; done
+	touch $@
+
+types: setup .typing/fedblocks/.ready  ## strict types of profiles, protocol and aggregator (basedpyright)
+	$(BIN)/basedpyright $(addprefix .typing/fedblocks/,profiles protocol aggregator)
+
+imports: setup  ## the import contracts between the rooms (import-linter)
+	rm -rf .typing/imports && mkdir -p .typing/imports
+	cp -r fedblocks .typing/imports/
+	cp -r profiles protocol kernels edge_client aggregator .typing/imports/fedblocks/
+	cd .typing/imports && $(abspath $(BIN))/lint-imports --no-cache --config ../../pyproject.toml
+
+wheel: setup  ## build the wheel into dist/
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean:  ## remove what the targets made
+	rm -rf build dist .typing .venv runs *.egg-info

@@ -1,0 +1,556 @@
+"""What has happened in this run, so that no crash can undo it? One SQLite file (WAL, synchronous=FULL).
+
+Everything that the aggregator promised to anybody stands here before the promise is sent: an Ack goes out after the
+row in ``updates`` is committed, an assignment after its row in ``assignments``, the next round after the row of the
+last one says ``folded``.
+Payloads and states are files beside it (``run_folder.py``), renamed into place before the row that names them.
+
+Writers open it with :func:`open_ledger`; readers (``status``) with :func:`open_read_only`.
+The schema's version is SQLite's ``user_version``; ``MIGRATIONS[n]`` takes version n to n + 1.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, cast
+
+from fedblocks.protocol.codec import from_plain, to_plain
+from fedblocks.protocol.errors import RefusalCode
+from fedblocks.protocol.messages import Assignment, AttemptId, ClientKey, Delta, Evaluate, Measurement
+
+RoundPhase = Literal["open", "closing", "folded"]
+RoundKind = Literal["train", "final"]
+
+MIGRATIONS: Final[tuple[str, ...]] = (
+    """
+    CREATE TABLE run (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+    CREATE TABLE clients (
+        client_key TEXT PRIMARY KEY, name TEXT NOT NULL, record TEXT NOT NULL,
+        content_refusals INTEGER NOT NULL DEFAULT 0, joined_unix_s REAL NOT NULL
+    );
+    CREATE TABLE rounds (
+        round INTEGER PRIMARY KEY, kind TEXT NOT NULL, phase TEXT NOT NULL, version INTEGER NOT NULL,
+        deadline_s REAL NOT NULL, elapsed_s REAL NOT NULL DEFAULT 0, extended INTEGER NOT NULL DEFAULT 0,
+        plan TEXT NOT NULL, opened_unix_s REAL NOT NULL, closed_unix_s REAL,
+        settings TEXT, new_version INTEGER, state_sha256 TEXT, method_state TEXT, stop_reason TEXT, metrics TEXT
+    );
+    CREATE TABLE assignments (
+        attempt_id TEXT PRIMARY KEY, round INTEGER NOT NULL REFERENCES rounds(round), client_key TEXT NOT NULL,
+        kind TEXT NOT NULL, message TEXT NOT NULL, outcome TEXT NOT NULL, detail TEXT NOT NULL DEFAULT '',
+        reissued INTEGER NOT NULL DEFAULT 0
+    );
+    CREATE INDEX assignments_by_round ON assignments(round);
+    CREATE TABLE updates (
+        client_key TEXT NOT NULL, round INTEGER NOT NULL, attempt_id TEXT NOT NULL REFERENCES assignments(attempt_id),
+        folded_in INTEGER NOT NULL, payload_sha256 TEXT NOT NULL, payload_bytes INTEGER NOT NULL,
+        message TEXT NOT NULL, received_unix_s REAL NOT NULL,
+        PRIMARY KEY (client_key, round, attempt_id)
+    );
+    CREATE INDEX updates_by_fold ON updates(folded_in);
+    CREATE TABLE refusals (
+        client_key TEXT NOT NULL, code TEXT NOT NULL, count INTEGER NOT NULL, last_text TEXT NOT NULL,
+        last_unix_s REAL NOT NULL, PRIMARY KEY (client_key, code)
+    );
+    CREATE TABLE measurements (
+        attempt_id TEXT NOT NULL REFERENCES assignments(attempt_id), client_key TEXT NOT NULL, round INTEGER NOT NULL,
+        measure TEXT NOT NULL, version INTEGER NOT NULL, sums TEXT NOT NULL,
+        PRIMARY KEY (attempt_id, measure, version)
+    );
+    CREATE INDEX measurements_by_round ON measurements(round);
+    CREATE TABLE notes (id INTEGER PRIMARY KEY, unix_s REAL NOT NULL, text TEXT NOT NULL);
+    """,
+)
+
+#: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.
+CONTENT_CODES: Final[frozenset[RefusalCode]] = frozenset(
+    {
+        "malformed",
+        "unknown_field",
+        "too_large",
+        "conflict",
+        "not_assigned",
+        "incomplete",
+        "shape_mismatch",
+        "dtype_mismatch",
+        "length_mismatch",
+        "checksum_mismatch",
+        "bad_weight",
+        "bad_steps",
+        "non_finite",
+        "over_norm",
+    }
+)
+MAX_CONTENT_REFUSALS: Final = 3
+MAX_REFUSAL_TEXT: Final = 500
+
+
+class LedgerError(RuntimeError):
+    """The ledger cannot be used: made by a newer release, or of another run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredAssignment:
+    attempt_id: AttemptId
+    round: int
+    client_key: ClientKey
+    message: Assignment | Evaluate
+    """As planned: its state update names the version only; the way there depends on what the client holds."""
+    outcome: str
+    detail: str
+    reissued: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredUpdate:
+    client_key: ClientKey
+    delta: Delta
+    folded_in: int
+    """The round whose fold counts it: its own, or the next one for a late update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredRound:
+    round: int
+    kind: RoundKind
+    phase: RoundPhase
+    version: int
+    deadline_s: float
+    elapsed_s: float
+    extended: bool
+    plan: Any
+    opened_unix_s: float
+    closed_unix_s: float | None
+    settings: Any
+    new_version: int | None
+    state_sha256: str | None
+    method_state: Any
+    stop_reason: str | None
+    metrics: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredClient:
+    client_key: ClientKey
+    name: str
+    record: Any
+    content_refusals: int
+    joined_unix_s: float
+
+
+class Ledger:
+    """The tables, one method per thing that is written or asked."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+        self._depth = 0
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Generator[None]:
+        """All writes inside are durable together or not at all; a nested one is part of the outer one."""
+        if self._depth == 0:
+            self._db.execute("BEGIN IMMEDIATE")
+        self._depth += 1
+        try:
+            yield
+        except BaseException:
+            self._depth -= 1
+            if self._depth == 0:
+                self._db.execute("ROLLBACK")
+            raise
+        self._depth -= 1
+        if self._depth == 0:
+            self._db.execute("COMMIT")
+
+    # run
+
+    def set_run(self, name: str, value: object) -> None:
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO run VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+                (name, json.dumps(value)),
+            )
+
+    def get_run(self, name: str) -> Any:
+        """The value set under ``name``, None if it never was."""
+        row = self._one("SELECT value FROM run WHERE name = ?", name)
+        return None if row is None else json.loads(row[0])
+
+    # clients
+
+    def save_client(self, key: ClientKey, name: str, record: object, *, unix_s: float) -> None:
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO clients (client_key, name, record, joined_unix_s) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (client_key) DO UPDATE SET name = excluded.name, record = excluded.record",
+                (key, name, json.dumps(to_plain(record)), unix_s),
+            )
+
+    def clients(self) -> list[StoredClient]:
+        """All clients that ever joined, by key."""
+        rows = self._db.execute(
+            "SELECT client_key, name, record, content_refusals, joined_unix_s FROM clients ORDER BY client_key"
+        )
+        return [
+            StoredClient(
+                client_key=ClientKey(key),
+                name=name,
+                record=json.loads(record),
+                content_refusals=refusals,
+                joined_unix_s=joined,
+            )
+            for key, name, record, refusals, joined in rows
+        ]
+
+    def shelved(self) -> frozenset[ClientKey]:
+        """Clients that get no task because of their content refusals, until :meth:`let_back`."""
+        rows = self._db.execute(
+            "SELECT client_key FROM clients WHERE content_refusals >= ?", (MAX_CONTENT_REFUSALS,)
+        )
+        return frozenset(ClientKey(key) for (key,) in rows)
+
+    def let_back(self, key: ClientKey) -> None:
+        """Forget the client's content refusals (the operator's decision); the counts by code stay."""
+        with self.transaction():
+            self._db.execute("UPDATE clients SET content_refusals = 0 WHERE client_key = ?", (key,))
+
+    # rounds
+
+    def open_round(
+        self,
+        *,
+        round: int,  # noqa: A002 - the project's word
+        kind: RoundKind,
+        version: int,
+        deadline_s: float,
+        plan: object,
+        tasks: Iterable[tuple[ClientKey, Assignment | Evaluate]],
+        unix_s: float,
+    ) -> None:
+        """The round and all its assignments, in one transaction, before any of them is sent."""
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO rounds (round, kind, phase, version, deadline_s, plan, opened_unix_s) "
+                "VALUES (?, ?, 'open', ?, ?, ?, ?)",
+                (round, kind, version, deadline_s, json.dumps(plan), unix_s),
+            )
+            for key, message in tasks:
+                self.add_assignment(key, message)
+
+    def add_assignment(self, key: ClientKey, message: Assignment | Evaluate, *, reissued: bool = False) -> None:
+        kind = "train" if isinstance(message, Assignment) else "evaluate"
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO assignments (attempt_id, round, client_key, kind, message, outcome, reissued) "
+                "VALUES (?, ?, ?, ?, ?, 'open', ?)",
+                (message.attempt_id, message.round, key, kind, json.dumps(to_plain(message)), int(reissued)),
+            )
+
+    def save_elapsed(self, round: int, *, elapsed_s: float, deadline_s: float, extended: bool) -> None:  # noqa: A002
+        with self.transaction():
+            self._db.execute(
+                "UPDATE rounds SET elapsed_s = ?, deadline_s = ?, extended = ? WHERE round = ?",
+                (elapsed_s, deadline_s, int(extended), round),
+            )
+
+    def start_closing(self, round: int) -> None:  # noqa: A002
+        """From here on the accepted set is what it is: a later update counts in the next round."""
+        with self.transaction():
+            self._db.execute("UPDATE rounds SET phase = 'closing' WHERE round = ?", (round,))
+            self._db.execute(
+                "UPDATE assignments SET outcome = 'late' WHERE round = ? AND outcome = 'open'", (round,)
+            )
+
+    def commit_round(
+        self,
+        round: int,  # noqa: A002
+        *,
+        new_version: int,
+        state_sha256: str,
+        settings: object,
+        method_state: object,
+        stop_reason: str | None,
+        metrics: object,
+        unix_s: float,
+    ) -> None:
+        """The round is folded and its state file is in place."""
+        with self.transaction():
+            self._db.execute(
+                "UPDATE rounds SET phase = 'folded', closed_unix_s = ?, settings = ?, new_version = ?, "
+                "state_sha256 = ?, method_state = ?, stop_reason = ?, metrics = ? WHERE round = ?",
+                (
+                    unix_s,
+                    json.dumps(settings),
+                    new_version,
+                    state_sha256,
+                    json.dumps(to_plain(method_state)),
+                    stop_reason,
+                    json.dumps(metrics),
+                    round,
+                ),
+            )
+
+    def last_round(self) -> StoredRound | None:
+        rows = self._rounds("ORDER BY round DESC LIMIT 1")
+        return rows[0] if rows else None
+
+    def rounds(self) -> list[StoredRound]:
+        return self._rounds("ORDER BY round")
+
+    def get_round(self, round: int) -> StoredRound | None:  # noqa: A002
+        rows = self._rounds("WHERE round = ?", round)
+        return rows[0] if rows else None
+
+    def assignments(self, round: int) -> list[StoredAssignment]:  # noqa: A002
+        """All assignments of the round, by client key; a replaced one stands before its replacement."""
+        rows = self._db.execute(
+            f"SELECT {_ASSIGNMENT} FROM assignments WHERE round = ? ORDER BY client_key, reissued", (round,)
+        )
+        return [_assignment(row) for row in rows]
+
+    def assignment(self, attempt_id: AttemptId) -> StoredAssignment | None:
+        row = self._one(f"SELECT {_ASSIGNMENT} FROM assignments WHERE attempt_id = ?", attempt_id)
+        return None if row is None else _assignment(row)
+
+    def set_outcome(self, attempt_id: AttemptId, outcome: str, detail: str = "") -> None:
+        with self.transaction():
+            self._db.execute(
+                "UPDATE assignments SET outcome = ?, detail = ? WHERE attempt_id = ?",
+                (outcome, detail[:MAX_REFUSAL_TEXT], attempt_id),
+            )
+
+    # updates
+
+    def add_update(self, key: ClientKey, delta: Delta, *, folded_in: int, unix_s: float) -> None:
+        """The update counts, exactly once: a second row of the same (key, round, attempt) raises.
+
+        Raises:
+            sqlite3.IntegrityError: it is there already.
+        """
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO updates VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    key,
+                    delta.round,
+                    delta.attempt_id,
+                    folded_in,
+                    delta.payload_sha256,
+                    delta.payload_bytes,
+                    json.dumps(to_plain(delta)),
+                    unix_s,
+                ),
+            )
+            self.set_outcome(delta.attempt_id, "stored")
+            self._add_measurements(key, delta.attempt_id, delta.round, delta.measurements)
+
+    def stored_sha256(self, key: ClientKey, round: int, attempt_id: AttemptId) -> str | None:  # noqa: A002
+        """Payload hash of the durable update of this triple, None if there is none."""
+        row = self._one(
+            "SELECT payload_sha256 FROM updates WHERE client_key = ? AND round = ? AND attempt_id = ?",
+            key,
+            round,
+            attempt_id,
+        )
+        return None if row is None else cast("str", row[0])
+
+    def updates_of(self, folded_in: int) -> list[StoredUpdate]:
+        """The accepted set of a fold, by client key, round and attempt: never by arrival."""
+        rows = self._db.execute(
+            "SELECT client_key, message, folded_in FROM updates WHERE folded_in = ? "
+            "ORDER BY client_key, round, attempt_id",
+            (folded_in,),
+        )
+        return [
+            StoredUpdate(
+                client_key=ClientKey(key),
+                delta=from_plain(Delta, json.loads(message), where="ledger.updates"),
+                folded_in=fold,
+            )
+            for key, message, fold in rows
+        ]
+
+    def num_updates(self) -> int:
+        row = self._one("SELECT count(*) FROM updates")
+        return 0 if row is None else int(row[0])
+
+    # reports and refusals
+
+    def add_report(self, key: ClientKey, attempt_id: AttemptId, measurements: Iterable[Measurement]) -> None:
+        """The measurements that answer an evaluate task."""
+        stored = self.assignment(attempt_id)
+        assert stored is not None
+        with self.transaction():
+            self.set_outcome(attempt_id, "reported")
+            self._add_measurements(key, attempt_id, stored.round, measurements)
+
+    def _add_measurements(
+        self,
+        key: ClientKey,
+        attempt_id: AttemptId,
+        round: int,  # noqa: A002
+        measurements: Iterable[Measurement],
+    ) -> None:
+        for m in measurements:
+            self._db.execute(
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?)",
+                (attempt_id, key, round, m.measure, m.version, json.dumps(to_plain(m))),
+            )
+
+    def measurements(self, round: int) -> list[tuple[ClientKey, Measurement]]:  # noqa: A002
+        """What was measured in this round, by client key and measure."""
+        rows = self._db.execute(
+            "SELECT client_key, sums FROM measurements WHERE round = ? ORDER BY client_key, measure, attempt_id",
+            (round,),
+        )
+        return [
+            (ClientKey(key), from_plain(Measurement, json.loads(sums), where="ledger.measurements"))
+            for key, sums in rows
+        ]
+
+    def add_refusal(self, key: ClientKey, code: RefusalCode, text: str, *, unix_s: float) -> int:
+        """Count a refusal; returns the client's content refusals so far."""
+        with self.transaction():
+            self._db.execute(
+                "INSERT INTO refusals VALUES (?, ?, 1, ?, ?) ON CONFLICT (client_key, code) DO UPDATE SET "
+                "count = count + 1, last_text = excluded.last_text, last_unix_s = excluded.last_unix_s",
+                (key, code, text[:MAX_REFUSAL_TEXT], unix_s),
+            )
+            if code in CONTENT_CODES:
+                self._db.execute(
+                    "UPDATE clients SET content_refusals = content_refusals + 1 WHERE client_key = ?", (key,)
+                )
+        row = self._one("SELECT content_refusals FROM clients WHERE client_key = ?", key)
+        return 0 if row is None else int(row[0])
+
+    def refusals(self) -> dict[ClientKey, dict[str, int]]:
+        """Counts by client and code."""
+        result: dict[ClientKey, dict[str, int]] = {}
+        for key, code, count in self._db.execute(
+            "SELECT client_key, code, count FROM refusals ORDER BY client_key, code"
+        ):
+            result.setdefault(ClientKey(key), {})[code] = count
+        return result
+
+    def last_refusals(self) -> dict[ClientKey, str]:
+        """The newest refusal's text per client."""
+        rows = self._db.execute("SELECT client_key, code, last_text FROM refusals ORDER BY last_unix_s, code")
+        return {ClientKey(key): f"{code}: {text}" for key, code, text in rows}
+
+    def add_note(self, text: str, *, unix_s: float) -> None:
+        """One line about something unusual."""
+        with self.transaction():
+            self._db.execute("INSERT INTO notes (unix_s, text) VALUES (?, ?)", (unix_s, text))
+
+    def notes(self, *, last: int = 20) -> list[tuple[float, str]]:
+        """The newest lines, oldest first."""
+        rows = self._db.execute("SELECT unix_s, text FROM notes ORDER BY id DESC LIMIT ?", (last,))
+        return [(unix_s, text) for unix_s, text in rows][::-1]
+
+    # helpers
+
+    def _one(self, sql: str, *args: object) -> tuple[Any, ...] | None:
+        return cast("tuple[Any, ...] | None", self._db.execute(sql, args).fetchone())
+
+    def _rounds(self, tail: str, *args: object) -> list[StoredRound]:
+        rows = self._db.execute(
+            "SELECT round, kind, phase, version, deadline_s, elapsed_s, extended, plan, opened_unix_s, closed_unix_s, "
+            f"settings, new_version, state_sha256, method_state, stop_reason, metrics FROM rounds {tail}",  # noqa: S608
+            args,
+        )
+        return [
+            StoredRound(
+                round=r[0],
+                kind=r[1],
+                phase=r[2],
+                version=r[3],
+                deadline_s=r[4],
+                elapsed_s=r[5],
+                extended=bool(r[6]),
+                plan=json.loads(r[7]),
+                opened_unix_s=r[8],
+                closed_unix_s=r[9],
+                settings=_loads(r[10]),
+                new_version=r[11],
+                state_sha256=r[12],
+                method_state=_loads(r[13]),
+                stop_reason=r[14],
+                metrics=_loads(r[15]),
+            )
+            for r in rows
+        ]
+
+
+_ASSIGNMENT: Final = "attempt_id, round, client_key, kind, message, outcome, detail, reissued"
+
+
+def _assignment(row: tuple[Any, ...]) -> StoredAssignment:
+    cls: type[Assignment] | type[Evaluate] = Assignment if row[3] == "train" else Evaluate
+    return StoredAssignment(
+        attempt_id=AttemptId(row[0]),
+        round=row[1],
+        client_key=ClientKey(row[2]),
+        message=from_plain(cls, json.loads(row[4]), where="ledger.assignments"),
+        outcome=row[5],
+        detail=row[6],
+        reissued=bool(row[7]),
+    )
+
+
+def _loads(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def open_ledger(path: Path, identity: Mapping[str, str]) -> Ledger:
+    """The ledger at ``path``, made or migrated as needed.
+
+    Args:
+        identity: values that must not change within a run (``run_id``, ``base_hash``, ``plan``).
+
+    Raises:
+        LedgerError: another run's ledger, or one written by a newer release.
+    """
+    db = sqlite3.connect(path, isolation_level=None, timeout=10.0)
+    path.chmod(0o600)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    db.execute("PRAGMA foreign_keys = ON")
+    (found,) = db.execute("PRAGMA user_version").fetchone()
+    if found > len(MIGRATIONS):
+        db.close()
+        raise LedgerError(
+            f"{path}: schema version {found}, this release knows {len(MIGRATIONS)}; use the release that wrote it"
+        )
+    for version in range(found, len(MIGRATIONS)):
+        db.executescript(f"BEGIN; {MIGRATIONS[version]} PRAGMA user_version = {version + 1}; COMMIT;")
+    ledger = Ledger(db)
+    for name, value in identity.items():
+        stored = ledger.get_run(name)
+        if stored is None:
+            ledger.set_run(name, value)
+        elif stored != value:
+            ledger.close()
+            raise LedgerError(
+                f"{path}: {name} is {stored!r} in the ledger and {value!r} in the run folder; "
+                "a ledger belongs to one run: use a new folder"
+            )
+    return ledger
+
+
+def open_read_only(path: Path) -> Ledger:
+    """The ledger for reading, beside a running aggregator or without one.
+
+    Raises:
+        LedgerError: there is none yet.
+    """
+    if not path.exists():
+        raise LedgerError(f"{path} does not exist: this run was never served; start it with: fedblocks serve RUN")
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
+    return Ledger(db)

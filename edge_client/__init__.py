@@ -1,0 +1,1 @@
+"""How an assignment is carried out on this machine."""

@@ -1,0 +1,278 @@
+"""How does one pre-norm decoder block compute? As plain functions over its weights, equal to transformers' own classes.
+
+One block serves llama, mistral, qwen2 and qwen3: they differ in biases and in a norm on q and k, which the weights show.
+Rows are right-padded, so causal attention needs no padding mask: pads come after every real token and are never read.
+
+    x → norm → q|k|v (one matrix) → q/k norm → rotary → causal attention → o → + x → norm → gate|up → silu·up → down → +
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedblocks.profiles.model_shape import ModelShape
+
+LINEARS: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a named tensor lies: rows ``start:stop`` of a field of :class:`BlockWeights`."""
+
+    field: str
+    start: int
+    stop: int
+
+
+def layout(shape: ModelShape) -> dict[str, Piece]:
+    """Suffix of each block tensor -> its place, in the order of ``shape.block_tensors()``."""
+    q, kv, i = shape.q_size, shape.kv_size, shape.intermediate_size
+    joined = {
+        "self_attn.q_proj": ("qkv", 0),
+        "self_attn.k_proj": ("qkv", q),
+        "self_attn.v_proj": ("qkv", q + kv),
+        "self_attn.o_proj": ("o", 0),
+        "mlp.gate_proj": ("gate_up", 0),
+        "mlp.up_proj": ("gate_up", i),
+        "mlp.down_proj": ("down", 0),
+        "input_layernorm": ("input_norm", 0),
+        "post_attention_layernorm": ("post_norm", 0),
+        "self_attn.q_norm": ("q_norm", 0),
+        "self_attn.k_norm": ("k_norm", 0),
+    }
+    places: dict[str, Piece] = {}
+    for spec in shape.block_tensors():
+        module, kind = spec.name.rsplit(".", 1)
+        name, start = joined[module]
+        places[spec.name] = Piece(name + "_bias" if kind == "bias" else name, start, start + spec.shape[0])
+    return places
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPair:
+    """A low-rank addition to one linear layer: ``y += scale · (x Aᵀ) Bᵀ`` (Hu et al., arXiv 2106.09685)."""
+
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class BlockWeights:
+    """All tensors of one block; q, k, v and gate, up are rows of one matrix each."""
+
+    input_norm: Tensor  # (H,)
+    qkv: Tensor  # (q + 2·kv, H)
+    o: Tensor  # (H, q)
+    post_norm: Tensor  # (H,)
+    gate_up: Tensor  # (2·I, H)
+    down: Tensor  # (H, I)
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None  # (hd,)
+    k_norm: Tensor | None = None  # (hd,)
+    o_bias: Tensor | None = None
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    lora: Mapping[str, LoraPair] = field(default_factory=dict)
+    """Module path (``self_attn.q_proj``) -> pair; empty but for the LoRA baselines."""
+
+    @classmethod
+    def empty(cls, shape: ModelShape, dtype: torch.dtype, device: torch.device | None = None) -> BlockWeights:
+        """Uninitialised tensors of the right sizes, to be filled through :meth:`named`."""
+        sizes: dict[str, list[int]] = {}
+        for spec, piece in zip(shape.block_tensors(), layout(shape).values(), strict=True):
+            rows, *rest = spec.shape
+            size = sizes.setdefault(piece.field, [0, *rest])
+            size[0] += rows
+        return cls(**{name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()})
+
+    @classmethod
+    def of(cls, shape: ModelShape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
+        """From tensors named by suffix; each is copied and cast."""
+        weights = cls.empty(shape, dtype)
+        for name, place in weights.named(shape).items():
+            place.copy_(tensors[name])
+        return weights
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Field name -> tensor, absent ones left out; what an optimizer holds."""
+        named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "lora")
+        return {name: tensor for name, tensor in named if tensor is not None}
+
+    def named(self, shape: ModelShape) -> dict[str, Tensor]:
+        """Suffix -> view of its rows."""
+        return {name: getattr(self, p.field)[p.start : p.stop] for name, p in layout(shape).items()}
+
+    def gradients(self, shape: ModelShape) -> dict[str, Tensor | None]:
+        """Suffix -> view of its rows of the gradient, None before the first backward pass."""
+        grads = {name: tensor.grad for name, tensor in self.tensors().items()}
+        return {
+            name: None if grads[p.field] is None else grads[p.field][p.start : p.stop]  # type: ignore[index]
+            for name, p in layout(shape).items()
+        }
+
+    def out_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that carry identity and strength (methods.md 2.2)."""
+        return tuple(t for t in (self.o, self.o_bias, self.down, self.down_bias) if t is not None)
+
+    def at_strength(self, strength: float) -> BlockWeights:
+        """The same block with its out-tensors multiplied by ``strength``, in their own precision (fp32)."""
+        names = [name for name in ("o", "o_bias", "down", "down_bias") if getattr(self, name) is not None]
+        return replace(self, **{name: getattr(self, name) * strength for name in names})
+
+    def cast(self, dtype: torch.dtype) -> BlockWeights:
+        """The same block in the compute dtype; differentiable; itself where nothing changes."""
+        if self.qkv.dtype == dtype:
+            return self
+        return replace(self, **{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
+
+    def as_leaves(self) -> BlockWeights:
+        """The same tensors as leaf parameters that require a gradient."""
+        return replace(self, **{n: t.detach().requires_grad_(True) for n, t in self.tensors().items()})  # noqa: FBT003
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockSpec:
+    """What a block needs to know beside its weights."""
+
+    shape: ModelShape
+    eps: float
+    window: int | None = None
+    """Sliding attention window in tokens; None: full attention."""
+
+
+def attention_windows(config: Any, num_layers: int) -> tuple[int | None, ...]:
+    """Sliding window of each base layer, None for full attention.
+
+    Args:
+        config: the transformers configuration object of the base.
+        num_layers: its depth.
+    """
+    types: Sequence[str] | None = getattr(config, "layer_types", None)
+    if types is not None:
+        return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in types)
+    # Without a list the window is one number for all layers (mistral); a stray key of a family without windows is ignored.
+    window = config.sliding_window if hasattr(type(config)(), "sliding_window") else None
+    return (window,) * num_layers
+
+
+class Rotary:
+    """cos and sin for positions 0..n-1 from transformers' own module, so that every kind of rope scaling is right."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+        from transformers import MODEL_MAPPING
+
+        model_class = MODEL_MAPPING[type(config)]
+        name = model_class.__name__.removesuffix("Model") + "RotaryEmbedding"
+        self._module = getattr(sys.modules[model_class.__module__], name)(config).to(device)
+        self._dtype = dtype
+        self._device = device
+        # These two kinds change their frequencies with the length, so a table cannot be cut from a longer one.
+        self._depends_on_length = self._module.rope_type in ("dynamic", "longrope")
+        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def tables(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos, sin of shape (length, hd)."""
+        size = length if self._depends_on_length else max(64, 1 << (length - 1).bit_length())
+        if size not in self._tables:
+            probe = torch.empty(0, dtype=self._dtype, device=self._device)
+            cos, sin = self._module(probe, torch.arange(size, device=self._device).unsqueeze(0))
+            self._tables[size] = (cos[0].contiguous(), sin[0].contiguous())
+        cos, sin = self._tables[size]
+        return cos[:length], sin[:length]
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis; the mean in fp32, the product with ``weight`` in x's dtype."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-rotation convention: x (..., hd), cos and sin broadcastable to it."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Mapping[str, LoraPair], names: Sequence[str]) -> Tensor:
+    y = F.linear(x, weight, bias)
+    if not pairs:
+        return y
+    return y + torch.cat([p.scale * F.linear(F.linear(x, p.a), p.b) for p in (pairs[name] for name in names)], dim=-1)
+
+
+def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """(queries, keys) bool, True where the query may look; the queries are the last rows of the keys' positions."""
+    distance = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+def _project(x: Tensor, w: BlockWeights, spec: BlockSpec, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Norm, projection, q/k norm and rotation: q (B, nh, T, hd), k and v (B, nkv, T, hd)."""
+    shape = spec.shape
+    heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    joined = _linear(rms_norm(x, w.input_norm, spec.eps), w.qkv, w.qkv_bias, w.lora, LINEARS[:3])
+    joined = joined.view(*x.shape[:2], heads + 2 * kv_heads, shape.head_dim).transpose(1, 2)
+    q, k, v = joined.split((heads, kv_heads, kv_heads), dim=1)
+    if w.q_norm is not None and w.k_norm is not None:
+        q, k = rms_norm(q, w.q_norm, spec.eps), rms_norm(k, w.k_norm, spec.eps)
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
+    """Causal attention of the last T_q positions over all T_k: (B, T_q, nh·hd)."""
+    groups = spec.shape.num_heads // spec.shape.num_kv_heads
+    if groups > 1:
+        k, v = (t.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))
+    queries, keys = q.shape[2], k.shape[2]
+    if spec.window is not None and keys > spec.window:
+        mask = _window_mask(queries, keys, spec.window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    else:  # one query alone may look at everything; otherwise queries and keys are the same positions
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
+    """Output projection, residual and the MLP half."""
+    x = x + _linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
+    gate, up = _linear(
+        rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6]
+    ).chunk(2, dim=-1)
+    return x + _linear(F.silu(gate) * up, w.down, w.down_bias, w.lora, LINEARS[6:])
+
+
+def block_forward(x: Tensor, weights: BlockWeights, spec: BlockSpec, rotary: Rotary) -> Tensor:
+    """One block over right-padded rows: x (B, T, H) -> (B, T, H)."""
+    weights = weights.cast(x.dtype)
+    q, k, v = _project(x, weights, spec, *rotary.tables(x.shape[1]))
+    return _finish(x, _attend(q, k, v, spec), weights, spec)
+
+
+def block_step(
+    x: Tensor, weights: BlockWeights, spec: BlockSpec, rotary: Rotary, past: tuple[Tensor, Tensor], position: int
+) -> Tensor:
+    """One block for one more token of every row: x (B, 1, H) -> (B, 1, H).
+
+    Args:
+        past: keys and values (B, nkv, T_max, hd), written at ``position``.
+        position: how many tokens came before.
+    """
+    weights = weights.cast(x.dtype)
+    cos, sin = rotary.tables(position + 1)
+    q, k, v = _project(x, weights, spec, cos[position:], sin[position:])
+    keys, values = past
+    keys[:, :, position], values[:, :, position] = k[:, :, 0], v[:, :, 0]
+    return _finish(x, _attend(q, keys[:, :, : position + 1], values[:, :, : position + 1], spec), weights, spec)

@@ -1,0 +1,316 @@
+"""The command line: every verb, each importing its room only when it is called.
+
+``fedblocks --help`` and the aggregator's verbs start without torch and without transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from fedblocks import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of language models by block expansion, on unequal edge hardware, without forgetting.",
+    epilog="Exit codes: 0 done; 2 usage or configuration; 3 cannot reach the peer; 4 refused; 5 does not fit this "
+    "device; 6 data error; 7 interrupted, resumable.",
+)
+keys_app = typer.Typer(no_args_is_help=True, help="Which client keys may take part in a run.")
+app.add_typer(keys_app, name="keys")
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 7
+
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="the run folder that `fedblocks init` made")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="override a key of run.toml; repeatable")
+]
+JsonFlag = Annotated[bool, typer.Option("--json", help="print JSON")]
+ModelOption = Annotated[Path, typer.Option("--model", metavar="DIR", help="the base model: a Hugging Face folder")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"fedblocks {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: fedblocks init --model ./Qwen2.5-0.5B --general general.jsonl --out runs/clinic")
+def init(
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", metavar="RUN", help="the run folder to make")],
+    general: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSONL that measures general ability during the run, at most 8 MiB"),
+    ] = None,
+    anchor_sequences: Annotated[int, typer.Option(help="anchor texts to sample from the base")] = 512,
+    anchor_tokens: Annotated[int, typer.Option(help="longest anchor text, tokens")] = 256,
+    overrides: SetOption = None,
+) -> None:
+    """Make a run folder: on any machine with the base model and torch. Copy it to the aggregator."""
+    from fedblocks.edge_client.init_run import init_run
+
+    made = init_run(
+        model=model,
+        out=out,
+        general=general,
+        overrides=overrides or (),
+        anchor_sequences=anchor_sequences,
+        anchor_tokens=anchor_tokens,
+    )
+    blocks = ", ".join(f"{b.block_id} after layer {b.after_layer}" for b in made.plan.blocks)
+    typer.echo(f"run {made.run_id}: base {made.base_name} ({made.base_hash[:16]}…)")
+    typer.echo(f"expanded blocks: {blocks}; anchor: {made.num_anchor_tokens} tokens sampled from the base")
+    typer.echo(f"next: fedblocks invite {out} SITE, then fedblocks serve {out}")
+
+
+@keys_app.command("list", epilog="Example: fedblocks keys list runs/clinic")
+def keys_list(run: RunArgument, as_json: JsonFlag = False) -> None:
+    """List the client keys of a run."""
+    from fedblocks.aggregator.auth import Registry
+
+    entries = Registry(run).entries()
+    if as_json:
+        typer.echo(json.dumps([{"name": e.name, "key": e.key, "state": e.state} for e in entries], indent=2))
+        return
+    for e in entries:
+        typer.echo(f"{e.name:24} {e.state:9} {e.key}")
+
+
+@keys_app.command(
+    "enrol", epilog="Example: fedblocks keys enrol runs/clinic site-a --key='rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7'"
+)
+def keys_enrol(
+    run: RunArgument,
+    name: Annotated[str, typer.Argument(help="the site's name")],
+    key: Annotated[str, typer.Option(metavar="KEY", help="the public key that `fedblocks join` printed")],
+) -> None:
+    """Let the holder of KEY take part under NAME. Works while the run is served."""
+    from fedblocks.aggregator.auth import Registry
+
+    Registry(run).enrol(key, name)
+    typer.echo(f"enrolled {name}")
+
+
+@keys_app.command("revoke", epilog="Example: fedblocks keys revoke runs/clinic site-a")
+def keys_revoke(run: RunArgument, name: Annotated[str, typer.Argument(help="name or key")]) -> None:
+    """Shut a client out, also on its live connection. Works while the run is served."""
+    from fedblocks.aggregator.auth import Registry
+
+    Registry(run).revoke(name)
+    typer.echo(f"revoked {name}")
+
+
+@app.command(epilog="Example: fedblocks invite runs/clinic site-a --out site-a.toml")
+def invite(
+    run: RunArgument,
+    name: Annotated[str, typer.Argument(help="the site's name")],
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="where to write it; default: NAME.toml")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Write the one file that a site needs. It holds no secret."""
+    from fedblocks.aggregator.run_folder import write_invitation
+
+    path = out or Path(f"{name}.toml")
+    write_invitation(run, name=name, out=path, overrides=overrides or ())
+    typer.echo(f"wrote {path}; on the site: fedblocks join {path.name} --data train.jsonl --model DIR")
+
+
+@app.command(epilog="Example: fedblocks serve runs/clinic")
+def serve(run: RunArgument, overrides: SetOption = None) -> None:
+    """Run the aggregator on a run folder, or resume it. Needs neither torch nor the model."""
+    from fedblocks.aggregator.server import serve as serve_run
+
+    raise typer.Exit(serve_run(run, overrides or (), on_event=lambda line: typer.echo(line)))
+
+
+@app.command(epilog="Example: fedblocks status runs/clinic --json")
+def status(run: RunArgument, as_json: JsonFlag = False) -> None:
+    """Say where a run stands: rounds, clients, scores, refusals. Reads the ledger only."""
+    from fedblocks.aggregator.status import describe, run_status
+
+    content = run_status(run)
+    typer.echo(json.dumps(content, indent=2) if as_json else describe(content))
+
+
+@app.command(epilog="Example: fedblocks plan runs/clinic --device jetson-orin-nano-8gb --device rtx-4090")
+def plan(
+    run: RunArgument,
+    device: Annotated[
+        list[str] | None, typer.Option(help="plan for these catalog devices instead of the clients seen; repeatable")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="factor on the catalog devices' speed and memory")] = 1.0,
+    as_json: JsonFlag = False,
+    overrides: SetOption = None,
+) -> None:
+    """Explain who trains what and why: the last planned round, or a plan for catalog devices."""
+    from fedblocks.aggregator.explain import explain_run
+
+    content = explain_run(run, devices=device or (), scale=scale, overrides=overrides or ())
+    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(c["sentence"] for c in content))
+
+
+@app.command(epilog="Example: fedblocks probe --json profile.json")
+def probe(
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="also write the profile here")
+    ] = None,
+    budget_s: Annotated[float, typer.Option(help="seconds to spend")] = 15.0,
+    folder: Annotated[Path, typer.Option(help="folder whose disk is measured")] = Path(),
+) -> None:
+    """Measure this device in under 20 seconds."""
+    from fedblocks.profiles.probe import describe, probe_device, to_json
+
+    result = probe_device(budget_s=budget_s, folder=folder)
+    typer.echo(describe(result))
+    if json_file:
+        json_file.write_text(to_json(result), encoding="utf-8")
+
+
+@app.command(epilog="Example: fedblocks join site-a.toml --data train.jsonl --model ./Qwen2.5-0.5B")
+def join(
+    site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="the file from `fedblocks invite`")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="JSONL: text, or prompt and completion, or messages")],
+    model: ModelOption,
+    home: Annotated[Path, typer.Option(metavar="DIR", help="where the client keeps its key and state")] = Path(
+        "~/.fedblocks"
+    ),
+    evaluate: Annotated[bool, typer.Option(help="also measure general ability for the run")] = False,
+    dry_run: Annotated[bool, typer.Option(help="print what would leave this machine, then stop")] = False,
+    wait: Annotated[bool, typer.Option(help="wait for enrolment even if the key is not new")] = False,
+    memory_limit_mib: Annotated[float, typer.Option(help="most memory above the imports, MiB; 0: what is free")] = 0.0,
+    emulate: Annotated[
+        str | None,
+        typer.Option(metavar="DEVICE", help="behave like this catalog device: pauses, and its memory budget"),
+    ] = None,
+    emulate_scale: Annotated[float, typer.Option(help="factor on the emulated device's speed and memory")] = 1.0,
+    socks_proxy: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="SOCKS5 proxy for the connection")
+    ] = None,
+) -> None:
+    """Take part in a run as a site. The data never leave this machine."""
+    from fedblocks.edge_client.client import JoinOptions
+    from fedblocks.edge_client.client import join as join_run
+
+    options = JoinOptions(
+        site=site,
+        data=data,
+        model=model,
+        home=home.expanduser(),
+        evaluate_general=evaluate,
+        dry_run=dry_run,
+        wait_for_enrolment=wait,
+        memory_limit_bytes=int(memory_limit_mib * 2**20),
+        emulate=emulate,
+        emulate_scale=emulate_scale,
+        socks_proxy=socks_proxy,
+    )
+    raise typer.Exit(join_run(options, say=lambda line: typer.echo(line)))
+
+
+@app.command(epilog="Example: fedblocks export runs/clinic --model ./Qwen2.5-0.5B --to hf --out ./clinic-model")
+def export(
+    run: RunArgument,
+    model: ModelOption,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write")],
+    to: Annotated[str, typer.Option(help="hf: a Hugging Face folder that loads without fedblocks")] = "hf",
+    strength: Annotated[float, typer.Option(help="0 gives the base model back, 1 what was learnt")] = 1.0,
+) -> None:
+    """Write the run's published model as an ordinary checkpoint."""
+    if to != "hf":
+        raise click.BadParameter(f"{to!r} is not supported, expected hf", param_hint="--to")
+    from fedblocks.edge_client.export import export_run
+
+    summary = export_run(run, model=model, out=out, strength=strength)
+    typer.echo(
+        f"wrote {summary.path} at strength {summary.strength:g}; strength 0 equals the base bit for bit: verified"
+    )
+
+
+@app.command(
+    epilog="Example: fedblocks evaluate ./clinic-model --base ./Qwen2.5-0.5B --downstream test.jsonl "
+    "--general general.jsonl"
+)
+def evaluate(
+    target: Annotated[Path, typer.Argument(help="a model folder, or a run folder (its 4-bit stack)")],
+    base: Annotated[Path, typer.Option(metavar="DIR", help="the base model")],
+    downstream: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of the task that was learnt")] = None,
+    general: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of general ability")] = None,
+    strength: Annotated[float, typer.Option(help="for a run folder: strength of the expanded blocks")] = 1.0,
+    json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the result here")] = None,
+) -> None:
+    """Measure what was learnt and what was kept: downstream score, general retention, KL to the base."""
+    from fedblocks.edge_client.evaluation import describe, evaluate_target
+
+    result = evaluate_target(target, base=base, downstream=downstream, general=general, strength=strength)
+    typer.echo(describe(result))
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=2), encoding="utf-8")
+
+
+@app.command(epilog="Example: fedblocks demo --json runs/demo/result.json")
+def demo(
+    json_file: Annotated[
+        Path, typer.Option("--json", metavar="FILE", help="where the result goes; its folder holds the run")
+    ] = Path("runs/demo/result.json"),
+    quick: Annotated[bool, typer.Option(help="two clients and three rounds, under a minute")] = False,
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="another base model; default: the bundled starter")
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSONL to federate, split over the clients")
+    ] = None,
+    general: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL that measures general ability")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Federate a model on this machine: one aggregator and four unequal client processes over encrypted sockets."""
+    from fedblocks.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        json_file=json_file, quick=quick, model=model, train=train, general=general, overrides=tuple(overrides or ())
+    )
+    raise typer.Exit(run_demo(options))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and an exit code, never a traceback."""
+    if sys.platform == "win32":
+        sys.stderr.write("fedblocks runs on Linux (x86-64, aarch64) and in WSL2, not on native Windows\n")
+        sys.exit(EXIT_USAGE)
+    try:
+        code: Any = app(standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        code = EXIT_USAGE
+    except click.ClickException as error:
+        error.show()
+        code = EXIT_USAGE
+    except (KeyboardInterrupt, click.Abort):
+        sys.stderr.write("interrupted; the same command resumes\n")
+        code = EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the program's last resort: told with its exit code, or shown whole
+        code = getattr(error, "exit_code", None)
+        if code is None or "--debug" in sys.argv:
+            traceback.print_exc()
+        if code is None:
+            sys.exit(1)
+        sys.stderr.write(f"fedblocks: {error}\n")
+    sys.exit(code or 0)

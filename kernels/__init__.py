@@ -1,0 +1,1 @@
+"""How a tensor operation is computed fast on this device."""

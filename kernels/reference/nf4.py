@@ -1,0 +1,175 @@
+"""How are NF4 weights made and read? This is the specification: plain torch, bitsandbytes' layout, any device.
+
+Layout (runtime.md 5.1). A weight ``(N, K)`` is flattened row by row; 64 consecutive elements form a group. Byte ``j`` holds
+element ``2j`` in its high nibble and ``2j + 1`` in its low one. A value is ``code[nibble] · absmax[group]``; the group scales
+are themselves stored in 8 bits: ``absmax[g] = nested_code[absmax_u8[g]] · nested_absmax[g // 256] + offset``.
+The decoding is exact in any order of evaluation that rounds each fp32 product and sum once, so it is bit-equal between
+backends; the quantiser need not be (a value half-way between two codes may go either way).
+
+Source: Dettmers et al., QLoRA, arXiv 2305.14314 (NF4, double quantisation) and 2110.02861 (the 8-bit dynamic code).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+BLOCKSIZE: Final = 64
+NESTED_BLOCKSIZE: Final = 256
+
+NF4_VALUES: Final = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""The NF4 code that the quantiser uses; a decoder reads the code from the file instead."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Nf4Weight:
+    """One weight ``(N, K)`` in NF4 with double quantisation; every tensor lies on one device.
+
+    Raises:
+        ValueError: a part has another dtype or length than ``shape`` asks for.
+    """
+
+    packed: Tensor  # (ceil(N·K / 2),) uint8
+    absmax: Tensor  # (G,) uint8, G = ceil(N·K / 64)
+    nested_code: Tensor  # (256,) fp32
+    nested_absmax: Tensor  # (ceil(G / 256),) fp32
+    offset: float
+    """Mean of the group scales; a number that fp32 holds exactly."""
+    code: Tensor  # (16,) fp32, ascending
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        groups = -(-self.num_elements // BLOCKSIZE)
+        for name, dtype, length in (
+            ("packed", torch.uint8, -(-self.num_elements // 2)),
+            ("absmax", torch.uint8, groups),
+            ("nested_code", torch.float32, 256),
+            ("nested_absmax", torch.float32, -(-groups // NESTED_BLOCKSIZE)),
+            ("code", torch.float32, 16),
+        ):
+            part: Tensor = getattr(self, name)
+            if part.dtype != dtype or tuple(part.shape) != (length,):
+                raise ValueError(
+                    f"NF4 weight of shape {self.shape}: {name} is {part.dtype} {tuple(part.shape)}, "
+                    f"expected {dtype} ({length},)"
+                )
+
+    @property
+    def num_elements(self) -> int:
+        """N·K."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all parts together."""
+        parts = (self.packed, self.absmax, self.nested_code, self.nested_absmax, self.code)
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+@cache
+def dynamic_code() -> Tensor:
+    """The signed 8-bit dynamic code: 256 ascending fp32 values in [-1, 1], finer near zero.
+
+    Decade ``10^-e``, e = 6..0, holds ``2^(6-e)`` values per sign, at the midpoints of an even split of [0.1, 1];
+    zero and one are added. (Only +1 is a code value: the largest negative one lies half a step inside -1.)
+    """
+    positive: list[float] = []
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        middles = (edges[:-1] + edges[1:]) / 2
+        positive += (10.0 ** (exponent - 6) * middles).tolist()
+    return torch.tensor(sorted([-value for value in positive] + [0.0] + positive + [1.0]), dtype=torch.float32)
+
+
+def _nearest(values: Tensor, code: Tensor) -> Tensor:
+    """Index (uint8) of the code value nearest to each value; an exact middle goes to the lower one."""
+    return torch.bucketize(values, (code[:-1] + code[1:]) / 2).to(torch.uint8)
+
+
+def _scaled_groups(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Splits (n,) into groups of ``size`` and scales each into [-1, 1]: (n,) scaled, (ceil(n / size),) largest magnitudes."""
+    groups = -(-flat.numel() // size)
+    padded = torch.nn.functional.pad(flat, (0, groups * size - flat.numel())).view(groups, size)
+    largest = padded.abs().amax(dim=1)  # (groups,)
+    scaled = padded * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)  # clamp: an all-zero group stays zero
+    return scaled.clamp_(-1, 1).view(-1)[: flat.numel()], largest
+
+
+def quantize_nf4(weight: Tensor) -> Nf4Weight:
+    """Quantises ``weight`` (N, K), any float dtype, to NF4 with double quantisation; arithmetic in fp32.
+
+    Raises:
+        ValueError: the weight is not a matrix, or holds a value that is not finite.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.numel() == 0:
+        raise ValueError(
+            f"quantize_nf4: got {weight.dtype} of shape {tuple(weight.shape)}, expected a non-empty float matrix"
+        )
+    flat = weight.detach().reshape(-1).float()
+    if not bool(torch.isfinite(flat).all()):
+        raise ValueError(
+            f"quantize_nf4: the weight of shape {tuple(weight.shape)} holds NaN or infinity; check the file"
+        )
+    code = torch.tensor(NF4_VALUES, dtype=torch.float32, device=flat.device)
+    scaled, absmax = _scaled_groups(flat, BLOCKSIZE)
+    nibbles = _nearest(scaled, code)
+    if nibbles.numel() % 2:
+        nibbles = torch.nn.functional.pad(nibbles, (0, 1))
+    offset = absmax.mean()
+    nested_code = dynamic_code().to(flat.device)
+    nested, nested_absmax = _scaled_groups(absmax - offset, NESTED_BLOCKSIZE)
+    return Nf4Weight(
+        packed=(nibbles[::2] << 4) | nibbles[1::2],
+        absmax=_nearest(nested, nested_code),
+        nested_code=nested_code,
+        nested_absmax=nested_absmax,
+        offset=offset.item(),
+        code=code,
+        shape=(weight.shape[0], weight.shape[1]),
+    )
+
+
+def nf4_dequant(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_code: Tensor,
+    nested_absmax: Tensor,
+    code: Tensor,
+    offset: float,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """Decodes to ``dtype`` (N, K): fp32 arithmetic, one cast at the end."""
+    n = shape[0] * shape[1]
+    groups = absmax.numel()
+    nested_scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[:groups]
+    scale = nested_code[absmax.int()] * nested_scale + offset  # (G,)
+    pairs = torch.cartesian_prod(code, code)  # (256, 2): what each byte holds
+    values = pairs[packed.int()].view(-1)  # (2·ceil(n / 2),)
+    full = n // BLOCKSIZE
+    if full * BLOCKSIZE == n:
+        values = values.view(full, BLOCKSIZE) * scale.unsqueeze(1)
+    else:
+        values = values[:n] * scale.repeat_interleave(BLOCKSIZE)[:n]
+    return values.view(shape).to(dtype)

@@ -1,0 +1,124 @@
+"""What sizes does a model have, and which tensors does one of its blocks consist of?
+
+A :class:`ModelShape` is everything that cost, allocation and aggregation need to know about a model: no weights, no
+torch, no configuration quirks.
+``protocol/expansion.py`` makes one from a checkpoint's ``config.json``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor of a block, named by its suffix inside the layer (``self_attn.q_proj.weight``)."""
+
+    name: str
+    shape: tuple[int, ...]
+    is_out: bool = False
+    """True for the tensors that carry identity and strength (the output projections, methods.md 2.2)."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        n = 1
+        for s in self.shape:
+            n *= s
+        return n
+
+    @property
+    def rows_cols(self) -> tuple[int, int]:
+        """The tensor as ``[R, C]`` for the delta encoding: a vector is one row (methods.md 7.1)."""
+        if len(self.shape) == 1:
+            return 1, self.shape[0]
+        return self.shape[0], self.size // self.shape[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """Sizes of a pre-norm decoder of the Llama kind; symbols of runtime.md in the comments."""
+
+    family: str
+    """The checkpoint's ``model_type``."""
+    num_layers: int  # L
+    hidden_size: int  # H
+    intermediate_size: int  # I
+    num_heads: int  # nh
+    num_kv_heads: int  # nkv
+    head_dim: int  # hd
+    vocab_size: int  # V
+    tied_embeddings: bool
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for field in (
+            "num_layers",
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "vocab_size",
+        ):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"model shape: {field} is {value!r}, expected a whole number of at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model shape: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}"
+            )
+
+    @property
+    def q_size(self) -> int:
+        """Width of the query projection, nh·hd."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the key (and of the value) projection, nkv·hd."""
+        return self.num_kv_heads * self.head_dim
+
+    def block_tensors(self) -> tuple[TensorSpec, ...]:
+        """All tensors of one block in the order in which they are hashed, encoded and folded."""
+        h, i, q, kv = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
+        specs = [TensorSpec(name="input_layernorm.weight", shape=(h,))]
+
+        def linear(name: str, out: int, inner: int, bias: bool, is_out: bool = False) -> None:
+            specs.append(TensorSpec(name=f"{name}.weight", shape=(out, inner), is_out=is_out))
+            if bias:
+                specs.append(TensorSpec(name=f"{name}.bias", shape=(out,), is_out=is_out))
+
+        linear("self_attn.q_proj", q, h, self.qkv_bias)
+        linear("self_attn.k_proj", kv, h, self.qkv_bias)
+        linear("self_attn.v_proj", kv, h, self.qkv_bias)
+        if self.qk_norm:
+            specs += [
+                TensorSpec(name="self_attn.q_norm.weight", shape=(self.head_dim,)),
+                TensorSpec(name="self_attn.k_norm.weight", shape=(self.head_dim,)),
+            ]
+        linear("self_attn.o_proj", h, q, self.o_bias, is_out=True)
+        specs.append(TensorSpec(name="post_attention_layernorm.weight", shape=(h,)))
+        linear("mlp.gate_proj", i, h, self.mlp_bias)
+        linear("mlp.up_proj", i, h, self.mlp_bias)
+        linear("mlp.down_proj", h, i, self.mlp_bias, is_out=True)
+        return tuple(specs)
+
+    @property
+    def linear_parameters(self) -> int:
+        """P of runtime.md: parameters of the matrices of one block, 2Hq + 2H·kv + 3HI."""
+        return sum(t.size for t in self.block_tensors() if len(t.shape) == 2)
+
+    @property
+    def block_parameters(self) -> int:
+        """p_blk of runtime.md: all parameters of one block."""
+        return sum(t.size for t in self.block_tensors())
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the whole base model; a tied head counts once."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        return self.num_layers * self.block_parameters + embeddings + self.hidden_size

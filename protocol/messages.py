@@ -1,0 +1,372 @@
+"""Which messages exist, and what is in each of them?
+
+Every message is a frozen dataclass of plain values; ``codec.py`` turns it into bytes and back.
+A message may announce a payload (raw bytes that follow in chunks, never inside msgpack); the fields ``payload_bytes``
+and ``payload_sha256`` say what will come before anything is allocated for it.
+Changing a field changes ``PROTOCOL_VERSION``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, NewType
+
+from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol.errors import RefusalCode
+
+PROTOCOL_VERSION: Final = 1
+
+ClientKey = NewType("ClientKey", str)
+"""A client's identity: its CURVE public key in Z85 text (40 characters)."""
+AttemptId = NewType("AttemptId", str)
+"""Issued by the aggregator with each task; (client key, round, attempt id) makes an update idempotent."""
+
+DeltaFormat = Literal["int8", "bf16", "fp32"]
+Measure = Literal["validation", "anchor", "general"]
+"""validation: the site's own held-out part; anchor: KL to the base on kl_val; general: the general validation file."""
+OptimizerMode = Literal["fp32", "split", "split_8bit"]
+FailureReason = Literal[
+    "oom", "over_memory_budget", "non_finite", "deadline", "data", "disk", "interrupted", "internal"
+]
+StateEncoding = Literal["none", "replay", "difference", "snapshot"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataStatistics:
+    """What a site tells about its data: a few numbers, nothing of the data itself."""
+
+    num_examples: int
+    num_target_tokens: int
+    mean_tokens: float
+    """Tokens per training example after truncation."""
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Sums, not means, so that reports can be pooled. Unused sums are 0."""
+
+    measure: Measure
+    version: int
+    """The published state that was measured."""
+    num_items: int = 0
+    num_correct: int = 0
+    nll_sum: float = 0.0
+    """Negative log-likelihood over ``num_tokens`` target tokens, nats."""
+    num_tokens: int = 0
+    kl_sum: float = 0.0
+    """KL to the base over ``num_tokens`` anchor tokens, nats."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateUpdate:
+    """How a client gets from the published version it holds to the one that the task starts from.
+
+    The payload of the carrying message is this update's bytes (``protocol/state.py``).
+    """
+
+    encoding: StateEncoding
+    from_version: int
+    to_version: int
+    state_sha256: str
+    """Hash of the accumulated deltas of all expanded blocks after the update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hello:
+    """Client to aggregator: who I am, what I hold, what I can do."""
+
+    protocol_version: int
+    run_id: str
+    base_hash: str
+    client_name: str
+    software: str
+    """Versions for the books, e.g. ``fedblocks 0.1.0, torch 2.13.0``."""
+    profile: DeviceProfile
+    statistics: DataStatistics
+    held_version: int
+    """Published version that the client has on disk, 0 if none."""
+    can_evaluate_general: bool
+    allows_base_training: bool = False
+    """True if the site allows trainables of the kind *base tensors* (baselines only)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResourceInfo:
+    """One file of the run folder that clients need: opaque bytes with a hash."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataFormat:
+    """How every site turns its rows into tokens: the ``[data]`` section of run.toml."""
+
+    max_tokens: int
+    """Training examples are cut to this many tokens."""
+    append_eos: bool
+    """True if the end-of-sequence token is a target at the end of each completion."""
+    join: str
+    """Stands between prompt and completion where neither brings white space of its own."""
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 2:
+            raise ValueError(f"data format: max_tokens is {self.max_tokens}, expected at least 2")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Welcome:
+    """Aggregator to client: you are in; this is the run."""
+
+    protocol_version: int
+    run_id: str
+    method: str
+    round: int
+    version: int
+    heartbeat_interval_s: float
+    data: DataFormat
+    resources: tuple[ResourceInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetch:
+    """Client to aggregator: send me this resource."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resource:
+    """Aggregator to client: the resource's bytes follow as payload."""
+
+    name: str
+    payload_bytes: int
+    payload_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Aggregator to client: train these blocks from this state; the state update follows as payload.
+
+    The client half of the method travels in here; the client knows no method by name.
+    """
+
+    attempt_id: AttemptId
+    round: int
+    state: StateUpdate
+    payload_bytes: int
+    payload_sha256: str
+    blocks: tuple[int, ...]
+    """Ids of the expanded blocks to train, ascending."""
+    steps: int
+    """tau: optimizer steps."""
+    batch_size: int
+    anchor_batch_size: int
+    anchor_every: int
+    anchor_weight: float
+    """lambda of methods.md 5.1; 0 means no anchor batches."""
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    """On the out-tensors only."""
+    clip_norm: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    optimizer_mode: OptimizerMode
+    micro_batch_size: int
+    """Sequences per forward pass; divides neither loss nor gradient (methods.md L2)."""
+    checkpoint_activations: bool
+    delta_format: DeltaFormat
+    delta_density: float
+    """rho of methods.md 7.1: share of rows sent."""
+    seed: int
+    deadline_s: float
+    """Seconds from receipt to the end of the upload."""
+    memory_budget_bytes: int
+    """Peak above the imports that the client must not pass; 0 means its own limit only."""
+    predicted_peak_bytes: int
+    predicted_seconds: float
+    measure: tuple[Measure, ...]
+
+    def __post_init__(self) -> None:
+        if not self.blocks or list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
+            raise ValueError(
+                f"assignment: blocks are {self.blocks}, expected ascending ids without repeats, at least one"
+            )
+        for field in ("steps", "batch_size", "anchor_every", "micro_batch_size", "warmup_steps"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected at least 1")
+        for field in ("anchor_batch_size", "payload_bytes", "memory_budget_bytes", "predicted_peak_bytes", "round"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected 0 or more")
+        for field in ("learning_rate", "deadline_s", "adam_eps", "clip_norm"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected a positive number")
+        for field in ("anchor_weight", "weight_decay", "predicted_seconds"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected 0 or more")
+        if not 0 < self.delta_density <= 1:
+            raise ValueError(f"assignment: delta_density is {self.delta_density}, expected a number in (0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """Aggregator to client: measure this state and report; the state update follows as payload."""
+
+    attempt_id: AttemptId
+    round: int
+    state: StateUpdate
+    payload_bytes: int
+    payload_sha256: str
+    measure: tuple[Measure, ...]
+    deadline_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorHeader:
+    """What the payload holds of one tensor: all its rows, or those named by its row bitmap."""
+
+    block: int
+    name: str
+    rows_sent: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What happened while training (methods.md 5.5)."""
+
+    num_target_tokens: int
+    loss_first: float
+    """Mean cross-entropy of the first quarter of the steps, nats per target token."""
+    loss_last: float
+    anchor_kl: float
+    """Mean KL_K over the last quarter of the steps; 0 without an anchor."""
+    prefix_s: float
+    train_s: float
+    measure_s: float
+    encode_s: float
+    step_s: float
+    """Median seconds of one step."""
+    peak_memory_bytes: int
+    """Measured peak above the imports."""
+    predicted_peak_bytes: int
+    gradient_energy: tuple[float, ...]
+    """u_raw per trained block, in the order of the assignment's ``blocks``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """Client to aggregator: my update; the encoded tensors follow as payload."""
+
+    attempt_id: AttemptId
+    round: int
+    version: int
+    num_examples: int
+    """Examples of the site, as declared in Hello (the weight n_k)."""
+    steps: int
+    format: DeltaFormat
+    density: float
+    tensors: tuple[TensorHeader, ...]
+    payload_bytes: int
+    payload_sha256: str
+    train: TrainReport
+    measurements: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """Client to aggregator: the answer to Evaluate, or a typed failure of a task (nothing is uploaded then)."""
+
+    attempt_id: AttemptId
+    round: int
+    measurements: tuple[Measurement, ...] = ()
+    failure: FailureReason | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ack:
+    """Aggregator to client: this update is durable and counted."""
+
+    attempt_id: AttemptId
+    payload_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """Client to aggregator, from a thread that training cannot block."""
+
+    attempt_id: AttemptId | None
+    phase: str
+    steps_done: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeartbeatReply:
+    """Aggregator to client: I am here, and this is where the run stands."""
+
+    round: int
+    version: int
+    waiting_for: str
+    """What the run waits for, in words."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """Either side: this was not accepted, and why."""
+
+    code: RefusalCode
+    text: str
+    attempt_id: AttemptId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goodbye:
+    """Either side: I am leaving (``reason``), or the run is over (``finished``)."""
+
+    reason: str
+    finished: bool = False
+
+
+Message = (
+    Hello
+    | Welcome
+    | Fetch
+    | Resource
+    | Assignment
+    | Evaluate
+    | Delta
+    | Report
+    | Ack
+    | Heartbeat
+    | HeartbeatReply
+    | Refused
+    | Goodbye
+)
+
+#: Wire name of each message type. The order is of no importance; the names are part of the protocol.
+KINDS: Final[dict[str, type]] = {
+    "hello": Hello,
+    "welcome": Welcome,
+    "fetch": Fetch,
+    "resource": Resource,
+    "assignment": Assignment,
+    "evaluate": Evaluate,
+    "delta": Delta,
+    "report": Report,
+    "ack": Ack,
+    "heartbeat": Heartbeat,
+    "heartbeat_reply": HeartbeatReply,
+    "refused": Refused,
+    "goodbye": Goodbye,
+}
+
+KIND_OF: Final[dict[type, str]] = {cls: kind for kind, cls in KINDS.items()}
+
+
+def payload_bytes(message: Message) -> int:
+    """Bytes that follow this message as payload; 0 for most kinds."""
+    return getattr(message, "payload_bytes", 0)

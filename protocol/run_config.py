@@ -1,0 +1,294 @@
+"""What does the operator decide about a run? One TOML file, ``run.toml``, with units in the key names.
+
+``fedblocks init`` writes it with comments, ``fedblocks serve`` reads it; an unknown key is an error that names the
+nearest known one.
+Every key can be set on the command line as ``--set section.key=value``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from fedblocks.protocol.messages import DeltaFormat
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+S = TypeVar("S")
+
+Placement = Literal["thirds", "top", "interleaved"]
+
+
+class ConfigError(ValueError):
+    """A key or value that cannot be used (exit code 2); the text names it and what is expected."""
+
+    exit_code = 2
+
+
+def _key(default: Any, about: str) -> Any:
+    return field(default=default, metadata={"about": about})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSection:
+    """How long the run goes on."""
+
+    method: Literal["fedbe"] = _key("fedbe", "the method: expanded blocks, allocated by hardware, anchored to the base")
+    max_rounds: int = _key(100, "the run ends after this many rounds")
+    target_score: float = _key(0.0, "stop once the 3-round mean of the pooled validation score reaches this; 0: never")
+    seed: int = _key(1, "seeds data order and anchor shards; a run is repeatable given the same arrivals")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpansionSection:
+    """Where the trainable blocks stand."""
+
+    placement: Placement = _key("thirds", "thirds | top | interleaved (docs/methods.md)")
+    blocks: int = _key(3, "number of expanded blocks")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSection:
+    """The local training of one round (methods.md 5.4)."""
+
+    learning_rate: float = _key(3e-4, "AdamW; 3e-4 to 3e-3 is usual for expanded blocks")
+    round_decay: Literal["linear", "constant"] = _key("linear", "linear: lr·(1 - 0.9·round/max_rounds)")
+    steps: int = _key(16, "optimizer steps per client and round; slow clients get fewer")
+    batch_size: int = _key(8, "sequences per step")
+    anchor_batch_size: int = _key(4, "anchor sequences per step")
+    anchor_every: int = _key(1, "use the anchor in every n-th step, n times as strong")
+    weight_decay: float = _key(0.01, "on the output projections only: it pulls to the identity")
+    clip_norm: float = _key(1.0, "global gradient norm")
+    adam_beta1: float = _key(0.9, "AdamW")
+    adam_beta2: float = _key(0.99, "AdamW")
+    adam_eps: float = _key(1e-8, "AdamW")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSection:
+    """How every site turns its rows into tokens; sent to the sites (messages.DataFormat)."""
+
+    max_tokens: int = _key(512, "training examples are cut to this many tokens")
+    append_eos: bool = _key(True, "end each completion with the end-of-sequence token, as a target")
+    join: str = _key(" ", "stands between prompt and completion where neither brings white space of its own")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgettingSection:
+    """The forgetting budget and its controller (methods.md 5.3)."""
+
+    max_kl: float = _key(0.03, "nats per token of KL to the base model that the run may spend")
+    lambda_start: float = _key(1.0, "first weight of the anchor term")
+    lambda_max: float = _key(20.0, "largest weight of the anchor term")
+    eta: float = _key(0.25, "step of the controller")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaSection:
+    """How updates travel (methods.md 7)."""
+
+    format: DeltaFormat = _key("int8", "int8 | bf16 | fp32")
+    density: float = _key(
+        0.25, "share of the rows of each matrix that an int8 update sends; the rest waits on the client"
+    )
+    down_density: float = _key(0.25, "the same for the published state")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocationSection:
+    """Who trains what, and how long a round may last (methods.md 6)."""
+
+    deadline_s: float = _key(0.0, "seconds from assignment to upload; 0: computed from the measured speeds")
+    min_cohort: int = _key(1, "clients that must be present before a round opens")
+    quorum: float = _key(0.7, "share of the assigned clients whose update closes a round at its deadline")
+    rejoin_grace_s: float = _key(30.0, "one extension of a round that misses its quorum")
+    debt_weight: float = _key(1.0, "beta: how much a block that lags behind is preferred")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSection:
+    """Where the aggregator listens."""
+
+    bind: str = _key("tcp://*:5555", "ZeroMQ address that serve binds")
+    public_address: str = _key(
+        "tcp://127.0.0.1:5555", "address that goes into the site files; the name sites can reach"
+    )
+    heartbeat_interval_s: float = _key(5.0, "clients report this often")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """All sections of run.toml.
+
+    Raises:
+        ConfigError: a value is out of its range.
+    """
+
+    run: RunSection = field(default_factory=RunSection)
+    expansion: ExpansionSection = field(default_factory=ExpansionSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    data: DataSection = field(default_factory=DataSection)
+    forgetting: ForgettingSection = field(default_factory=ForgettingSection)
+    delta: DeltaSection = field(default_factory=DeltaSection)
+    allocation: AllocationSection = field(default_factory=AllocationSection)
+    server: ServerSection = field(default_factory=ServerSection)
+
+    def __post_init__(self) -> None:
+        for key in (
+            "run.max_rounds",
+            "expansion.blocks",
+            "training.steps",
+            "training.batch_size",
+            "training.anchor_every",
+            "data.max_tokens",
+            "allocation.min_cohort",
+        ):
+            self._require(key, self.value(key) >= 1, "at least 1")
+        for key in (
+            "training.learning_rate",
+            "training.clip_norm",
+            "training.adam_eps",
+            "forgetting.eta",
+            "allocation.rejoin_grace_s",
+            "server.heartbeat_interval_s",
+        ):
+            self._require(key, self.value(key) > 0, "a positive number")
+        for key in (
+            "run.target_score",
+            "training.weight_decay",
+            "training.anchor_batch_size",
+            "allocation.deadline_s",
+            "allocation.debt_weight",
+            "forgetting.lambda_start",
+        ):
+            self._require(key, self.value(key) >= 0, "0 or more")
+        for key in ("delta.density", "delta.down_density", "allocation.quorum"):
+            self._require(key, 0 < self.value(key) <= 1, "a number above 0 and at most 1")
+        for key in ("training.adam_beta1", "training.adam_beta2"):
+            self._require(key, 0 <= self.value(key) < 1, "a number of at least 0 and below 1")
+        self._require(
+            "forgetting.max_kl",
+            self.forgetting.max_kl > 0,
+            "a positive number (for no change at all use strength 0, or do not train)",
+        )
+        self._require(
+            "forgetting.lambda_max",
+            self.forgetting.lambda_max >= self.forgetting.lambda_start,
+            "at least forgetting.lambda_start",
+        )
+
+    def value(self, key: str) -> Any:
+        """The value of ``section.key``."""
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
+
+    def _require(self, key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ConfigError(f"{key} is {self.value(key)!r}, expected {expected}")
+
+
+def known_keys() -> list[str]:
+    """Every ``section.key``, in file order."""
+    return [f"{s.name}.{f.name}" for s in dataclasses.fields(RunConfig) for f in dataclasses.fields(_section(s.name))]
+
+
+def from_mapping(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """A config from parsed TOML and ``section.key=value`` overrides.
+
+    Raises:
+        ConfigError: an unknown section or key (names the nearest), or a value of the wrong type or range.
+    """
+    values: dict[str, Any] = {}
+    for section, content in sections.items():
+        if not isinstance(content, dict):
+            raise ConfigError(f"{section!r} stands outside a section; nearest key: {_nearest(section)}")
+        values.update({f"{section}.{key}": v for key, v in typing.cast("dict[str, Any]", content).items()})
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override!r}: expected section.key=value")
+        values[key.strip()] = _parse_scalar(text.strip())
+    known = set(known_keys())
+    sections_out: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(RunConfig)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"unknown key {key!r}; nearest key: {_nearest(key)}")
+        section, name = key.split(".")
+        hint = typing.get_type_hints(_section(section))[name]
+        sections_out[section][name] = _checked(key, hint, value)
+    return RunConfig(**{name: _section(name)(**content) for name, content in sections_out.items()})
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The config in ``path``.
+
+    Raises:
+        ConfigError: the file is missing, is no TOML, or holds a key or value that cannot be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} does not exist; make a run folder with: fedblocks init --model DIR --out RUN"
+        ) from error
+    try:
+        return from_mapping(tomllib.loads(text), overrides)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def to_toml(config: RunConfig) -> str:
+    """The config as commented TOML; ``load`` reads it back unchanged."""
+    lines: list[str] = [
+        "# A fedblocks run. Every key may also be given as: fedblocks serve RUN --set section.key=value"
+    ]
+    for section in dataclasses.fields(RunConfig):
+        part = getattr(config, section.name)
+        about = (type(part).__doc__ or "").strip()
+        lines += ["", f"# {about}", f"[{section.name}]"]
+        for f in dataclasses.fields(part):
+            lines.append(f"{f.name} = {json.dumps(getattr(part, f.name))}  # {f.metadata['about']}")
+    return "\n".join(lines) + "\n"
+
+
+def _section(name: str) -> type[Any]:
+    return typing.cast("type[Any]", typing.get_type_hints(RunConfig).get(name))
+
+
+def _nearest(key: str) -> str:
+    names = known_keys()
+    close = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+    tail = [n for n in names if n.split(".")[1] == key.split(".")[-1]]
+    return (tail or close)[0]
+
+
+def _parse_scalar(text: str) -> Any:
+    try:
+        return tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _checked(key: str, hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) is Literal:
+        options = typing.get_args(hint)
+        if value not in options:
+            raise ConfigError(f"{key} is {value!r}, expected one of {', '.join(options)}")
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key} is {value!r}, expected a value of type {hint.__name__}")
+    return value

@@ -1,0 +1,425 @@
+"""How does a tensor's change become bytes, and back? int8 codes with one scale a row, bf16, or fp32 (methods.md 7.1).
+
+The payload of a Delta is the concatenation of its tensors, blocks ascending, inside a block in the order of
+``ModelShape.block_tensors()``; its length follows from the headers before anything is allocated.
+A tensor is read as ``[R, C]``; a vector is one row.
+
+Layout of one tensor, all numbers little-endian, ``k`` = rows sent:
+
+======  =========================================================================================================
+int8    row bitmap, ``ceil(R/8)`` bytes, only for matrices at density < 1 (row ``r`` is bit ``r % 8`` of byte
+        ``r // 8``, least significant first; unused bits are 0); ``k`` scales fp32; ``k·C`` codes in -127..127
+bf16    ``2·R·C`` bytes, ``k = R``
+fp32    ``4·R·C`` bytes, ``k = R``
+======  =========================================================================================================
+
+Rows that carry nothing (all zero, or a scale that would be subnormal) are not sent.
+Where a bitmap names the rows they are simply absent from it.
+A vector has no bitmap: ``k`` is 1 or 0, and 0 takes no bytes.
+A matrix at density 1 has none either: ``k`` is ``R`` or, if no row carries anything, 0; beside rows that do, an empty
+row has the smallest scale 2^-126 and codes 0.
+So a tensor is always ``bitmap + k·(C + 4)`` bytes long, and an all-zero change is valid and sends no row.
+
+Only elementwise numpy operations are used, so that every IEEE machine decodes the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
+from fedblocks.protocol.messages import DeltaFormat, TensorHeader
+
+FloatArray = NDArray[np.float32]
+State = dict[int, dict[str, FloatArray]]
+"""Block id -> tensor name -> values in the tensor's own shape. A block or tensor that is missing is all zero."""
+
+#: The smallest normal fp32. A scale below it would lose bits, and bits that depend on how a machine treats subnormals.
+MIN_SCALE: Final = np.float32(2.0**-126)
+LARGEST_CODE: Final = 127
+#: Elements handled at once where a wider temporary is needed: 64 Ki fp64 values stay in the cache of a small core.
+CHUNK_ELEMENTS: Final = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedTensor:
+    """One tensor's bytes, and what they left out."""
+
+    rows_sent: int
+    payload: bytes
+    residual: FloatArray | None
+    """``x - xhat`` in the tensor's own shape; None for the dense formats, which leave nothing to a later round."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows that a payload holds of one tensor: row ``index[i]`` is ``float32(values[i]) · scales[i]``."""
+
+    index: NDArray[np.int64]  # (k,) ascending
+    scales: FloatArray  # (k,) ones for the dense formats
+    values: NDArray[np.int8] | FloatArray  # (k, C) a view on the payload where the machine allows it
+
+    def chunks(self) -> Iterator[Rows]:
+        """The same rows, at most ``CHUNK_ELEMENTS`` values (but at least one row) at a time."""
+        step = max(1, CHUNK_ELEMENTS // max(1, self.values.shape[1]))
+        for start in range(0, len(self.index), step):
+            part = slice(start, start + step)
+            yield Rows(index=self.index[part], scales=self.scales[part], values=self.values[part])
+
+    def decoded(self) -> FloatArray:
+        """xhat, ``(k, C)``: one fp32 multiplication per element."""
+        return self.values.astype(np.float32) * self.scales[:, None]
+
+    def largest_magnitude(self) -> float:
+        """A bound of |xhat|: ``127·s`` of the largest scale for int8, the largest value itself for the dense formats."""
+        if self.values.size == 0:
+            return 0.0
+        if self.values.dtype == np.int8:
+            return LARGEST_CODE * float(self.scales.max())
+        return float(max(self.values.max(), -self.values.min()))
+
+    def sum_of_squares(self) -> float:
+        """|xhat|^2 as sum of ``s_i^2 · sum(q^2)``: for int8 the inner sums are exact integers (methods.md 8.2)."""
+        parts: list[float] = []
+        for rows in self.chunks():
+            wide = rows.values.astype(np.int64 if rows.values.dtype == np.int8 else np.float64)
+            inner = np.square(wide).sum(axis=1).astype(np.float64)
+            parts.append(math.fsum((np.square(rows.scales.astype(np.float64)) * inner).tolist()))
+        return math.fsum(parts)
+
+
+def rows_kept(spec: TensorSpec, density: float) -> int:
+    """kr of methods.md 7.1: the largest number of rows that an int8 payload may hold of this tensor."""
+    rows, _ = spec.rows_cols
+    return rows if len(spec.shape) == 1 else math.ceil(density * rows)
+
+
+def _has_bitmap(spec: TensorSpec, density: float) -> bool:
+    return len(spec.shape) > 1 and density < 1
+
+
+def payload_length(spec: TensorSpec, rows_sent: int, *, format: DeltaFormat, density: float) -> int:  # noqa: A002
+    """Exact bytes of one tensor (methods.md 7.1).
+
+    Raises:
+        RemoteProtocolError: ``shape_mismatch`` if this tensor cannot have that many rows sent.
+    """
+    rows, cols = spec.rows_cols
+    if format != "int8":
+        if rows_sent != rows:
+            raise RemoteProtocolError(
+                f"{spec.name}: {rows_sent} rows announced, expected all {rows} in format {format}",
+                code="shape_mismatch",
+            )
+        return (2 if format == "bf16" else 4) * rows * cols
+    most = rows_kept(spec, density)
+    if _has_bitmap(spec, density):
+        if not 0 <= rows_sent <= most:
+            raise RemoteProtocolError(
+                f"{spec.name}: {rows_sent} rows announced, expected 0 to {most} of {rows} at density {density}",
+                code="shape_mismatch",
+            )
+        return rows_sent * (cols + 4) + (rows + 7) // 8
+    if rows_sent not in (0, rows):
+        raise RemoteProtocolError(
+            f"{spec.name}: {rows_sent} rows announced, expected 0 or all {rows}", code="shape_mismatch"
+        )
+    return rows_sent * (cols + 4)
+
+
+def encode_tensor(
+    delta: FloatArray,
+    residual: FloatArray | None,
+    *,
+    format: DeltaFormat,  # noqa: A002
+    density: float,
+    cap: float = math.inf,
+) -> EncodedTensor:
+    """The bytes of ``delta`` plus what earlier rounds left out (error feedback, methods.md 7.1).
+
+    Args:
+        delta: fp32 in the tensor's own shape; one dimension means a vector.
+        residual: what is still owed, in the same shape; None means nothing.
+        cap: ``3·lr·tau``, element-wise bound on the residual that is added; infinite on the server side.
+
+    Raises:
+        LocalProtocolError: the sum is not finite, or too large for the format.
+    """
+    x = np.array(delta, dtype=np.float32, order="C")
+    if residual is not None:
+        if residual.shape != x.shape:
+            raise LocalProtocolError(f"residual of shape {residual.shape} for a delta of shape {x.shape}")
+        x += np.clip(residual, np.float32(-cap), np.float32(cap))
+    if not math.isfinite(_largest(x)):
+        raise LocalProtocolError("a change to be sent holds a value that is not finite; nothing may be uploaded")
+    if format == "fp32":
+        return EncodedTensor(rows_sent=_num_rows(x), payload=x.astype("<f4", copy=False).tobytes(), residual=None)
+    if format == "bf16":
+        half = x.astype(ml_dtypes.bfloat16)
+        if not math.isfinite(_largest(half.astype(np.float32))):
+            raise LocalProtocolError(f"a change of {_largest(x)} is too large for bf16")
+        return EncodedTensor(rows_sent=_num_rows(x), payload=half.tobytes(), residual=None)
+    return _encode_int8(x, density)
+
+
+def _encode_int8(x: FloatArray, density: float) -> EncodedTensor:
+    spec = TensorSpec(name="", shape=x.shape)
+    num_rows, num_cols = spec.rows_cols
+    matrix = x.reshape(num_rows, num_cols)
+    # Negating the minimum instead of taking absolute values avoids a temporary of the tensor's size.
+    peak = np.maximum(matrix.max(axis=1), -matrix.min(axis=1))  # (R,)
+    scales = peak / np.float32(LARGEST_CODE)
+    if not np.isfinite(scales * np.float32(LARGEST_CODE)).all():
+        raise LocalProtocolError(f"a change of {peak.max()} is too large for int8 with a fp32 scale")
+    carries = scales >= MIN_SCALE
+    if _has_bitmap(spec, density):
+        # A stable sort on the negated energy puts the lower index first among equals.
+        order = np.argsort(-_row_energy(matrix), kind="stable")[: rows_kept(spec, density)]
+        index = np.sort(order[carries[order]])
+        bitmap = np.zeros(num_rows, dtype=np.bool_)
+        bitmap[index] = True
+        head = np.packbits(bitmap, bitorder="little").tobytes()
+    else:
+        index = np.arange(num_rows if carries.any() else 0)
+        head = b""
+    sent = np.where(carries, scales, MIN_SCALE)[index]
+    codes = np.empty((len(index), num_cols), dtype=np.int8)
+    step = max(1, CHUNK_ELEMENTS // num_cols)
+    for start in range(0, len(index), step):
+        rows = index[start : start + step]
+        quotient = np.rint(matrix[rows] / sent[start : start + step, None])
+        quotient[~carries[rows]] = 0
+        codes[start : start + step] = np.clip(quotient, -LARGEST_CODE, LARGEST_CODE)
+        # x turns into the residual row by row; rows that are not sent stay as they are.
+        matrix[rows] -= codes[start : start + step].astype(np.float32) * sent[start : start + step, None]
+    payload = head + sent.astype("<f4", copy=False).tobytes() + codes.tobytes()
+    return EncodedTensor(rows_sent=len(index), payload=payload, residual=matrix.reshape(x.shape))
+
+
+def _row_energy(matrix: FloatArray) -> NDArray[np.float64]:
+    energy = np.empty(len(matrix), dtype=np.float64)
+    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
+    for start in range(0, len(matrix), step):
+        energy[start : start + step] = np.square(matrix[start : start + step].astype(np.float64)).sum(axis=1)
+    return energy
+
+
+def _largest(values: FloatArray) -> float:
+    """The largest magnitude; NaN if there is one."""
+    return float(max(values.max(), -values.min())) if np.isfinite(values.min()) else math.nan
+
+
+def _num_rows(x: FloatArray) -> int:
+    return 1 if x.ndim == 1 else x.shape[0]
+
+
+def read_rows(
+    spec: TensorSpec,
+    rows_sent: int,
+    payload: memoryview,
+    *,
+    format: DeltaFormat,  # noqa: A002
+    density: float,
+) -> Rows:
+    """The rows in one tensor's bytes, checked completely.
+
+    Raises:
+        RemoteProtocolError: ``shape_mismatch`` (impossible number of rows), ``length_mismatch`` (other length than the
+            formula's; a bitmap that names other rows than announced), ``malformed`` (code -128, scale below 2^-126) or
+            ``non_finite``.
+    """
+    expected = payload_length(spec, rows_sent, format=format, density=density)
+    if len(payload) != expected:
+        raise RemoteProtocolError(
+            f"{spec.name}: {len(payload)} bytes, expected {expected} for {rows_sent} rows", code="length_mismatch"
+        )
+    num_rows, num_cols = spec.rows_cols
+    if format != "int8":
+        kind = np.dtype("<f4") if format == "fp32" else np.dtype(ml_dtypes.bfloat16)
+        dense = np.frombuffer(payload, dtype=kind).astype(np.float32, copy=False).reshape(num_rows, num_cols)
+        if not math.isfinite(_largest(dense)):
+            raise RemoteProtocolError(f"{spec.name}: a value is not finite", code="non_finite")
+        return Rows(index=np.arange(num_rows), scales=np.ones(num_rows, dtype=np.float32), values=dense)
+    index = np.arange(rows_sent)
+    offset = 0
+    if _has_bitmap(spec, density):
+        offset = (num_rows + 7) // 8
+        bits = np.unpackbits(np.frombuffer(payload[:offset], dtype=np.uint8), bitorder="little")
+        index = np.flatnonzero(bits)
+        if len(index) != rows_sent or (rows_sent and index[-1] >= num_rows):
+            raise RemoteProtocolError(
+                f"{spec.name}: the bitmap names {len(index)} rows, {rows_sent} of {num_rows} were announced",
+                code="length_mismatch",
+            )
+    scales = np.frombuffer(payload[offset : offset + 4 * rows_sent], dtype="<f4").astype(np.float32)
+    codes = np.frombuffer(payload[offset + 4 * rows_sent :], dtype=np.int8).reshape(rows_sent, num_cols)
+    if rows_sent:
+        if not math.isfinite(float(scales.max())) or not math.isfinite(float(scales.min())):
+            raise RemoteProtocolError(f"{spec.name}: a row scale is not finite", code="non_finite")
+        if LARGEST_CODE * float(scales.max()) > float(np.finfo(np.float32).max):
+            raise RemoteProtocolError(f"{spec.name}: a row scale of {scales.max()} overflows fp32", code="non_finite")
+        if scales.min() < MIN_SCALE:
+            raise RemoteProtocolError(f"{spec.name}: a row scale is {scales.min()}, expected at least {MIN_SCALE}")
+        if codes.min() < -LARGEST_CODE:
+            raise RemoteProtocolError(f"{spec.name}: a code is -128, expected -127 to 127")
+    return Rows(index=index, scales=scales, values=codes)
+
+
+def decode_tensor(
+    spec: TensorSpec,
+    rows_sent: int,
+    payload: memoryview,
+    *,
+    format: DeltaFormat,  # noqa: A002
+    density: float,
+) -> FloatArray:
+    """The values in one tensor's bytes, fp32 ``(R, C)``; rows that were not sent are 0.
+
+    Raises:
+        RemoteProtocolError: as :func:`read_rows`.
+    """
+    rows = read_rows(spec, rows_sent, payload, format=format, density=density)
+    decoded = np.zeros(spec.rows_cols, dtype=np.float32)
+    decoded[rows.index] = rows.decoded()
+    return decoded
+
+
+def check_tensor(
+    spec: TensorSpec,
+    rows_sent: int,
+    payload: memoryview,
+    *,
+    format: DeltaFormat,  # noqa: A002
+    density: float,
+    limit: float,
+) -> None:
+    """All checks of :func:`read_rows`, and that no value can exceed ``limit``; reads the scales, decodes nothing.
+
+    Raises:
+        RemoteProtocolError: as :func:`read_rows`, or ``over_norm``.
+    """
+    largest = read_rows(spec, rows_sent, payload, format=format, density=density).largest_magnitude()
+    if largest > limit:
+        raise RemoteProtocolError(
+            f"{spec.name}: a change of up to {largest:.3g} in one value, at most {limit:.3g} can come from this "
+            "assignment (8·lr·steps)",
+            code="over_norm",
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSlot:
+    """Where in a payload one tensor lies."""
+
+    block: int
+    spec: TensorSpec
+    rows_sent: int
+    offset: int
+    num_bytes: int
+
+    def of(self, payload: memoryview) -> memoryview:
+        """This tensor's bytes."""
+        return payload[self.offset : self.offset + self.num_bytes]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaLayout:
+    """All tensors of a payload in order."""
+
+    slots: tuple[TensorSlot, ...]
+    total_bytes: int
+
+
+def delta_layout(
+    headers: Sequence[TensorHeader],
+    *,
+    shape: ModelShape,
+    blocks: Sequence[int],
+    format: DeltaFormat,  # noqa: A002
+    density: float,
+) -> DeltaLayout:
+    """Where each tensor lies, from the headers alone: exactly the tensors of ``blocks``, in their order.
+
+    Raises:
+        RemoteProtocolError: ``malformed`` (out of order or twice), ``not_assigned`` (another block), ``incomplete`` (a
+            tensor of ``blocks`` is missing) or ``shape_mismatch`` (no such tensor, or not that many rows).
+    """
+    specs = {spec.name: (number, spec) for number, spec in enumerate(shape.block_tensors())}
+    places = [(h.block, specs[h.name][0]) for h in headers if h.name in specs]
+    if any(later <= earlier for earlier, later in zip(places, places[1:], strict=False)):
+        raise RemoteProtocolError("tensors are listed twice or out of order, expected blocks ascending, then by place")
+    for header in headers:
+        if header.block not in blocks:
+            raise RemoteProtocolError(
+                f"block {header.block} is not assigned, expected blocks {list(blocks)}", code="not_assigned"
+            )
+    missing = {(block, number) for block in blocks for number in range(len(specs))}.difference(places)
+    if missing:
+        block, number = min(missing)
+        name = shape.block_tensors()[number].name
+        raise RemoteProtocolError(f"block {block}: tensor {name} is missing", code="incomplete")
+    slots: list[TensorSlot] = []
+    offset = 0
+    for header in headers:
+        if header.name not in specs:
+            raise RemoteProtocolError(
+                f"block {header.block}: there is no tensor {header.name[:60]!r}", code="shape_mismatch"
+            )
+        spec = specs[header.name][1]
+        num_bytes = payload_length(spec, header.rows_sent, format=format, density=density)
+        slots.append(
+            TensorSlot(block=header.block, spec=spec, rows_sent=header.rows_sent, offset=offset, num_bytes=num_bytes)
+        )
+        offset += num_bytes
+    return DeltaLayout(slots=tuple(slots), total_bytes=offset)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedDelta:
+    """An update ready to be sent."""
+
+    headers: tuple[TensorHeader, ...]
+    parts: tuple[bytes, ...]
+    """One per header; the payload is their concatenation."""
+    residuals: State
+    """e' of methods.md 7.3, to be staged until the upload is accepted; empty for the dense formats."""
+
+
+def encode_delta(
+    shape: ModelShape,
+    blocks: Sequence[int],
+    deltas: Mapping[int, Mapping[str, FloatArray]],
+    residuals: Mapping[int, Mapping[str, FloatArray]],
+    *,
+    format: DeltaFormat,  # noqa: A002
+    density: float,
+    cap: float = math.inf,
+) -> EncodedDelta:
+    """All tensors of ``blocks`` (ascending) encoded in payload order. A residual that is missing is zero.
+
+    Raises:
+        LocalProtocolError: a delta has another shape than the model's, or a value that cannot be sent.
+    """
+    headers: list[TensorHeader] = []
+    parts: list[bytes] = []
+    rest: State = {}
+    for block in blocks:
+        for spec in shape.block_tensors():
+            delta = deltas[block][spec.name]
+            if delta.shape != spec.shape:
+                raise LocalProtocolError(f"block {block}: {spec.name} has shape {delta.shape}, expected {spec.shape}")
+            owed = residuals.get(block, {}).get(spec.name)
+            encoded = encode_tensor(delta, owed, format=format, density=density, cap=cap)
+            headers.append(TensorHeader(block=block, name=spec.name, rows_sent=encoded.rows_sent))
+            parts.append(encoded.payload)
+            if encoded.residual is not None:
+                rest.setdefault(block, {})[spec.name] = encoded.residual
+    return EncodedDelta(headers=tuple(headers), parts=tuple(parts), residuals=rest)
