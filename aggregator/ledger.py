@@ -146,6 +146,7 @@ class Ledger:
     """The tables, one method per thing that is written or asked."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
+        connection.row_factory = sqlite3.Row
         self._db = connection
         self._depth = 0
 
@@ -211,9 +212,7 @@ class Ledger:
 
     def shelved(self) -> frozenset[ClientKey]:
         """Clients that get no task because of their content refusals, until :meth:`let_back`."""
-        rows = self._db.execute(
-            "SELECT client_key FROM clients WHERE content_refusals >= ?", (MAX_CONTENT_REFUSALS,)
-        )
+        rows = self._db.execute("SELECT client_key FROM clients WHERE content_refusals >= ?", (MAX_CONTENT_REFUSALS,))
         return frozenset(ClientKey(key) for (key,) in rows)
 
     def let_back(self, key: ClientKey) -> None:
@@ -264,9 +263,7 @@ class Ledger:
         """From here on the accepted set is what it is: a later update counts in the next round."""
         with self.transaction():
             self._db.execute("UPDATE rounds SET phase = 'closing' WHERE round = ?", (round,))
-            self._db.execute(
-                "UPDATE assignments SET outcome = 'late' WHERE round = ? AND outcome = 'open'", (round,)
-            )
+            self._db.execute("UPDATE assignments SET outcome = 'late' WHERE round = ? AND outcome = 'open'", (round,))
 
     def commit_round(
         self,
@@ -298,25 +295,23 @@ class Ledger:
             )
 
     def last_round(self) -> StoredRound | None:
-        rows = self._rounds("ORDER BY round DESC LIMIT 1")
-        return rows[0] if rows else None
+        row = self._one("SELECT * FROM rounds ORDER BY round DESC LIMIT 1")
+        return None if row is None else _round(row)
 
     def rounds(self) -> list[StoredRound]:
-        return self._rounds("ORDER BY round")
+        return [_round(row) for row in self._db.execute("SELECT * FROM rounds ORDER BY round")]
 
     def get_round(self, round: int) -> StoredRound | None:  # noqa: A002
-        rows = self._rounds("WHERE round = ?", round)
-        return rows[0] if rows else None
+        row = self._one("SELECT * FROM rounds WHERE round = ?", round)
+        return None if row is None else _round(row)
 
     def assignments(self, round: int) -> list[StoredAssignment]:  # noqa: A002
         """All assignments of the round, by client key; a replaced one stands before its replacement."""
-        rows = self._db.execute(
-            f"SELECT {_ASSIGNMENT} FROM assignments WHERE round = ? ORDER BY client_key, reissued", (round,)
-        )
+        rows = self._db.execute("SELECT * FROM assignments WHERE round = ? ORDER BY client_key, reissued", (round,))
         return [_assignment(row) for row in rows]
 
     def assignment(self, attempt_id: AttemptId) -> StoredAssignment | None:
-        row = self._one(f"SELECT {_ASSIGNMENT} FROM assignments WHERE attempt_id = ?", attempt_id)
+        row = self._one("SELECT * FROM assignments WHERE attempt_id = ?", attempt_id)
         return None if row is None else _assignment(row)
 
     def set_outcome(self, attempt_id: AttemptId, outcome: str, detail: str = "") -> None:
@@ -328,8 +323,13 @@ class Ledger:
 
     # updates
 
-    def add_update(self, key: ClientKey, delta: Delta, *, folded_in: int, unix_s: float) -> None:
+    def add_update(
+        self, key: ClientKey, delta: Delta, *, measurements: Iterable[Measurement], folded_in: int, unix_s: float
+    ) -> None:
         """The update counts, exactly once: a second row of the same (key, round, attempt) raises.
+
+        Args:
+            measurements: those of ``delta.measurements`` that were asked for.
 
         Raises:
             sqlite3.IntegrityError: it is there already.
@@ -349,7 +349,7 @@ class Ledger:
                 ),
             )
             self.set_outcome(delta.attempt_id, "stored")
-            self._add_measurements(key, delta.attempt_id, delta.round, delta.measurements)
+            self._add_measurements(key, delta.attempt_id, delta.round, measurements)
 
     def stored_sha256(self, key: ClientKey, round: int, attempt_id: AttemptId) -> str | None:  # noqa: A002
         """Payload hash of the durable update of this triple, None if there is none."""
@@ -459,48 +459,38 @@ class Ledger:
     def _one(self, sql: str, *args: object) -> tuple[Any, ...] | None:
         return cast("tuple[Any, ...] | None", self._db.execute(sql, args).fetchone())
 
-    def _rounds(self, tail: str, *args: object) -> list[StoredRound]:
-        rows = self._db.execute(
-            "SELECT round, kind, phase, version, deadline_s, elapsed_s, extended, plan, opened_unix_s, closed_unix_s, "
-            f"settings, new_version, state_sha256, method_state, stop_reason, metrics FROM rounds {tail}",  # noqa: S608
-            args,
-        )
-        return [
-            StoredRound(
-                round=r[0],
-                kind=r[1],
-                phase=r[2],
-                version=r[3],
-                deadline_s=r[4],
-                elapsed_s=r[5],
-                extended=bool(r[6]),
-                plan=json.loads(r[7]),
-                opened_unix_s=r[8],
-                closed_unix_s=r[9],
-                settings=_loads(r[10]),
-                new_version=r[11],
-                state_sha256=r[12],
-                method_state=_loads(r[13]),
-                stop_reason=r[14],
-                metrics=_loads(r[15]),
-            )
-            for r in rows
-        ]
 
-
-_ASSIGNMENT: Final = "attempt_id, round, client_key, kind, message, outcome, detail, reissued"
-
-
-def _assignment(row: tuple[Any, ...]) -> StoredAssignment:
-    cls: type[Assignment] | type[Evaluate] = Assignment if row[3] == "train" else Evaluate
+def _assignment(row: Any) -> StoredAssignment:
+    cls: type[Assignment | Evaluate] = Assignment if row["kind"] == "train" else Evaluate
     return StoredAssignment(
-        attempt_id=AttemptId(row[0]),
-        round=row[1],
-        client_key=ClientKey(row[2]),
-        message=from_plain(cls, json.loads(row[4]), where="ledger.assignments"),
-        outcome=row[5],
-        detail=row[6],
-        reissued=bool(row[7]),
+        attempt_id=AttemptId(row["attempt_id"]),
+        round=row["round"],
+        client_key=ClientKey(row["client_key"]),
+        message=from_plain(cls, json.loads(row["message"]), where="ledger.assignments"),
+        outcome=row["outcome"],
+        detail=row["detail"],
+        reissued=bool(row["reissued"]),
+    )
+
+
+def _round(row: Any) -> StoredRound:
+    return StoredRound(
+        round=row["round"],
+        kind=row["kind"],
+        phase=row["phase"],
+        version=row["version"],
+        deadline_s=row["deadline_s"],
+        elapsed_s=row["elapsed_s"],
+        extended=bool(row["extended"]),
+        plan=json.loads(row["plan"]),
+        opened_unix_s=row["opened_unix_s"],
+        closed_unix_s=row["closed_unix_s"],
+        settings=_loads(row["settings"]),
+        new_version=row["new_version"],
+        state_sha256=row["state_sha256"],
+        method_state=_loads(row["method_state"]),
+        stop_reason=row["stop_reason"],
+        metrics=_loads(row["metrics"]),
     )
 
 

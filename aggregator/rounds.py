@@ -1,7 +1,7 @@
-"""When does a round open, whom does it wait for, and when does it close? ``handle(state, event, rules) -> (state, actions)``.
+"""When does a round open, whom does it wait for, and when does it close?
 
-Pure: no socket, file, thread or clock; time arrives as monotonic seconds inside the events, and the shell
-(``server.py``) carries the actions out and reports back with further events.
+``handle(state, event, rules) -> (state, actions)`` is pure: no socket, file, thread or clock. Time arrives as monotonic
+seconds inside the events; the shell (``server.py``) carries the actions out and reports back with further events.
 
     gathering --enough clients--> planning --RoundPlanned--> open --all in | deadline--> closing --RoundFolded--.
         ^            ^-------------PlanFailed----'                                                              |
@@ -300,7 +300,9 @@ def _apply(state: RoundsState, event: Event, rules: Rules) -> tuple[RoundsState,
 
 
 def _folded(state: RoundsState, event: RoundFolded) -> tuple[RoundsState, tuple[Action, ...]]:
-    late = {key: task.attempt_id for key, task in state.tasks.items() if task.kind == "train" and task.outcome == "open"}
+    late = {
+        key: task.attempt_id for key, task in state.tasks.items() if task.kind == "train" and task.outcome == "open"
+    }
     state = replace(
         _entering(state, "gathering"),
         round=state.round + 1,
@@ -318,9 +320,6 @@ def _folded(state: RoundsState, event: RoundFolded) -> tuple[RoundsState, tuple[
         return state, notes
     state = _entering(state, "concluding")
     return state, (*notes, MeasureFinal(clients=present_clients(state)))
-
-
-# --- the waiting rules, in the order in which they are tried -----------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,7 +342,7 @@ def _plan(state: RoundsState, rules: Rules) -> tuple[RoundsState, tuple[Action, 
     return _entering(state, "planning"), (PlanRound(round=state.round, clients=clients),)
 
 
-def _all_in(state: RoundsState, rules: Rules) -> bool:
+def _all_in(state: RoundsState, _rules: Rules) -> bool:
     return not any(task.outcome == "open" for task in state.tasks.values())
 
 
@@ -356,7 +355,7 @@ def _deadline_with_quorum(state: RoundsState, rules: Rules) -> bool:
     return state.elapsed_s >= state.deadline_s and _quorum(state, rules)
 
 
-def _deadline(state: RoundsState, rules: Rules) -> bool:
+def _deadline(state: RoundsState, _rules: Rules) -> bool:
     return state.elapsed_s >= state.deadline_s
 
 
@@ -364,7 +363,7 @@ def _deadline_first_time(state: RoundsState, rules: Rules) -> bool:
     return _deadline(state, rules) and not state.extended
 
 
-def _close(state: RoundsState, rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
+def _close(state: RoundsState, _rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
     return _entering(state, "closing"), (CloseRound(round=state.round),)
 
 
@@ -374,7 +373,7 @@ def _extend(state: RoundsState, rules: Rules) -> tuple[RoundsState, tuple[Action
     return state, (Note(text=f"{text}; waiting for {', '.join(_missing_names(state))}"),)
 
 
-def _finish(state: RoundsState, rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
+def _finish(state: RoundsState, _rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
     return _entering(state, "finished"), (FinishRun(),)
 
 
@@ -391,9 +390,6 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
 )
 
 EMPTY_ROUNDS_BEFORE_WARNING: Final = 3
-
-
-# --- what people and planners ask ---------------------------------------------------------------------------------------
 
 
 def present_clients(state: RoundsState) -> tuple[ClientKey, ...]:
@@ -441,9 +437,6 @@ def waiting_for(state: RoundsState, rules: Rules) -> str:
             return "the plan of the final measurement"
         case "finished":
             return "nothing: the run is finished"
-
-
-# --- small steps --------------------------------------------------------------------------------------------------------
 
 
 def _advanced(state: RoundsState, now_s: float, rules: Rules) -> RoundsState:

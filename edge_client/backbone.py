@@ -25,6 +25,7 @@ from torch import Tensor
 from fedblocks.edge_client.decoder_block import BlockWeights
 from fedblocks.kernels.ops import Nf4Weight, nf4_dequant, quantize_nf4
 from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.protocol.durable import write_durably
 
 FORMAT: Final = "fedblocks-nf4-1"
 
@@ -273,10 +274,10 @@ def _make(
         else:
             tensors[suffix] = tensor.contiguous()
     data = save(tensors)
-    _write_durably(_file(folder, layer), data)
+    write_durably(_file(folder, layer), data)
     meta["files"][str(layer)] = hashlib.sha256(data).hexdigest()
     meta["quantiser"] = name
-    _write_durably(folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
+    write_durably(folder / "meta.json", (json.dumps(meta, indent=1) + "\n").encode())
     return data
 
 
@@ -321,21 +322,6 @@ def _from_bitsandbytes_keys(tensors: Mapping[str, Tensor]) -> dict[str, Nf4Weigh
         elif name.endswith((".weight", ".bias")):
             read[name] = tensor
     return read
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    """tmp + fsync + rename + fsync of the folder."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with tmp.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextlib.contextmanager

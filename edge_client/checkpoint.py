@@ -113,7 +113,7 @@ class Checkpoint:
         for file, listed in _weight_files(path):
             found, marks[file] = _read_header(file)
             if listed is not None and listed != set(found):
-                odd = sorted(listed ^ set(found))[0]
+                odd = min(listed ^ set(found))
                 raise CheckpointError(
                     f"{path}: model.safetensors.index.json and {file.name} disagree about the tensor {odd!r}; "
                     "copy the checkpoint again"
@@ -136,12 +136,17 @@ class Checkpoint:
         head = {"lm_head.weight": expected["model.embed_tokens.weight"]}
         if not shape.tied_embeddings:
             expected |= head
-        for name, size in expected.items():
+        for name in expected:
             if name not in self.stored:
                 raise CheckpointError(
                     f"{self.folder}: a {shape.family} checkpoint has a tensor {name!r}, this has none"
                 )
         for name, tensor in self.stored.items():
+            if tensor.dtype not in TORCH_DTYPE:
+                raise CheckpointError(
+                    f"{self.folder}: tensor {name!r} is stored as {tensor.dtype}, expected one of "
+                    f"{', '.join(TORCH_DTYPE)}; use the full-precision checkpoint"
+                )
             if _COMPUTED.fullmatch(name):
                 continue
             size = expected.get(name) or head.get(name)  # a tied head may be stored once more
@@ -153,11 +158,6 @@ class Checkpoint:
             if tensor.shape != size:
                 raise CheckpointError(
                     f"{self.folder}: tensor {name!r} has shape {list(tensor.shape)}, config.json means {list(size)}"
-                )
-            if tensor.dtype not in TORCH_DTYPE:
-                raise CheckpointError(
-                    f"{self.folder}: tensor {name!r} is stored as {tensor.dtype}, expected one of "
-                    f"{', '.join(TORCH_DTYPE)}; use the full-precision checkpoint"
                 )
 
     @property
@@ -354,8 +354,8 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str] | None]]:
         pickled = [name for name in ("pytorch_model.bin", "pytorch_model.bin.index.json") if (folder / name).exists()]
         if pickled:
             raise CheckpointError(
-                f"{folder}: the weights are in {pickled[0]}, a pickle, which can run code when it is read; convert it on "
-                f"a machine where you trust it: AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+                f"{folder}: the weights are in {pickled[0]}, a pickle, which can run code when it is read; convert it "
+                f"on a machine where you trust it: AutoModelForCausalLM.from_pretrained({str(folder)!r})"
                 ".save_pretrained(NEW_FOLDER)"
             )
         raise CheckpointError(

@@ -98,9 +98,15 @@ class BlockWeights:
         return cls(**{name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()})
 
     @classmethod
-    def of(cls, shape: ModelShape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
+    def of(
+        cls,
+        shape: ModelShape,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> BlockWeights:
         """From tensors named by suffix; each is copied and cast."""
-        weights = cls.empty(shape, dtype)
+        weights = cls.empty(shape, dtype, device)
         for name, place in weights.named(shape).items():
             place.copy_(tensors[name])
         return weights
@@ -138,8 +144,8 @@ class BlockWeights:
         return replace(self, **{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
 
     def as_leaves(self) -> BlockWeights:
-        """The same tensors as leaf parameters that require a gradient."""
-        return replace(self, **{n: t.detach().requires_grad_(True) for n, t in self.tensors().items()})  # noqa: FBT003
+        """The same memory as leaf parameters that require a gradient."""
+        return replace(self, **{name: tensor.detach().requires_grad_() for name, tensor in self.tensors().items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,7 +212,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Mapping[str, LoraPair], names: Sequence[str]) -> Tensor:
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Mapping[str, LoraPair], names: Sequence[str]
+) -> Tensor:
     y = F.linear(x, weight, bias)
     if not pairs:
         return y
@@ -248,9 +256,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
 def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """Output projection, residual and the MLP half."""
     x = x + _linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
-    gate, up = _linear(
-        rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6]
-    ).chunk(2, dim=-1)
+    gate, up = _linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6]).chunk(
+        2, dim=-1
+    )
     return x + _linear(F.silu(gate) * up, w.down, w.down_bias, w.lora, LINEARS[6:])
 
 

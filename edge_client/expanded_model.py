@@ -9,9 +9,8 @@ Rows are right-padded. The hidden state "at cut c" is the residual stream that e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -139,10 +138,11 @@ class ExpandedModel:
 
     def load_state(self, state: State) -> None:
         """Sets every expanded block to its initial value plus its accumulated delta; ends any training."""
+        self._state = state
         self._replaced.clear()
         self._blocks.clear()
         for block_id in self.plan.block_ids if self.plan is not None else ():
-            self._blocks[block_id] = self._value(block_id, state.get(block_id, {}))
+            self._blocks[block_id] = self._value(block_id)
         self._place_blocks()
 
     def set_strength(self, strength: float) -> None:
@@ -150,13 +150,13 @@ class ExpandedModel:
         self._strength = strength
         self._place_blocks()
 
-    def _value(self, block_id: int, delta: Mapping[str, npt.NDArray[np.float32]]) -> BlockWeights:
+    def _value(self, block_id: int) -> BlockWeights:
+        """Initial value + accumulated delta, one fp32 addition each."""
         assert self.plan is not None
-        weights = BlockWeights.of(self.shape, initial_block(self.checkpoint, self.plan, block_id), torch.float32)
-        places = weights.named(self.shape)
-        for name, array in delta.items():
-            places[name].add_(torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)))
-        return weights.to(self.device)
+        initial = initial_block(self.checkpoint, self.plan, block_id)
+        for name, array in self._state.get(block_id, {}).items():
+            initial[name] += torch.tensor(array, dtype=torch.float32)
+        return BlockWeights.of(self.shape, initial, torch.float32, self.device)
 
     def _place_blocks(self) -> None:
         for position, entry in enumerate(self.stack):
@@ -234,7 +234,10 @@ class ExpandedModel:
         """Room for keys and values (rows, nkv, length, hd) of every position."""
         size = (rows, self.shape.num_kv_heads, length, self.shape.head_dim)
         return [
-            (torch.empty(size, dtype=self.dtype, device=self.device), torch.empty(size, dtype=self.dtype, device=self.device))
+            (
+                torch.empty(size, dtype=self.dtype, device=self.device),
+                torch.empty(size, dtype=self.dtype, device=self.device),
+            )
             for _ in self.stack
         ]
 
@@ -243,12 +246,16 @@ class ExpandedModel:
     def train_blocks(self, blocks: Sequence[int]) -> list[ParamGroup]:
         """Makes these expanded blocks leaf parameters; every other tensor stays frozen.
 
+        They train in place: from here to the next :meth:`load_state` the model is the local one.
+
         Raises:
             ValueError: the strength is not 1.
         """
         assert self.plan is not None
         if self._strength != 1.0:
-            raise ValueError(f"training at strength {self._strength}, expected 1: strength is for evaluation and export")
+            raise ValueError(
+                f"training at strength {self._strength}, expected 1: strength is for evaluation and export"
+            )
         self._place_blocks()
         groups: list[ParamGroup] = []
         for block_id in blocks:
@@ -268,20 +275,20 @@ class ExpandedModel:
                 weights = self._replaced.get(position)
                 if weights is None:
                     tensors = self.checkpoint.layer_tensors(entry.index)
-                    weights = BlockWeights.of(self.shape, tensors, torch.float32).to(self.device)
+                    weights = BlockWeights.of(self.shape, tensors, torch.float32, self.device)
                 leaves = weights.as_leaves()
                 self._replaced[position] = leaves
                 named = {f"model.layers.{entry.index}.{n}": t for n, t in leaves.named(self.shape).items()}
                 groups.append(_group(f"layer {entry.index}", leaves, named))
         if embeddings:
             tied = self._head is self._embedding
-            self._embedding = self._embedding.detach().float().clone().requires_grad_(True)  # noqa: FBT003
-            self._final_norm = self._final_norm.detach().float().clone().requires_grad_(True)  # noqa: FBT003
+            self._embedding = self._embedding.detach().float().clone().requires_grad_()
+            self._final_norm = self._final_norm.detach().float().clone().requires_grad_()
             named = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._final_norm}
             if tied:
                 self._head = self._embedding
             else:
-                self._head = self._head.detach().float().clone().requires_grad_(True)  # noqa: FBT003
+                self._head = self._head.detach().float().clone().requires_grad_()
                 named["lm_head.weight"] = self._head
             groups.append(ParamGroup(name="embeddings", tensors=tuple(named.values()), named=named))
         return groups
@@ -305,7 +312,7 @@ class ExpandedModel:
                 out, inner = specs[f"{linear}.weight"].shape
                 a = (torch.rand(rank, inner, generator=generator) * 2 - 1) / inner**0.5
                 b = torch.zeros(out, rank)
-                a, b = (t.to(self.device).requires_grad_(True) for t in (a, b))  # noqa: FBT003
+                a, b = (t.to(self.device).requires_grad_() for t in (a, b))
                 pairs[linear] = LoraPair(a, b, alpha / rank)
                 named[f"model.layers.{entry.index}.{linear}.lora_A"] = a
                 named[f"model.layers.{entry.index}.{linear}.lora_B"] = b
@@ -313,11 +320,14 @@ class ExpandedModel:
         return [ParamGroup(name="lora", tensors=tuple(named.values()), named=named)]
 
     def deltas(self, groups: Sequence[ParamGroup]) -> dict[int, dict[str, npt.NDArray[np.float32]]]:
-        """Trained value minus the value that training started from, of the groups of :meth:`train_blocks`."""
+        """Trained value minus the value that training started from, of the groups of :meth:`train_blocks`.
+
+        The start is derived again from the checkpoint and the state instead of being kept beside the weights.
+        """
         found: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
         for group in groups:
             block_id = int(group.name.removeprefix("block "))
-            start = self._blocks[block_id].named(self.shape)
+            start = self._value(block_id).named(self.shape)
             found[block_id] = {
                 name: (value.detach() - start[name]).float().cpu().numpy() for name, value in group.named.items()
             }
@@ -328,6 +338,3 @@ def _group(
     name: str, leaves: BlockWeights, named: Mapping[str, Tensor], decayed: tuple[Tensor, ...] = ()
 ) -> ParamGroup:
     return ParamGroup(name=name, tensors=tuple(leaves.tensors().values()), decayed=decayed, named=named)
-
-
-StackFactory = Callable[..., Any]

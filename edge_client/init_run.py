@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ def init_run(
         "base_name": model.resolve().name,
         "base_hash": content_hash,
         "tokenizer_hash": checkpoint.tokenizer_hash,
+        "created_unix_s": time.time(),
         "resources": to_plain(resources),
     }
     write_durably(out / "run.json", json.dumps(description, indent=2).encode())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,12 +88,12 @@ def keys_list(run: RunArgument, as_json: JsonFlag = False) -> None:
     """List the client keys of a run."""
     from fedblocks.aggregator.auth import Registry
 
-    entries = Registry(run).entries()
+    entries = Registry(run).list()
     if as_json:
-        typer.echo(json.dumps([{"name": e.name, "key": e.key, "state": e.state} for e in entries], indent=2))
+        typer.echo(json.dumps([{"name": e.name, "key": e.key, "standing": e.standing} for e in entries], indent=2))
         return
     for e in entries:
-        typer.echo(f"{e.name:24} {e.state:9} {e.key}")
+        typer.echo(f"{e.name:24} {e.standing:9} {e.key}")
 
 
 @keys_app.command(
@@ -106,7 +107,7 @@ def keys_enrol(
     """Let the holder of KEY take part under NAME. Works while the run is served."""
     from fedblocks.aggregator.auth import Registry
 
-    Registry(run).enrol(key, name)
+    Registry(run).enrol(key, name, now_unix_s=time.time())
     typer.echo(f"enrolled {name}")
 
 
@@ -115,7 +116,7 @@ def keys_revoke(run: RunArgument, name: Annotated[str, typer.Argument(help="name
     """Shut a client out, also on its live connection. Works while the run is served."""
     from fedblocks.aggregator.auth import Registry
 
-    Registry(run).revoke(name)
+    Registry(run).revoke(name, now_unix_s=time.time())
     typer.echo(f"revoked {name}")
 
 
@@ -127,10 +128,10 @@ def invite(
     overrides: SetOption = None,
 ) -> None:
     """Write the one file that a site needs. It holds no secret."""
-    from fedblocks.aggregator.run_folder import write_invitation
+    from fedblocks.aggregator.invitation import write_invitation
 
     path = out or Path(f"{name}.toml")
-    write_invitation(run, name=name, out=path, overrides=overrides or ())
+    write_invitation(run, name=name, out=path, overrides=tuple(overrides or ()))
     typer.echo(f"wrote {path}; on the site: fedblocks join {path.name} --data train.jsonl --model DIR")
 
 

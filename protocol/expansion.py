@@ -75,8 +75,9 @@ class Family:
     """The zero set: weight, and bias when present."""
     per_layer_fields: tuple[str, ...] = ("layer_types", "no_rope_layers", "mlp_layer_types")
     """Lists with one entry per layer; a block takes its source layer's entry."""
-    windows_by_layer: bool = False
-    """True if ``use_sliding_window`` and ``max_window_layers`` say which layers have a window."""
+    windows: Literal["none", "all layers", "by layer"] = "none"
+    """Who attends to a sliding window only: nobody; everybody where ``sliding_window`` is set; or the layers that
+    ``layer_types``, or ``use_sliding_window`` and ``max_window_layers``, say."""
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     mlp_bias: bool | str = False
@@ -91,14 +92,14 @@ FAMILIES: Final[dict[str, Family]] = {
     family.model_type: family
     for family in (
         Family(model_type="llama", qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
-        Family(model_type="mistral", default_kv_heads=8),
-        Family(model_type="qwen2", qkv_bias=True, windows_by_layer=True, default_kv_heads=32),
+        Family(model_type="mistral", windows="all layers", default_kv_heads=8),
+        Family(model_type="qwen2", qkv_bias=True, windows="by layer", default_kv_heads=32),
         Family(
             model_type="qwen3",
             qkv_bias="attention_bias",
             o_bias="attention_bias",
             qk_norm=True,
-            windows_by_layer=True,
+            windows="by layer",
             default_kv_heads=32,
             default_head_dim=128,
         ),
@@ -373,7 +374,8 @@ def _check_per_layer_fields(config: Mapping[str, Any], family: Family, num_layer
             if len(entries) != num_layers:
                 raise ExpansionError(
                     "E_EXPAND_PERLAYER_FIELD",
-                    f"{model}: {field} has {len(entries)} entries for {num_layers} layers; check config.json",
+                    f"{model}: {field} has {len(entries)} entries for {num_layers} layers; what works: a config.json "
+                    "with one entry per layer, or without this list",
                 )
         elif len(entries) == num_layers and field not in _NOT_PER_LAYER:
             raise ExpansionError(
@@ -401,15 +403,18 @@ def layer_types(config: Mapping[str, Any]) -> list[str] | None:
     if written is not None:
         return list(written)
     family = family_of(config)
-    if not family.windows_by_layer:
+    if family.windows != "by layer":
         return None
-    # The defaults are those of Qwen2Config and Qwen3Config in transformers.
-    windowed = bool(config.get("use_sliding_window", False)) and config.get("sliding_window", 4096) is not None
-    first_windowed = config.get("max_window_layers", 28)
+    windowed = bool(config.get("use_sliding_window", False)) and _window(config) is not None
+    first_windowed = config.get("max_window_layers", 28)  # the default of Qwen2Config and Qwen3Config
     return [
         "sliding_attention" if windowed and layer >= first_windowed else "full_attention"
         for layer in range(_size(config, family.depth_field))
     ]
+
+
+def _window(config: Mapping[str, Any]) -> int | None:
+    return config.get("sliding_window", 4096)  # the default of all classes in transformers that have the field
 
 
 def base_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -434,14 +439,17 @@ def base_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if rope["rope_type"] != "default":  # only the other types look at the trained length
         rope["max_position_embeddings"] = config.get("max_position_embeddings")
     types = layer_types(config)
-    windowed = types is None or "sliding_attention" in types
+    if types is None:
+        windowed = family_of(config).windows == "all layers"
+    else:
+        windowed = "sliding_attention" in types
     return {
         **dataclasses.asdict(shape_from_config(config)),
         "hidden_act": config.get("hidden_act", "silu"),
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "rope": {key: float(value) if type(value) is int else value for key, value in rope.items()},
         "layer_types": types,
-        "sliding_window": config.get("sliding_window") if windowed else None,
+        "sliding_window": _window(config) if windowed else None,
     }
 
 

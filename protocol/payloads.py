@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from fedblocks.protocol.durable import sync_folder
 from fedblocks.protocol.errors import LocalProtocolError
 
 Bytes = bytes | memoryview
@@ -127,11 +128,10 @@ class FileSink:
 
 def commit_file(part: Path, final: Path) -> None:
     """Makes a finished file durable under its final name: fsync, rename, fsync of the folder."""
-    for path, flags in ((part, os.O_RDONLY), (final.parent, os.O_RDONLY | os.O_DIRECTORY)):
-        fd = os.open(path, flags | os.O_CLOEXEC)
-        try:
-            if path is not part:
-                os.rename(part, final)
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    fd = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    part.replace(final)
+    sync_folder(final.parent)

@@ -12,6 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from fedblocks.protocol.codec import from_plain
+from fedblocks.protocol.errors import RemoteProtocolError
+from fedblocks.protocol.messages import DataFormat
 from fedblocks.protocol.run_config import ConfigError
 
 if sys.version_info >= (3, 11):
@@ -38,6 +41,7 @@ class SiteFile:
     run_id: str
     base_name: str
     base_hash: str
+    data: DataFormat
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.client_name):
@@ -60,7 +64,9 @@ def dump(site: SiteFile) -> str:
         "# It holds no secret; the site's own key is made on the site and never leaves it.",
         "[site]",
     ]
-    lines += [f"{f.name} = {json.dumps(getattr(site, f.name))}" for f in fields(site)]
+    lines += [f"{f.name} = {json.dumps(getattr(site, f.name))}" for f in fields(site) if f.name != "data"]
+    lines += ["", "# How the run turns rows into tokens; the same for every site.", "[data]"]
+    lines += [f"{f.name} = {json.dumps(getattr(site.data, f.name))}" for f in fields(site.data)]
     return "\n".join(lines) + "\n"
 
 
@@ -76,13 +82,9 @@ def load(path: Path) -> SiteFile:
         raise ConfigError(f"{path} does not exist; the operator makes it with: fedblocks invite RUN NAME") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    section = content.get("site")
-    known = {f.name for f in fields(SiteFile)}
-    if not isinstance(section, dict) or set(content) != {"site"}:
-        raise ConfigError(f"{path}: has the sections {sorted(content)}, expected [site] and nothing else")
-    if set(section) != known or not all(isinstance(v, str) for v in section.values()):
-        raise ConfigError(f"{path}: [site] has the keys {sorted(section)}, expected {sorted(known)}, all of them text")
+    if set(content) != {"site", "data"} or not isinstance(content["site"], dict):
+        raise ConfigError(f"{path}: has the sections {sorted(content)}, expected [site] and [data]")
     try:
-        return SiteFile(**section)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        return from_plain(SiteFile, {**content["site"], "data": content["data"]}, where="site file")
+    except (ConfigError, RemoteProtocolError) as error:
+        raise ConfigError(f"{path}: {error}; ask the operator for a new one") from error

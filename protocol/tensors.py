@@ -25,6 +25,7 @@ Only elementwise numpy operations are used, so that every IEEE machine decodes t
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ class Rows:
         return self.values.astype(np.float32) * self.scales[:, None]
 
     def largest_magnitude(self) -> float:
-        """A bound of |xhat|: ``127·s`` of the largest scale for int8, the largest value itself for the dense formats."""
+        """A bound of |xhat|: 127 times the largest scale for int8, the largest value itself for the dense formats."""
         if self.values.size == 0:
             return 0.0
         if self.values.dtype == np.int8:
@@ -106,7 +107,7 @@ def _has_bitmap(spec: TensorSpec, density: float) -> bool:
     return len(spec.shape) > 1 and density < 1
 
 
-def payload_length(spec: TensorSpec, rows_sent: int, *, format: DeltaFormat, density: float) -> int:  # noqa: A002
+def payload_length(spec: TensorSpec, rows_sent: int, *, format: DeltaFormat, density: float) -> int:
     """Exact bytes of one tensor (methods.md 7.1).
 
     Raises:
@@ -139,7 +140,7 @@ def encode_tensor(
     delta: FloatArray,
     residual: FloatArray | None,
     *,
-    format: DeltaFormat,  # noqa: A002
+    format: DeltaFormat,
     density: float,
     cap: float = math.inf,
 ) -> EncodedTensor:
@@ -177,7 +178,7 @@ def _encode_int8(x: FloatArray, density: float) -> EncodedTensor:
     # Negating the minimum instead of taking absolute values avoids a temporary of the tensor's size.
     peak = np.maximum(matrix.max(axis=1), -matrix.min(axis=1))  # (R,)
     scales = peak / np.float32(LARGEST_CODE)
-    if not np.isfinite(scales * np.float32(LARGEST_CODE)).all():
+    if _overflows(scales):
         raise LocalProtocolError(f"a change of {peak.max()} is too large for int8 with a fp32 scale")
     carries = scales >= MIN_SCALE
     if _has_bitmap(spec, density):
@@ -217,6 +218,11 @@ def _largest(values: FloatArray) -> float:
     return float(max(values.max(), -values.min())) if np.isfinite(values.min()) else math.nan
 
 
+def _overflows(scales: FloatArray) -> bool:
+    """True if the largest code times the largest scale is beyond fp32."""
+    return LARGEST_CODE * float(scales.max()) > float(np.finfo(np.float32).max)
+
+
 def _num_rows(x: FloatArray) -> int:
     return 1 if x.ndim == 1 else x.shape[0]
 
@@ -226,7 +232,7 @@ def read_rows(
     rows_sent: int,
     payload: memoryview,
     *,
-    format: DeltaFormat,  # noqa: A002
+    format: DeltaFormat,
     density: float,
 ) -> Rows:
     """The rows in one tensor's bytes, checked completely.
@@ -259,17 +265,26 @@ def read_rows(
                 f"{spec.name}: the bitmap names {len(index)} rows, {rows_sent} of {num_rows} were announced",
                 code="length_mismatch",
             )
-    scales = np.frombuffer(payload[offset : offset + 4 * rows_sent], dtype="<f4").astype(np.float32)
-    codes = np.frombuffer(payload[offset + 4 * rows_sent :], dtype=np.int8).reshape(rows_sent, num_cols)
-    if rows_sent:
-        if not math.isfinite(float(scales.max())) or not math.isfinite(float(scales.min())):
-            raise RemoteProtocolError(f"{spec.name}: a row scale is not finite", code="non_finite")
-        if LARGEST_CODE * float(scales.max()) > float(np.finfo(np.float32).max):
-            raise RemoteProtocolError(f"{spec.name}: a row scale of {scales.max()} overflows fp32", code="non_finite")
+    return rows_of(index, payload[offset:], num_cols, spec.name)
+
+
+def rows_of(index: NDArray[np.int64], data: memoryview, num_cols: int, name: str) -> Rows:
+    """The int8 rows ``index`` from ``k`` scales and ``k·C`` codes, ``data`` having exactly their length.
+
+    Raises:
+        RemoteProtocolError: ``non_finite`` or ``malformed`` for a scale or a code that no encoder makes.
+    """
+    scales = np.frombuffer(data[: 4 * len(index)], dtype="<f4").astype(np.float32)
+    codes = np.frombuffer(data[4 * len(index) :], dtype=np.int8).reshape(len(index), num_cols)
+    if len(index):
+        if not math.isfinite(_largest(scales)):
+            raise RemoteProtocolError(f"{name}: a row scale is not finite", code="non_finite")
+        if _overflows(scales):
+            raise RemoteProtocolError(f"{name}: a row scale of {scales.max()} overflows fp32", code="non_finite")
         if scales.min() < MIN_SCALE:
-            raise RemoteProtocolError(f"{spec.name}: a row scale is {scales.min()}, expected at least {MIN_SCALE}")
+            raise RemoteProtocolError(f"{name}: a row scale is {scales.min()}, expected at least {MIN_SCALE}")
         if codes.min() < -LARGEST_CODE:
-            raise RemoteProtocolError(f"{spec.name}: a code is -128, expected -127 to 127")
+            raise RemoteProtocolError(f"{name}: a code is -128, expected -127 to 127")
     return Rows(index=index, scales=scales, values=codes)
 
 
@@ -278,7 +293,7 @@ def decode_tensor(
     rows_sent: int,
     payload: memoryview,
     *,
-    format: DeltaFormat,  # noqa: A002
+    format: DeltaFormat,
     density: float,
 ) -> FloatArray:
     """The values in one tensor's bytes, fp32 ``(R, C)``; rows that were not sent are 0.
@@ -297,7 +312,7 @@ def check_tensor(
     rows_sent: int,
     payload: memoryview,
     *,
-    format: DeltaFormat,  # noqa: A002
+    format: DeltaFormat,
     density: float,
     limit: float,
 ) -> None:
@@ -343,7 +358,7 @@ def delta_layout(
     *,
     shape: ModelShape,
     blocks: Sequence[int],
-    format: DeltaFormat,  # noqa: A002
+    format: DeltaFormat,
     density: float,
 ) -> DeltaLayout:
     """Where each tensor lies, from the headers alone: exactly the tensors of ``blocks``, in their order.
@@ -354,7 +369,7 @@ def delta_layout(
     """
     specs = {spec.name: (number, spec) for number, spec in enumerate(shape.block_tensors())}
     places = [(h.block, specs[h.name][0]) for h in headers if h.name in specs]
-    if any(later <= earlier for earlier, later in zip(places, places[1:], strict=False)):
+    if any(later <= earlier for earlier, later in itertools.pairwise(places)):
         raise RemoteProtocolError("tensors are listed twice or out of order, expected blocks ascending, then by place")
     for header in headers:
         if header.block not in blocks:
@@ -399,7 +414,7 @@ def encode_delta(
     deltas: Mapping[int, Mapping[str, FloatArray]],
     residuals: Mapping[int, Mapping[str, FloatArray]],
     *,
-    format: DeltaFormat,  # noqa: A002
+    format: DeltaFormat,
     density: float,
     cap: float = math.inf,
 ) -> EncodedDelta:

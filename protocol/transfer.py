@@ -295,6 +295,8 @@ class Connection:
         self._announced: dict[int, Message] = {}
         self._incoming: dict[int, IncomingTransfer] = {}
         self._last_incoming = 0
+        self._late_chunks = 0
+        """Chunks of refused payloads that had credit and may still be under way."""
 
     def send(self, message: Message, payload: Source | None = None) -> None:
         """Queues a message; a kind with a payload needs its source.
@@ -396,6 +398,7 @@ class Connection:
         incoming = self._incoming.pop(transfer, None)
         if incoming is not None:
             incoming.sink.discard()
+            self._late_chunks += incoming.in_flight
         self._queue(Outbound(frames=codec.encode(refused, transfer=transfer), kind="refused", message=refused))
 
     @property
@@ -481,17 +484,18 @@ class Connection:
         outgoing = self._outgoing.get(credit.transfer)
         if outgoing is not None:
             outgoing.grant(credit.chunks)
-        elif not 0 < credit.transfer <= self._last_outgoing:
-            raise RemoteProtocolError(f"credit for transfer {credit.transfer}, which was never announced")
+        else:
+            raise RemoteProtocolError(f"credit for transfer {credit.transfer}, which is not under way")
 
     def _receive_chunk(self, chunk: Chunk, data: Bytes) -> list[ConnectionEvent]:
         if chunk.transfer in self._incoming:
             return self._advance(chunk.transfer, lambda incoming: incoming.receive(chunk, data))
         if chunk.transfer in self._announced:
             return [self._fail(chunk.transfer, "malformed", "a chunk came before its payload was accepted")]
-        if not 0 < chunk.transfer <= self._last_incoming:
-            raise RemoteProtocolError(f"chunk of transfer {chunk.transfer}, which was never announced")
-        return []  # of a payload that was refused while this chunk was under way
+        if self._late_chunks < 1:
+            raise RemoteProtocolError(f"chunk of transfer {chunk.transfer}, which is not under way")
+        self._late_chunks -= 1
+        return []
 
     def _advance(self, transfer: int, step: Callable[[IncomingTransfer], None]) -> list[ConnectionEvent]:
         incoming = self._incoming[transfer]

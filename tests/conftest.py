@@ -37,7 +37,7 @@ ARCHITECTURES: Final = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_checkpoint() -> Callable[..., Path]:
     """The factory :func:`write_tiny_checkpoint`."""
     return write_tiny_checkpoint

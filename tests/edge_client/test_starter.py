@@ -198,7 +198,10 @@ def test_prompt_and_completion_tokens_concatenate_to_those_of_the_text(tokenizer
 
 
 def test_tokenizer_puts_bos_in_front_once_and_knows_its_special_tokens(tokenizer):
-    assert tokenizer("copy a :")["input_ids"][0] == tokenizer.bos_token_id
+    encoded = tokenizer("copy a :")
+    assert set(encoded) == {"input_ids", "attention_mask"}
+    assert encoded["input_ids"].count(tokenizer.bos_token_id) == 1
+    assert encoded["input_ids"][0] == tokenizer.bos_token_id
     assert [tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token] == [
         sk.UNK, sk.BOS, sk.EOS, sk.PAD,
     ]  # fmt: skip

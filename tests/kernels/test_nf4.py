@@ -27,14 +27,18 @@ def a_weight(n, k, seed=0, dtype=torch.float32):
 def from_bitsandbytes(weight):
     """Theirs as our type, with their own state object."""
     packed, state = bitsandbytes().functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-    return packed, state, ops.Nf4Weight(
-        packed=packed.reshape(-1),
-        absmax=state.absmax,
-        nested_code=state.state2.code,
-        nested_absmax=state.state2.absmax,
-        offset=state.offset.item(),
-        code=state.code,
-        shape=tuple(weight.shape),
+    return (
+        packed,
+        state,
+        ops.Nf4Weight(
+            packed=packed.reshape(-1),
+            absmax=state.absmax,
+            nested_code=state.state2.code,
+            nested_absmax=state.state2.absmax,
+            offset=state.offset.item(),
+            code=state.code,
+            shape=tuple(weight.shape),
+        ),
     )
 
 

@@ -1,0 +1,221 @@
+"""What does a round change? The coverage-weighted sum of its accepted updates, block by block (methods.md 8.2).
+
+``fold`` is a function of the *set* of updates: it goes through them in ascending client key, accumulates in fp64 with
+one multiplication and one addition per value, takes its scalars from ``math.fsum``, and rounds once at the end.
+Neither the order of arrival nor a restart can change a bit.
+It holds one tensor's accumulator and one tensor of one update at a time, however many clients there are.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.protocol.messages import AttemptId, ClientKey, Delta, DeltaFormat, TensorHeader
+from fedblocks.protocol.tensors import FloatArray, Rows, State, TensorSlot, delta_layout, read_rows
+
+STALENESS_DISCOUNT: Final = 0.6  # rho_s
+MAX_STALENESS: Final = 1
+#: No client counts for more than this many times the median number of examples.
+WEIGHT_CAP: Final = 10
+#: Bounds of nova, the correction for unequal numbers of steps (FedNova, 2007.07481; the bounds are ours).
+NOVA_MIN, NOVA_MAX = 0.5, 2.0
+#: An update whose norm is above this many times the median is scaled down to it.
+NORM_CLIP: Final = 3.0
+NORM_ROUNDS: Final = 5
+#: A block trained by less than this share of the weight moves by less than its mean update.
+FULL_COVERAGE: Final = 0.25
+
+NormHistory = Mapping[int, tuple[tuple[float, ...], ...]]
+"""Block id -> the norms N_k of its updates in each of the last rounds in which it was trained, oldest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptedUpdate:
+    """One admitted update: its announcement, and how to read its bytes."""
+
+    client: ClientKey
+    attempt_id: AttemptId
+    num_examples: int
+    steps: int
+    staleness: int
+    """Published version at the fold minus the version that the update started from."""
+    format: DeltaFormat
+    density: float
+    tensors: tuple[TensorHeader, ...]
+    read_payload: Callable[[], memoryview]
+    """The spooled bytes; called once or twice per block, so it should map the file instead of reading it."""
+
+    @classmethod
+    def of(
+        cls, client: ClientKey, delta: Delta, *, version: int, read_payload: Callable[[], memoryview]
+    ) -> AcceptedUpdate:
+        """The update announced by ``delta``, folded into published ``version``."""
+        return cls(
+            client=client,
+            attempt_id=delta.attempt_id,
+            num_examples=delta.num_examples,
+            steps=delta.steps,
+            staleness=version - delta.version,
+            format=delta.format,
+            density=delta.density,
+            tensors=delta.tensors,
+            read_payload=read_payload,
+        )
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that it trained, ascending."""
+        return tuple(sorted({header.block for header in self.tensors}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clipped:
+    """An update's block that was scaled down, and by how much."""
+
+    client: ClientKey
+    block: int
+    factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldResult:
+    """What the round's updates amount to."""
+
+    aggregate: State
+    """Only the blocks that somebody trained; the others stay untouched."""
+    coverage: Mapping[int, float]
+    """Share of the accepted weight that trained each block of ``aggregate``; a missing block has none."""
+    history: NormHistory
+    """To be handed to the next fold."""
+    weights: Mapping[ClientKey, float]
+    """w_k; the sum, where two updates of one client were folded."""
+    clipped: tuple[Clipped, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Member:
+    """One update's part in one block."""
+
+    update: AcceptedUpdate
+    weight: float
+    slots: Mapping[TensorSpec, TensorSlot]
+
+    def rows(self, payload: memoryview, spec: TensorSpec) -> Rows:
+        slot = self.slots[spec]
+        return read_rows(spec, slot.rows_sent, slot.of(payload), format=self.update.format, density=self.update.density)
+
+
+def map_payload(path: Path) -> memoryview:
+    """A spooled payload as a mapping of its file: pages are read when touched and cost no memory of the process."""
+    with path.open("rb") as file:
+        if path.stat().st_size == 0:  # an empty file cannot be mapped
+            return memoryview(b"")
+        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def fold(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, history: NormHistory | None = None) -> FoldResult:
+    """The weighted mean update of every block that somebody trained.
+
+    Args:
+        updates: in any order; a repeated (client, attempt) counts once. None at all gives an empty aggregate.
+        history: the norms of earlier rounds, as returned by the last fold.
+
+    Raises:
+        RemoteProtocolError: a spooled payload is not what was admitted.
+    """
+    unique = {(update.client, update.attempt_id): update for update in updates}
+    ordered = [unique[key] for key in sorted(unique)]
+    weights = _weights(ordered)
+    accepted_weight = math.fsum(weights)
+    members: dict[int, list[_Member]] = {}
+    for update, weight in zip(ordered, weights, strict=True):
+        layout = delta_layout(
+            update.tensors, shape=shape, blocks=update.blocks, format=update.format, density=update.density
+        )
+        for block in update.blocks:
+            slots = {slot.spec: slot for slot in layout.slots if slot.block == block}
+            members.setdefault(block, []).append(_Member(update=update, weight=weight, slots=slots))
+    norms = dict(history or {})
+    aggregate: State = {}
+    coverage: dict[int, float] = {}
+    clipped: list[Clipped] = []
+    for block in sorted(members):
+        trained = members[block]
+        novas = _step_corrections(trained)
+        found = [_norm(member, nova, shape) for member, nova in zip(trained, novas, strict=True)]
+        clips = _clips(found, norms.get(block, ()))
+        norms[block] = (*norms.get(block, ()), tuple(found))[-NORM_ROUNDS:]
+        clipped += [
+            Clipped(client=member.update.client, block=block, factor=clip)
+            for member, clip in zip(trained, clips, strict=True)
+            if clip < 1
+        ]
+        factors = [m.weight * nova * clip for m, nova, clip in zip(trained, novas, clips, strict=True)]
+        block_weight = math.fsum(m.weight for m in trained)
+        coverage[block] = block_weight / accepted_weight
+        damping = min(1.0, coverage[block] / FULL_COVERAGE)
+        aggregate[block] = {
+            spec.name: _mean(trained, factors, spec, damping=damping, weight=block_weight)
+            for spec in shape.block_tensors()
+        }
+    by_client: dict[ClientKey, float] = {}
+    for update, weight in zip(ordered, weights, strict=True):
+        by_client[update.client] = by_client.get(update.client, 0.0) + weight
+    return FoldResult(aggregate=aggregate, coverage=coverage, history=norms, weights=by_client, clipped=tuple(clipped))
+
+
+def _weights(updates: Sequence[AcceptedUpdate]) -> list[float]:
+    """w_k = min(n_k, 10·median n)·0.6^staleness."""
+    if not updates:
+        return []
+    most = WEIGHT_CAP * statistics.median(update.num_examples for update in updates)
+    return [min(u.num_examples, most) * STALENESS_DISCOUNT**u.staleness for u in updates]
+
+
+def _step_corrections(members: Sequence[_Member]) -> list[float]:
+    """nova_k = clip(tbar / tau_k, 0.5, 2): who took more steps than the mean counts less per step."""
+    mean_steps = math.fsum(m.weight * m.update.steps for m in members) / math.fsum(m.weight for m in members)
+    return [min(NOVA_MAX, max(NOVA_MIN, mean_steps / m.update.steps)) for m in members]
+
+
+def _norm(member: _Member, nova: float, shape: ModelShape) -> float:
+    """N_k = |xhat|·nova / sqrt(number of parameters)."""
+    payload = member.update.read_payload()
+    squares = [member.rows(payload, spec).sum_of_squares() for spec in shape.block_tensors()]
+    return math.sqrt(math.fsum(squares)) * nova / math.sqrt(shape.block_parameters)
+
+
+def _clips(norms: Sequence[float], earlier: Sequence[Sequence[float]]) -> list[float]:
+    """min(1, 3·med / N_k); med over this round from three updates on, else over the last rounds, else unbounded.
+
+    Updates that change nothing have no say in the median: two idle clients would otherwise silence a third.
+    """
+    pool = list(norms) if len(norms) >= 3 else [norm for one_round in earlier for norm in one_round]
+    positive = [norm for norm in pool if norm > 0]
+    if not positive:
+        return [1.0] * len(norms)
+    most = NORM_CLIP * statistics.median(positive)
+    return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
+
+
+def _mean(
+    members: Sequence[_Member], factors: Sequence[float], spec: TensorSpec, *, damping: float, weight: float
+) -> FloatArray:
+    """damp·num/den of one tensor: den counts all who trained it, whether or not they sent a row (methods.md 8.2)."""
+    numerator = np.zeros(spec.rows_cols, dtype=np.float64)  # (R, C)
+    for member, factor in zip(members, factors, strict=True):
+        for rows in member.rows(member.update.read_payload(), spec).chunks():
+            coefficients = rows.scales.astype(np.float64) * factor  # (k,)
+            numerator[rows.index] += rows.values * coefficients[:, None]
+    numerator *= damping
+    numerator /= weight
+    return numerator.astype(np.float32).reshape(spec.shape)

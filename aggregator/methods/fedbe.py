@@ -1,0 +1,338 @@
+"""What does a round of the method ``fedbe`` consist of? Plan, aggregate, publish, and the rules between rounds.
+
+Expanded blocks are allocated by hardware and need (``allocation.py``), folded by coverage (``aggregation.py``,
+methods.md 8.2) and published as int8 steps (7.2).
+Between rounds: the weight of the anchor term by dual ascent (5.3), the learning rate's decay and warm-up (5.4), who
+measures what (9), and when the run stops (9).
+
+Everything here is a pure function of its arguments; :class:`MethodState` is all that is carried from round to round,
+and it is written to the ledger with each round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from fedblocks.aggregator import aggregation
+from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
+from fedblocks.aggregator.registry import KnownClient
+from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.protocol import state as states
+from fedblocks.protocol.messages import ClientKey, DeltaFormat, Measure, Measurement
+from fedblocks.protocol.run_config import ForgettingSection, RunConfig
+from fedblocks.protocol.state import Publication
+from fedblocks.protocol.tensors import State
+
+StopReason = Literal["max_rounds", "target_score", "no_improvement", "diverged"]
+
+#: The controller aims below the budget: room for the standard error used at export (methods.md 5.3).
+SET_POINT: Final = 0.9
+#: Until KL has once come so near to the set point, lambda stays where it started.
+ARMING_SHARE: Final = 0.8
+MEDIAN_FROM: Final = 3
+LAST_ROUND_SHARE: Final = 0.1
+#: Warm-up of a block that nobody has trained yet, and of all others (methods.md 5.4).
+WARMUP_NEW, WARMUP_KNOWN = 8, 2
+SEEN_DECAY: Final = 0.95
+EVALUATING_SHARE: Final = 0.25
+MIN_EVALUATING: Final = 2
+SCORE_WINDOW: Final = 3
+PATIENCE_ROUNDS: Final = 10
+#: A smaller fall of the pooled NLL per token is no improvement (the figure of methods.md 9 for growth).
+NLL_IMPROVEMENT: Final = 0.005
+DIVERGED_FACTOR: Final = 3.0
+DIVERGED_ROUNDS: Final = 5
+BEST_KL_FACTOR: Final = 1.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenBlock:
+    """Accepted examples that trained a block, decayed by 0.95 a round; its lag behind the others is its debt."""
+
+    block: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockNorms:
+    """Norms of a block's updates in its last rounds, for clipping."""
+
+    block: int
+    rounds: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooled:
+    """What the clients measured of one published version, all sums added up."""
+
+    version: int
+    kl: float | None
+    """Median over the clients of their mean KL, nats per token (mean below three clients)."""
+    accuracy: float | None
+    nll: float | None
+    """Of the validation parts, nats per target token."""
+    general_accuracy: float | None
+    general_nll: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodState:
+    """All that the method carries from one round to the next; constant in size."""
+
+    anchor_weight: float
+    """lambda."""
+    armed: bool = False
+    deadline_s: float = 0.0
+    """The last computed one; it changes slowly (methods.md 6.5)."""
+    seen: tuple[SeenBlock, ...] = ()
+    norms: tuple[BlockNorms, ...] = ()
+    base_general_accuracy: float | None = None
+    """On the general validation file at version 0."""
+    base_general_nll: float | None = None
+    recent: tuple[Pooled, ...] = ()
+    """The newest rounds with a score, at most three."""
+    best_accuracy: float | None = None
+    """Best mean of three."""
+    best_nll: float | None = None
+    best_version: int = 0
+    """Best score with KL within 1.5 budgets; what a diverged run falls back to."""
+    best_version_score: float | None = None
+    rounds_since_best: int = 0
+    diverged_rounds: int = 0
+
+
+def initial_state(config: RunConfig) -> MethodState:
+    """Before the first round. An infinite budget means no anchor at all."""
+    unlimited = math.isinf(config.forgetting.max_kl)
+    return MethodState(anchor_weight=0.0 if unlimited else config.forgetting.lambda_start)
+
+
+def next_anchor_weight(
+    anchor_weight: float, armed: bool, kl: float | None, forgetting: ForgettingSection
+) -> tuple[float, bool]:
+    """lambda and ``armed`` after a round in which the global model's KL was measured as ``kl`` (methods.md 5.3)."""
+    if kl is None or math.isinf(forgetting.max_kl):
+        return anchor_weight, armed
+    r = kl / (SET_POINT * forgetting.max_kl)
+    if not armed and r < ARMING_SHARE:
+        return anchor_weight, False
+    moved = anchor_weight + forgetting.eta * min(2.0, max(-1.0, r - 1.0))
+    return min(forgetting.lambda_max, max(0.0, moved)), True
+
+
+def learning_rate(config: RunConfig, round: int) -> float:  # noqa: A002 - the project's word
+    """The round's learning rate: lr·(1 - 0.9·round/max_rounds), or constant (methods.md 5.4)."""
+    if config.training.round_decay == "constant":
+        return config.training.learning_rate
+    return config.training.learning_rate * (1.0 - (1.0 - LAST_ROUND_SHARE) * round / config.run.max_rounds)
+
+
+def warmup_steps(steps: int, blocks: Iterable[int], seen: Iterable[SeenBlock]) -> int:
+    """Longer where one of the blocks has never been trained by anybody (methods.md 5.4)."""
+    trained = {s.block for s in seen}
+    longest = WARMUP_KNOWN if set(blocks) <= trained else WARMUP_NEW
+    return max(1, min(longest, steps // 2))
+
+
+def draw(*parts: object) -> int:
+    """A number below 2^31 that depends on the parts only: the same on every machine and after every restart."""
+    digest = hashlib.sha256("/".join(str(p) for p in parts).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+def measures(
+    trainers: Sequence[KnownClient],
+    evaluators: Sequence[KnownClient],
+    *,
+    round: int,  # noqa: A002
+    seed: int,
+) -> dict[ClientKey, tuple[Measure, ...]]:
+    """What each client of the cohort measures of the global model before it trains (methods.md 5.3, 9).
+
+    All of them the KL to the base; a quarter of them, at least two, their validation part, those first that have not
+    for longest; one of those that hold the general file that one, unless clients with the role evaluate do.
+    Clients with the role evaluate measure all they can.
+    """
+
+    def turn(last_round: int, client: KnownClient) -> tuple[int, int]:
+        return last_round, draw(seed, round, client.key)
+
+    wanted = max(MIN_EVALUATING, math.ceil(EVALUATING_SHARE * len(trainers)))
+    validating = {c.key for c in sorted(trainers, key=lambda c: turn(c.last_validation_round, c))[: max(0, wanted)]}
+    general: set[ClientKey] = set()
+    if not any(c.can_evaluate_general for c in evaluators):
+        able = sorted((c for c in trainers if c.can_evaluate_general), key=lambda c: turn(c.last_general_round, c))
+        general = {c.key for c in able[:1]}
+    chosen: dict[ClientKey, tuple[Measure, ...]] = {}
+    for client in trainers:
+        chosen[client.key] = _measures(client.key in validating, client.key in general)
+    for client in evaluators:
+        chosen[client.key] = _measures(True, client.can_evaluate_general)
+    return chosen
+
+
+def final_measures(client: KnownClient) -> tuple[Measure, ...]:
+    """What a client measures of the final state: everything it can."""
+    return _measures(True, client.can_evaluate_general)
+
+
+def _measures(validation: bool, general: bool) -> tuple[Measure, ...]:
+    found: list[Measure] = ["anchor"]
+    if validation:
+        found.append("validation")
+    if general:
+        found.append("general")
+    return tuple(found)
+
+
+def pool(measured: Iterable[tuple[ClientKey, Measurement]], *, version: int) -> Pooled:
+    """The reports about ``version`` as one; those about other versions are left out."""
+    of = [(key, m) for key, m in measured if m.version == version]
+    kls = [m.kl_sum / m.num_tokens for _, m in of if m.measure == "anchor" and m.num_tokens > 0]
+    accuracy, nll = _accuracy_and_nll([m for _, m in of if m.measure == "validation"])
+    general_accuracy, general_nll = _accuracy_and_nll([m for _, m in of if m.measure == "general"])
+    kl = None
+    if kls:
+        kl = statistics.median(kls) if len(kls) >= MEDIAN_FROM else statistics.fmean(kls)
+    return Pooled(
+        version=version,
+        kl=kl,
+        accuracy=accuracy,
+        nll=nll,
+        general_accuracy=general_accuracy,
+        general_nll=general_nll,
+    )
+
+
+def _accuracy_and_nll(reports: Sequence[Measurement]) -> tuple[float | None, float | None]:
+    num_items = sum(m.num_items for m in reports)
+    num_tokens = sum(m.num_tokens for m in reports)
+    return (
+        sum(m.num_correct for m in reports) / num_items if num_items else None,
+        math.fsum(m.nll_sum for m in reports) / num_tokens if num_tokens else None,
+    )
+
+
+def retention(pooled: Pooled, state: MethodState) -> float | None:
+    """How much of the base's ability on the general file is left: the ratio of accuracies, or of perplexities.
+
+    None until both this version and version 0 were measured.
+    """
+    base_accuracy, base_nll = state.base_general_accuracy, state.base_general_nll
+    if pooled.general_accuracy is not None and base_accuracy:
+        return pooled.general_accuracy / base_accuracy
+    if pooled.general_nll is not None and base_nll is not None and base_accuracy is None:
+        return math.exp(base_nll - pooled.general_nll)
+    return None
+
+
+def score(pooled: Pooled) -> float | None:
+    """Pooled accuracy, or minus the NLL per token where nothing is right or wrong (methods.md 9)."""
+    if pooled.accuracy is not None:
+        return pooled.accuracy
+    return None if pooled.nll is None else -pooled.nll
+
+
+def observe(state: MethodState, pooled: Pooled, config: RunConfig) -> MethodState:
+    """The state after a round's measurements: controller, bests, and the counters of the stop rules."""
+    weight, armed = next_anchor_weight(state.anchor_weight, state.armed, pooled.kl, config.forgetting)
+    state = replace(state, anchor_weight=weight, armed=armed)
+    if pooled.version == 0 and state.base_general_accuracy is None and state.base_general_nll is None:
+        state = replace(state, base_general_accuracy=pooled.general_accuracy, base_general_nll=pooled.general_nll)
+    if pooled.kl is not None:
+        over = pooled.kl > DIVERGED_FACTOR * config.forgetting.max_kl
+        state = replace(state, diverged_rounds=state.diverged_rounds + 1 if over else 0)
+    found = score(pooled)
+    if found is None:
+        return state
+    state = replace(state, recent=(*state.recent, pooled)[-SCORE_WINDOW:])
+    within = pooled.kl is None or pooled.kl <= BEST_KL_FACTOR * config.forgetting.max_kl
+    if within and (state.best_version_score is None or found > state.best_version_score):
+        state = replace(state, best_version=pooled.version, best_version_score=found)
+    accuracy, nll = recent_means(state)
+    best_accuracy = accuracy is not None and (state.best_accuracy is None or accuracy > state.best_accuracy)
+    best_nll = nll is not None and (state.best_nll is None or nll < state.best_nll - NLL_IMPROVEMENT)
+    return replace(
+        state,
+        best_accuracy=accuracy if best_accuracy else state.best_accuracy,
+        best_nll=nll if best_nll else state.best_nll,
+        rounds_since_best=0 if best_accuracy or best_nll else state.rounds_since_best + 1,
+    )
+
+
+def recent_means(state: MethodState) -> tuple[float | None, float | None]:
+    """Mean accuracy and mean NLL of the last three measured rounds; None before there are three."""
+    accuracies = [p.accuracy for p in state.recent if p.accuracy is not None]
+    nlls = [p.nll for p in state.recent if p.nll is not None]
+    return (
+        statistics.fmean(accuracies) if len(accuracies) == SCORE_WINDOW else None,
+        statistics.fmean(nlls) if len(nlls) == SCORE_WINDOW else None,
+    )
+
+
+def stop_reason(state: MethodState, config: RunConfig, *, round: int) -> StopReason | None:  # noqa: A002
+    """Why the run ends with ``round``, None if it goes on (methods.md 9)."""
+    if state.diverged_rounds >= DIVERGED_ROUNDS:
+        return "diverged"
+    accuracy, _ = recent_means(state)
+    if config.run.target_score > 0 and accuracy is not None and accuracy >= config.run.target_score:
+        return "target_score"
+    if state.rounds_since_best >= PATIENCE_ROUNDS:
+        return "no_improvement"
+    return "max_rounds" if round + 1 >= config.run.max_rounds else None
+
+
+def aggregate(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, state: MethodState) -> FoldResult:
+    """The round's updates as one change per block."""
+    return aggregation.fold(updates, shape=shape, history={n.block: n.rounds for n in state.norms})
+
+
+def after_fold(state: MethodState, updates: Sequence[AcceptedUpdate], folded: FoldResult) -> MethodState:
+    """The state with the fold's norms and with the examples that trained each block."""
+    seen = {s.block: s.weight * SEEN_DECAY for s in state.seen}
+    for update in updates:
+        for block in update.blocks:
+            seen[block] = seen.get(block, 0.0) + update.num_examples
+    return replace(
+        state,
+        norms=tuple(BlockNorms(block=b, rounds=tuple(folded.history[b])) for b in sorted(folded.history)),
+        seen=tuple(SeenBlock(block=b, weight=seen[b]) for b in sorted(seen)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishSettings:
+    """How a version was published; kept with the round, so that a replay does the same."""
+
+    dense: bool
+    format: DeltaFormat
+    density: float
+
+
+def publish(
+    published: State,
+    folded: Mapping[int, Mapping[str, aggregation.FloatArray]],
+    residual: State,
+    *,
+    shape: ModelShape,
+    settings: PublishSettings,
+) -> Publication | None:
+    """The next version; None if there is nothing to publish, and the version stays."""
+    change: State = {block: dict(tensors) for block, tensors in folded.items()}
+    if settings.dense:
+        if not change and not residual:
+            return None
+        return states.publish_dense(published, change, residual, shape=shape)
+    if not change:
+        return None
+    return states.publish(published, change, residual, shape=shape, format=settings.format, density=settings.density)
+
+
+def publish_settings(config: RunConfig, reason: StopReason | None) -> PublishSettings:
+    """Dense for the last version of a run, so that nothing waits at export (methods.md 7.2)."""
+    return PublishSettings(dense=reason is not None, format=config.delta.format, density=config.delta.down_density)

@@ -1,0 +1,259 @@
+"""Where does a run keep its files, and how does each of them survive a kill or a power cut?
+
+    RUN/run.toml run.json plan.json base/config.json resources/*    made by ``fedblocks init``, read only here
+    RUN/effective.toml    the configuration in force, written at each start
+    RUN/serve.lock        held by the one aggregator that serves the folder
+    RUN/ledger.sqlite     see ``ledger.py``; it decides what counts, the files below only hold bytes
+    RUN/updates/<round>/<attempt_id>.delta       accepted payloads by the round that folds them (``.part`` on arrival)
+    RUN/state/v00007.qdown                       the step from version 6 to version 7 (``protocol/state.py``)
+    RUN/state/v00007.safetensors                 the published state at version 7
+    RUN/state/v00007.residual.safetensors        what the published steps still owe
+    RUN/state/final.safetensors final.json       the result
+    RUN/metrics.jsonl                            one line per round
+
+A file is complete under its final name or not there: temporary name, fsync, rename, fsync of the folder.
+Steps are kept for the whole run (clients that return catch up from them); of the other two files the newest
+:data:`KEPT_STATES` versions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, cast
+
+import safetensors.numpy
+
+from fedblocks.protocol import run_config
+from fedblocks.protocol.codec import from_plain
+from fedblocks.protocol.durable import sync_folder, write_durably
+from fedblocks.protocol.errors import RemoteProtocolError
+from fedblocks.protocol.expansion import ExpansionPlan
+from fedblocks.protocol.messages import AttemptId, ResourceInfo
+from fedblocks.protocol.run_config import RunConfig
+from fedblocks.protocol.tensors import FloatArray, State
+
+KEPT_STATES: Final = 2
+_ATTEMPT: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class RunFolderError(Exception):
+    """The folder cannot be served; the text says what is wrong and what to do (exit code 2)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """``run.json``: what identifies the run."""
+
+    run_id: str
+    base_name: str
+    base_hash: str
+    tokenizer_hash: str
+    created_unix_s: float
+    resources: tuple[ResourceInfo, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """One run's files. ``config`` is the effective one."""
+
+    path: Path
+    info: RunInfo
+    plan: ExpansionPlan
+    config: RunConfig
+
+    @property
+    def ledger_path(self) -> Path:
+        return self.path / "ledger.sqlite"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def resource(self, name: str) -> ResourceInfo | None:
+        """The resource of this name, None if the run has no such file."""
+        return next((r for r in self.info.resources if r.name == name), None)
+
+    def resource_path(self, info: ResourceInfo) -> Path:
+        return self.path / "resources" / info.name
+
+    def identity(self) -> dict[str, str]:
+        """What must not change while the run goes on."""
+        return {"run_id": self.info.run_id, "base_hash": self.info.base_hash, "plan": self.plan.digest()}
+
+    # updates
+
+    def part_path(self, round: int, attempt_id: AttemptId, upload: int) -> Path:  # noqa: A002 - the project's word
+        """Where an upload is written while it arrives; two of one attempt never share a file."""
+        return self.update_path(round, attempt_id).with_suffix(f".{upload}.part")
+
+    def update_path(self, round: int, attempt_id: AttemptId) -> Path:  # noqa: A002
+        """The payload of an accepted update, in the folder of the round whose fold counts it."""
+        if not _ATTEMPT.fullmatch(attempt_id):
+            raise ValueError(f"attempt id {attempt_id[:80]!r} is no file name")
+        return self.path / "updates" / f"{round:05d}" / f"{attempt_id}.delta"
+
+    def make_room_for(self, update: Path) -> None:
+        """The folder for an upload, durable before anything is renamed in it."""
+        if not update.parent.exists():
+            update.parent.mkdir(mode=0o700)
+            sync_folder(update.parent.parent)
+
+    def drop_updates(self, round: int) -> None:  # noqa: A002
+        """Delete the payloads that this round folded."""
+        shutil.rmtree(self.path / "updates" / f"{round:05d}", ignore_errors=True)
+
+    def drop_parts(self) -> None:
+        """Delete what half-finished uploads of an earlier process left behind."""
+        for part in (self.path / "updates").glob("*/*.part"):
+            part.unlink(missing_ok=True)
+
+    # states
+
+    def step_path(self, version: int) -> Path:
+        """The step that leads to ``version``."""
+        return self.path / "state" / f"v{version:05d}.qdown"
+
+    def read_step(self, from_version: int) -> bytes:
+        """The step from ``from_version`` to the next version.
+
+        Raises:
+            RunFolderError: the file is missing.
+        """
+        path = self.step_path(from_version + 1)
+        try:
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise RunFolderError(f"{path} is missing; restore the run folder from a backup") from error
+
+    def save_version(self, version: int, *, step: bytes, published: State, residual: State) -> None:
+        """All files of a new version, durable; the ledger's row comes after."""
+        write_durably(self.step_path(version), step)
+        write_durably(self._state_path(version), _to_safetensors(published))
+        write_durably(self._residual_path(version), _to_safetensors(residual))
+
+    def load_version(self, version: int) -> tuple[State, State]:
+        """Published state and residual at ``version``; both empty at version 0.
+
+        Raises:
+            RunFolderError: a file is missing or damaged.
+        """
+        if version == 0:
+            return {}, {}
+        return _from_safetensors(self._state_path(version)), _from_safetensors(self._residual_path(version))
+
+    def drop_old_states(self, version: int) -> None:
+        """Keep the newest :data:`KEPT_STATES` states up to ``version``; steps are never dropped."""
+        for old in range(version - KEPT_STATES, 0, -1):
+            path = self._state_path(old)
+            if not path.exists():
+                break
+            path.unlink()
+            self._residual_path(old).unlink(missing_ok=True)
+
+    def save_final(self, published: State, record: Mapping[str, Any]) -> None:
+        """The result of the run."""
+        write_durably(self.path / "state" / "final.safetensors", _to_safetensors(published))
+        write_durably(self.path / "state" / "final.json", (json.dumps(record, indent=2) + "\n").encode())
+
+    def _state_path(self, version: int) -> Path:
+        return self.path / "state" / f"v{version:05d}.safetensors"
+
+    def _residual_path(self, version: int) -> Path:
+        return self.path / "state" / f"v{version:05d}.residual.safetensors"
+
+    # metrics
+
+    def write_metrics(self, lines: list[Any]) -> None:
+        """The whole file anew, from the ledger: a kill may have cost its last line."""
+        write_durably(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+    def append_metrics(self, line: object) -> None:
+        with self.metrics_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lock(self) -> int:
+        """A descriptor that holds the folder for this process until it ends.
+
+        Raises:
+            RunFolderError: another process serves the folder.
+        """
+        descriptor = os.open(self.path / "serve.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise RunFolderError(f"{self.path} is being served by another process; stop that one first") from error
+        return descriptor
+
+
+def open_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
+    """The run in ``path``, its identity and resources verified; makes the folders that serving needs.
+
+    Raises:
+        RunFolderError: a file of ``fedblocks init`` is missing or does not match its hash.
+        ConfigError: ``run.toml`` or an override cannot be used.
+    """
+    folder = read_run_folder(path, overrides)
+    for info in folder.info.resources:
+        resource = folder.resource_path(info)
+        if not resource.is_file():
+            raise RunFolderError(f"{resource} is missing; copy the whole folder that fedblocks init made")
+        data = resource.read_bytes()
+        if len(data) != info.num_bytes or hashlib.sha256(data).hexdigest() != info.sha256:
+            raise RunFolderError(
+                f"{resource}: {len(data)} bytes whose hash is not the one in run.json ({info.num_bytes} bytes, "
+                f"{info.sha256[:12]}…); copy the whole folder that fedblocks init made"
+            )
+    path.chmod(0o700)
+    for name in ("updates", "state"):
+        (path / name).mkdir(mode=0o700, exist_ok=True)
+    sync_folder(path)
+    return folder
+
+
+def read_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
+    """The run in ``path``, nothing verified and nothing made: for the verbs that only read.
+
+    Raises:
+        RunFolderError: a file of ``fedblocks init`` is missing or cannot be read.
+        ConfigError: ``run.toml`` or an override cannot be used.
+    """
+    config = run_config.load(path / "run.toml", overrides)
+    try:
+        described = json.loads((path / "run.json").read_text(encoding="utf-8"))
+        info = from_plain(RunInfo, described, where="run.json")
+        plan = ExpansionPlan.from_json((path / "plan.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunFolderError(
+            f"{error.filename} does not exist; make a run folder with: fedblocks init --model DIR --out RUN"
+        ) from error
+    except (ValueError, RemoteProtocolError) as error:
+        raise RunFolderError(f"{path}: {error}") from error
+    if plan.base_hash != info.base_hash:
+        raise RunFolderError(f"{path}: plan.json is of base {plan.base_hash}, run.json of base {info.base_hash}")
+    return RunFolder(path=path, info=info, plan=plan, config=config)
+
+
+def _to_safetensors(state: State) -> bytes:
+    flat = {f"{block}/{name}": tensor for block, tensors in state.items() for name, tensor in tensors.items()}
+    return safetensors.numpy.save(flat)
+
+
+def _from_safetensors(path: Path) -> State:
+    try:
+        flat = cast("dict[str, FloatArray]", safetensors.numpy.load(path.read_bytes()))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise RunFolderError(f"{path}: {error}") from error
+    state: State = {}
+    for name, tensor in flat.items():
+        block, tensor_name = name.split("/", 1)
+        state.setdefault(int(block), {})[tensor_name] = tensor
+    return state

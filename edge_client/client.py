@@ -1,0 +1,386 @@
+"""How does a site take part? ``join``: the shell that carries out what the session decides.
+
+One process, two threads: this one trains, the transport's keeps in touch.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from fedblocks import __version__
+from fedblocks.edge_client import session as s
+from fedblocks.edge_client.data import SiteData, TextEncoder, load_site_data
+from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
+from fedblocks.edge_client.store import ClientStore
+from fedblocks.edge_client.transport import (
+    Connected,
+    Disconnected,
+    Problem,
+    Received,
+    Transport,
+    TransportEvent,
+    UploadSent,
+)
+from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol import site_file
+from fedblocks.protocol.codec import to_plain
+from fedblocks.protocol.errors import RemoteProtocolError
+from fedblocks.protocol.keys import KeyPair
+from fedblocks.protocol.messages import (
+    PROTOCOL_VERSION,
+    Assignment,
+    Evaluate,
+    Fetch,
+    Goodbye,
+    Hello,
+    Report,
+    Welcome,
+)
+from fedblocks.protocol.run_config import ConfigError
+from fedblocks.protocol.site_file import SiteFile
+
+if TYPE_CHECKING:
+    from fedblocks.edge_client.work import Workbench
+
+EXIT_REFUSED = 4
+EXIT_INTERRUPTED = 7
+#: Pause between two looks whether the operator has enrolled a new key.
+ENROLMENT_POLL_S = 5.0
+PROFILE_MAX_AGE_S = 7 * 86400
+
+Say = Callable[[str], None]
+
+
+class WrongBaseError(Exception):
+    """The model folder is not the base of the run."""
+
+    exit_code = EXIT_REFUSED
+
+
+class _StopTask(Exception):  # noqa: N818 - a request, not an error
+    """Ctrl-C: end the task after the current step and send nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JoinOptions:
+    """What ``fedblocks join`` was asked for."""
+
+    site: Path
+    data: Path
+    model: Path
+    home: Path
+    evaluate_general: bool = False
+    dry_run: bool = False
+    wait_for_enrolment: bool = False
+    memory_limit_bytes: int = 0
+    emulate: str | None = None
+    emulate_scale: float = 1.0
+    socks_proxy: str | None = None
+
+
+def join(options: JoinOptions, *, say: Say) -> int:
+    """Take part in a run until it ends; returns the exit code."""
+    site = site_file.load(options.site)
+    encoder = TextEncoder(options.model, site.data)
+    data = load_site_data(options.data, encoder)
+    say(data.summary.line())
+    _check_base(options.model, site)
+    key_is_new = not (options.home / KEY_FILE).exists()
+    identity = load_or_create_identity(options.home)
+    store = ClientStore(options.home / site.run_id)
+    profile = _profile(options, say)
+    client = _Client(
+        options=options, site=site, encoder=encoder, data=data, identity=identity, store=store, profile=profile, say=say
+    )
+    if options.dry_run:
+        say(client.dry_run())
+        return 0
+    if key_is_new:
+        say("this site has a new key; send the operator this line:")
+    say(f"fedblocks keys enrol RUN {site.client_name} --key='{identity.public}'")
+    return client.run(wait_for_enrolment=key_is_new or options.wait_for_enrolment)
+
+
+def _check_base(model: Path, site: SiteFile) -> None:
+    from fedblocks.edge_client.checkpoint import base_hash
+
+    found = base_hash(model)
+    if found != site.base_hash:
+        raise WrongBaseError(
+            f"{model} is another base model than the run's: hash {found[:16]}…, the run's {site.base_name} has "
+            f"{site.base_hash[:16]}…; get the same checkpoint as the operator"
+        )
+
+
+def _profile(options: JoinOptions, say: Say) -> DeviceProfile:
+    """The emulated device, a probe of the last seven days, or a new probe."""
+    if options.emulate:
+        from fedblocks.edge_client.memory import runtime_memory_bytes
+        from fedblocks.profiles.catalog_files import emulated_profile
+
+        return emulated_profile(
+            options.emulate, scale=options.emulate_scale, runtime_memory_bytes=runtime_memory_bytes()
+        )
+    from fedblocks.profiles.probe import load_profile, probe_device, to_json
+
+    path = options.home / "profile.json"
+    known = load_profile(path) if path.is_file() else None
+    if known is not None and time.time() - known.measured_unix_s < PROFILE_MAX_AGE_S:
+        return known
+    say("measuring this device (under 20 s; again after seven days)")
+    result = probe_device(budget_s=15.0, folder=options.home)
+    path.write_text(to_json(result), encoding="utf-8")
+    return result.profile
+
+
+class _Client:
+    """The shell around the session: sockets, files, the workbench."""
+
+    def __init__(
+        self,
+        *,
+        options: JoinOptions,
+        site: SiteFile,
+        encoder: TextEncoder,
+        data: SiteData,
+        identity: KeyPair,
+        store: ClientStore,
+        profile: DeviceProfile,
+        say: Say,
+    ) -> None:
+        self.options = options
+        self.site = site
+        self.encoder = encoder
+        self.data = data
+        self.identity = identity
+        self.store = store
+        self.profile = profile
+        self.say = say
+        self.stop_asked = False
+
+    def hello(self) -> Hello:
+        """What this site tells about itself."""
+        held_version, _ = self.store.held_state()
+        return Hello(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=self.site.run_id,
+            base_hash=self.site.base_hash,
+            client_name=self.site.client_name,
+            software=f"fedblocks {__version__}",
+            profile=self.profile,
+            statistics=self.data.statistics(),
+            held_version=held_version,
+            can_evaluate_general=self.options.evaluate_general,
+        )
+
+    def dry_run(self) -> str:
+        """Everything that would leave this machine, before anything has."""
+        lines = [
+            f"to {self.site.address}, one outbound TCP connection, encrypted for the key {self.site.server_key}:",
+            "hello (once per connection): " + json.dumps(to_plain(self.hello()), indent=2),
+            "heartbeat (every few seconds): attempt id, phase, steps done",
+            "fetch: names of the run's files (plan.json, anchor.bin, general.jsonl)",
+            "delta (once per round): int8 changes of the assigned expanded blocks; number of examples; losses; scores",
+            "report (instead of a delta): sums of scores, or why a task failed",
+            "no text, token or label is sent; yet a delta can tell the aggregator something about the text behind it",
+        ]
+        return "\n".join(lines)
+
+    def run(self, *, wait_for_enrolment: bool) -> int:
+        """Connect and follow the session until it stops."""
+        previous = signal.signal(signal.SIGINT, self._on_interrupt)
+        sent = (self.store.folder / "sent.jsonl").open("a", encoding="utf-8")
+        try:
+            while True:
+                transport = Transport(
+                    self.site.address,
+                    server_key=self.site.server_key,
+                    key_pair=self.identity,
+                    socks_proxy=self.options.socks_proxy,
+                    on_sent=lambda kind, num_bytes, what: sent.write(_sent_line(kind, num_bytes, what)),
+                )
+                try:
+                    code, refused_key = self._follow(transport)
+                finally:
+                    transport.close()
+                    sent.flush()
+                if not (refused_key and wait_for_enrolment) or self.stop_asked:
+                    return code
+                self.say("waiting for the operator to enrol this key")
+                time.sleep(ENROLMENT_POLL_S)
+        finally:
+            sent.close()
+            signal.signal(signal.SIGINT, previous)
+
+    def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.stop_asked:
+            raise KeyboardInterrupt
+        self.stop_asked = True
+        self.say("stopping after this step; press Ctrl-C again to stop now")
+
+    def _follow(self, transport: Transport) -> tuple[int, bool]:
+        """The session's actions, one after the other; returns the exit code, and whether our key was refused."""
+        shell = _Shell(self, transport)
+        state = s.SessionState(have=self.store.resource_hashes(), outbox=self.store.pending_attempt())
+        events: deque[s.Event] = deque()
+        while True:
+            if not events:
+                if self.stop_asked:
+                    transport.send(Goodbye(reason="interrupted at the site"))
+                    return EXIT_INTERRUPTED, False
+                incoming = transport.get(0.5)
+                if isinstance(incoming, Problem) and incoming.fatal and incoming.reason == "key_refused":
+                    self.say(incoming.text)
+                    return incoming.exit_code, True
+                events.append(_session_event(incoming, transport, self.say))
+            state, actions = s.handle(state, events.popleft(), now_s=time.monotonic())
+            for action in actions:
+                if isinstance(action, s.Stop):
+                    self.say(action.text)
+                    return action.exit_code, False
+                event = shell.perform(action)
+                if event is not None:
+                    events.append(event)
+
+
+def _session_event(event: TransportEvent | None, transport: Transport, say: Say) -> s.Event:
+    match event:
+        case None | UploadSent():
+            return s.Tick(uploading=transport.uploading)
+        case Connected():
+            return s.Connected()
+        case Disconnected(text=text):
+            say(text)
+            return s.Disconnected()
+        case Received(message=message, payload=payload):
+            return s.Received(message=message, payload=payload)
+        case Problem(exit_code=code, text=text, fatal=True):
+            return s.Problem(exit_code=code, text=text)
+        case Problem(text=text):
+            say(text)
+            return s.Tick(uploading=transport.uploading)
+
+
+class _Shell:
+    """Carries out single actions."""
+
+    def __init__(self, client: _Client, transport: Transport) -> None:
+        self.client = client
+        self.transport = transport
+        self.store = client.store
+        self._bench: Workbench | None = None
+
+    def perform(self, action: s.Action) -> s.Event | None:
+        """Carry out one action; a task ends in an event."""
+        match action:
+            case s.SendHello():
+                self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)
+                self.transport.send(self.client.hello())
+            case s.SendFetch(name=name):
+                self.transport.send(Fetch(name=name))
+            case s.StoreResource(info=info, payload=payload):
+                self.store.put_resource(info, payload)
+            case s.Prepare(welcome=welcome):
+                self._prepare(welcome)
+            case s.StartTask(task=task, payload=payload):
+                return self._start(task, payload)
+            case s.AnnounceUpdate():
+                self._announce()
+            case s.CommitUpdate(attempt_id=attempt_id):
+                self.bench.residuals.commit(attempt_id)
+                self.store.drop_update()
+            case s.DiscardUpdate(attempt_id=attempt_id, text=text):
+                self.client.say(text)
+                self.bench.residuals.discard(attempt_id)
+                self.store.drop_update()
+            case s.Say(text=text):
+                self.client.say(text)
+            case s.Stop():
+                raise AssertionError("the caller ends the session")
+        return None
+
+    @property
+    def bench(self) -> Workbench:
+        """The workbench; made by Prepare, which the session orders before anything that needs it."""
+        assert self._bench is not None
+        return self._bench
+
+    def _prepare(self, welcome: Welcome) -> None:
+        """Load model, data and anchor texts. The first import of torch may take seconds; heartbeats go on meanwhile.
+
+        Raises:
+            ConfigError: the run turns rows into tokens in another way than the invitation said.
+        """
+        from fedblocks.edge_client.work import Emulation, Workbench, load_checkpoint
+
+        client = self.client
+        if welcome.data != client.site.data:
+            raise ConfigError(
+                f"the run's data format is {welcome.data}, the invitation says {client.site.data}; "
+                "ask the operator for a new site file"
+            )
+        self.transport.set_status(attempt_id=None, phase="loading", steps_done=0)
+        self._bench = Workbench(
+            checkpoint=load_checkpoint(client.options.model),
+            store=self.store,
+            data=client.data,
+            encoder=client.encoder,
+            client=client.identity.public,
+            memory_limit_bytes=client.options.memory_limit_bytes,
+            emulation=Emulation(profile=client.profile) if client.options.emulate else None,
+            say=client.say,
+        )
+        self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)
+        client.say(f"ready: run {welcome.run_id}, round {welcome.round}; {len(client.data.train)} examples")
+
+    def _start(self, task: Assignment | Evaluate, payload: bytes) -> s.Event:
+        """Carry out a task and put its update into the outbox, or report."""
+
+        def status(phase: str, steps_done: int) -> None:
+            self.transport.set_status(attempt_id=task.attempt_id, phase=phase, steps_done=steps_done)
+            if self.client.stop_asked:
+                raise _StopTask
+
+        try:
+            if isinstance(task, Evaluate):
+                status("evaluating", 0)
+                outcome = self.bench.evaluate(task, payload)
+            else:
+                outcome = self.bench.train(task, payload, status=status)
+        except _StopTask:
+            return s.TaskDone(attempt_id=task.attempt_id, has_update=False)
+        except RemoteProtocolError as error:
+            outcome = Report(attempt_id=task.attempt_id, round=task.round, failure="internal", text=str(error)[:1000])
+        self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)
+        if isinstance(outcome, Report):
+            if outcome.failure:
+                self.client.say(f"round {task.round}: failed ({outcome.failure}): {outcome.text}")
+            self.transport.send(outcome)
+            return s.TaskDone(attempt_id=task.attempt_id, has_update=False)
+        delta, body = outcome
+        self.store.put_update(delta, body)
+        report = delta.train
+        self.client.say(
+            f"round {task.round}: blocks {list(task.blocks)}  {delta.steps} steps  loss {report.loss_first:.3f} -> "
+            f"{report.loss_last:.3f}  peak {report.peak_memory_bytes / 2**20:.1f} MiB  up {len(body) / 1024:.1f} KiB"
+        )
+        return s.TaskDone(attempt_id=task.attempt_id, has_update=True)
+
+    def _announce(self) -> None:
+        found = self.store.update()
+        if found is not None:
+            delta, path = found
+            self.transport.send(delta, path)
+
+
+def _sent_line(kind: str, num_bytes: int, what: str) -> str:
+    """One line of sent.jsonl: what left this machine."""
+    return json.dumps({"unix_s": round(time.time(), 3), "kind": kind, "bytes": num_bytes, "what": what}) + "\n"

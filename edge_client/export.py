@@ -1,0 +1,477 @@
+"""What leaves the run as a model? A plain Hugging Face folder that needs none of our code.
+
+It holds the grown configuration, safetensors and the base's tokenizer files. The tensors of the base keep their bytes
+(only the layer number in their names moves); the expanded blocks come in one shard of their own, in the type of the
+layers that they were copied from. Strength g multiplies the out-tensors in fp32 before that rounding.
+
+Before the folder gets its name it is loaded as any user would load it, its out-tensors are set to zero, and its logits
+must equal those of the base bit for bit (methods.md, W3): then g = 0 is the base, and no base tensor was touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+
+import fedblocks
+from fedblocks.edge_client.checkpoint import TORCH_DTYPE, Checkpoint, base_hash, initial_block
+from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+State = Mapping[int, Mapping[str, np.ndarray]]
+"""Block id -> tensor name -> accumulated delta, fp32; whatever is missing is zero."""
+
+#: Files of the base that belong to its tokenizer and its text generation.
+_COMPANIONS: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+EXPORT_RECORD: Final = "fedblocks_export.json"
+_COPY_BYTES: Final = 1 << 20
+
+
+class ExportError(Exception):
+    """The export was not written; the text says why and what to do.
+
+    Attributes:
+        exit_code: 2, or 4 if the checkpoint is not the base of the plan.
+    """
+
+    def __init__(self, text: str, *, exit_code: int = 2) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSummary:
+    """What was written."""
+
+    path: Path
+    strength: float
+    base_hash: str
+    plan_digest: str
+    num_layers: int
+    """Of the exported model, L + M."""
+    num_blocks: int
+    bytes: int
+    """Of all files together."""
+    base_files_copied: bool
+    """True if the base's weight files are in the export byte for byte; otherwise their tensors are, renamed."""
+    base_tensors_sha256: str
+    """SHA-256 over the list of the base tensors' names and hashes, in the order of their names (the base's names)."""
+    max_abs_logit_difference_at_zero: float
+    """Of the export with all out-tensors at zero, from the base; always 0.0, an export that differs is not written."""
+
+
+def block_values(
+    checkpoint: Checkpoint, plan: ExpansionPlan, state: State, block_id: int, strength: float
+) -> dict[str, torch.Tensor]:
+    """The value of a block in fp32: initial value plus accumulated delta, out-tensors times ``strength``.
+
+    Args:
+        strength: g in [0, 1] (methods.md 9).
+
+    Returns:
+        suffix -> fp32 tensor, in the order of ``block_tensors()``.
+
+    Raises:
+        ValueError: the strength is out of range, or the state is not one of this plan.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength is {strength}, expected a number from 0 (the base) to 1 (as trained)")
+    unknown = sorted(set(state) - set(plan.block_ids))
+    if unknown:
+        raise ValueError(f"the state has blocks {unknown}, the expansion plan only {list(plan.block_ids)}")
+    values = initial_block(checkpoint, plan, block_id)
+    deltas = state.get(block_id, {})
+    odd = sorted(set(deltas) - set(values))
+    if odd:
+        raise ValueError(f"block {block_id}: the state has tensors {odd}, which a {plan.shape.family} block has not")
+    for spec in plan.shape.block_tensors():
+        delta = deltas.get(spec.name)
+        if delta is not None:
+            if delta.shape != spec.shape or delta.dtype != np.float32:
+                raise ValueError(
+                    f"block {block_id}: the delta of {spec.name} is {delta.dtype} {list(delta.shape)}, "
+                    f"expected float32 {list(spec.shape)}"
+                )
+            if not np.isfinite(delta).all():
+                raise ValueError(f"block {block_id}: the delta of {spec.name} has values that are not finite")
+            values[spec.name] += torch.from_numpy(np.ascontiguousarray(delta))
+        if spec.is_out:
+            values[spec.name] *= strength
+    return values
+
+
+def build_expanded_hf(
+    checkpoint: Checkpoint, plan: ExpansionPlan, state: State, strength: float, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The grown model as a transformers model in evaluation mode, built from the grown configuration, never patched.
+
+    Args:
+        dtype: type of all its weights; the blocks are computed in fp32 and rounded to it once.
+
+    Raises:
+        ValueError: as :func:`block_values`.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for name, new_name in base_names(checkpoint, plan).items():
+        weights[new_name] = checkpoint.tensor(name).to(dtype)
+    for block_id in plan.block_ids:
+        layer = plan.position(block_id)
+        for suffix, value in block_values(checkpoint, plan, state, block_id, strength).items():
+            weights[checkpoint.layer_name(layer, suffix)] = value.to(dtype)
+    return _build(expand_config(checkpoint.config, plan), weights, dtype)
+
+
+def build_base_hf(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The base as a transformers model in evaluation mode."""
+    return _build(checkpoint.config, {name: checkpoint.tensor(name).to(dtype) for name in checkpoint.names()}, dtype)
+
+
+def base_names(checkpoint: Checkpoint, plan: ExpansionPlan) -> dict[str, str]:
+    """Name of each base tensor -> its name in the grown model."""
+    names = {name: name for name in checkpoint.names()}
+    prefix = family_of(checkpoint.config).layer_prefix + "."
+    new_index = {entry.index: i for i, entry in enumerate(plan.stack()) if entry.kind == "base"}
+    for name in names:
+        if name.startswith(prefix):
+            layer, suffix = name.removeprefix(prefix).split(".", 1)
+            names[name] = checkpoint.layer_name(new_index[int(layer)], suffix)
+    return names
+
+
+def verify_identity(checkpoint: Checkpoint, plan: ExpansionPlan) -> None:
+    """Fails unless the grown model at its initial values gives the base's logits bit for bit (methods.md 2.3).
+
+    Raises:
+        ExpansionError: with code ``E_IDENTITY``.
+    """
+    base = build_base_hf(checkpoint, checkpoint.dtype)
+    grown = build_expanded_hf(checkpoint, plan, {}, 1.0, checkpoint.dtype)
+    _require_equal(base, grown, f"the model grown from {checkpoint.folder} by {len(plan.blocks)} blocks")
+
+
+def export_hf(
+    *,
+    checkpoint: Checkpoint,
+    plan: ExpansionPlan,
+    state: State,
+    strength: float,
+    out: Path,
+    measured: Mapping[str, float | str] | None = None,
+) -> ExportSummary:
+    """Writes the model to the new folder ``out`` and checks it.
+
+    Args:
+        measured: figures for the model card, in words -> value.
+
+    Raises:
+        ValueError: as :func:`block_values`.
+        ExportError: the checkpoint is not the plan's base, ``out`` exists, the disk is too small, or a value does not
+            fit the base's type.
+        ExpansionError: ``E_IDENTITY``, the export without its blocks is not the base; nothing is left behind.
+    """
+    if out.exists():
+        raise ExportError(f"{out}: exists already; remove it or export to another folder")
+    found = base_hash(checkpoint.folder)
+    if found != plan.base_hash:
+        raise ExportError(
+            f"{checkpoint.folder}: this is another base (hash {found[:16]}...) than the one the run was trained on "
+            f"({plan.base_hash[:16]}...); give the folder of that base",
+            exit_code=4,
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    blocks = {block_id: _stored_block(checkpoint, plan, state, block_id, strength) for block_id in plan.block_ids}
+    needed = sum(file.stat().st_size for file in checkpoint.files) + sum(
+        tensor.nbytes for block in blocks.values() for tensor in block.values()
+    )
+    free = shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise ExportError(f"{out}: the export needs {needed} bytes and the disk has {free}; free some space")
+    temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
+    temporary.mkdir()
+    try:
+        on_top = plan.base_cut == plan.shape.num_layers
+        _write_weights(temporary, checkpoint, plan, blocks, copy_files=on_top)
+        _write_json(temporary / "config.json", expand_config(checkpoint.config, plan))
+        for name in _COMPANIONS:
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, temporary / name)
+        hashes = _verify(temporary, checkpoint, plan)
+        listed = json.dumps(sorted(hashes.items())).encode()
+        summary = ExportSummary(
+            path=out,
+            strength=strength,
+            base_hash=plan.base_hash,
+            plan_digest=plan.digest(),
+            num_layers=len(plan.stack()),
+            num_blocks=len(plan.blocks),
+            bytes=sum(file.stat().st_size for file in temporary.iterdir()),
+            base_files_copied=on_top,
+            base_tensors_sha256=hashlib.sha256(listed).hexdigest(),
+            max_abs_logit_difference_at_zero=0.0,
+        )
+        record = {
+            "fedblocks": fedblocks.__version__,
+            "strength": strength,
+            "plan": plan.to_plain(),
+            "measured": dict(measured or {}),
+            "base_tensor_sha256": hashes,
+        }
+        _write_json(temporary / EXPORT_RECORD, record)
+        (temporary / "MODEL_CARD.md").write_text(_model_card(checkpoint, plan, summary, measured or {}))
+        summary = dataclasses.replace(summary, bytes=sum(file.stat().st_size for file in temporary.iterdir()))
+        for file in temporary.iterdir():
+            _sync(file)
+        _sync(temporary)
+        temporary.rename(out)
+        _sync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
+    return summary
+
+
+def _stored_block(
+    checkpoint: Checkpoint, plan: ExpansionPlan, state: State, block_id: int, strength: float
+) -> dict[str, torch.Tensor]:
+    """The block as the export stores it: name in the grown model -> tensor in the type of its source."""
+    layer, source = plan.position(block_id), plan.block(block_id).source_layer
+    stored: dict[str, torch.Tensor] = {}
+    for suffix, value in block_values(checkpoint, plan, state, block_id, strength).items():
+        dtype = checkpoint.stored[checkpoint.layer_name(source, suffix)].dtype
+        rounded = value.to(TORCH_DTYPE[dtype])
+        if not torch.isfinite(rounded).all():
+            raise ExportError(
+                f"block {block_id}: {suffix} has values up to {value.abs().max().item():.3g}, too large for the base's "
+                f"{dtype}; export with a smaller strength"
+            )
+        stored[checkpoint.layer_name(layer, suffix)] = rounded
+    return stored
+
+
+def _write_weights(
+    folder: Path,
+    checkpoint: Checkpoint,
+    plan: ExpansionPlan,
+    blocks: Mapping[int, Mapping[str, torch.Tensor]],
+    *,
+    copy_files: bool,
+) -> None:
+    """One shard per weight file of the base, one with the blocks, and the index.
+
+    With ``copy_files`` (no base tensor changes its name) the base's files are copied byte for byte. They are not
+    hard-linked: a later ``save_pretrained`` into the exported folder would write through the link into the base.
+    """
+    new_names = base_names(checkpoint, plan)
+    total = len(checkpoint.files) + 1
+    weight_map: dict[str, str] = {}
+    for i, file in enumerate(checkpoint.files):
+        shard = f"model-{i + 1:05d}-of-{total:05d}.safetensors"
+        # Wide types first, so that each tensor begins at a multiple of its element's size.
+        inside = sorted(
+            (name for name in checkpoint.names() if checkpoint.stored[name].file == file),
+            key=lambda name: (-TORCH_DTYPE[checkpoint.stored[name].dtype].itemsize, name),
+        )
+        if copy_files:
+            shutil.copyfile(file, folder / shard)
+        else:
+            entries = {
+                new_names[name]: (checkpoint.stored[name].dtype, checkpoint.stored[name].shape) for name in inside
+            }
+            parts = (chunk for name in inside for chunk in checkpoint.chunks(name))
+            _write_safetensors(folder / shard, entries, parts)
+        weight_map |= {new_names[name]: shard for name in inside}
+    shard = f"model-{total:05d}-of-{total:05d}.safetensors"
+    tensors = dict(
+        sorted(
+            (item for block in blocks.values() for item in block.items()),
+            key=lambda item: (-item[1].dtype.itemsize, item[0]),
+        )
+    )
+    names = {dtype: name for name, dtype in TORCH_DTYPE.items()}
+    _write_safetensors(
+        folder / shard,
+        {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()},
+        (memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) for tensor in tensors.values()),
+    )
+    weight_map |= dict.fromkeys(tensors, shard)
+    size = sum(checkpoint.stored[name].num_bytes for name in new_names) + sum(t.nbytes for t in tensors.values())
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
+    )
+
+
+def _write_safetensors(
+    file: Path, entries: Mapping[str, tuple[str, tuple[int, ...]]], parts: Iterator[memoryview]
+) -> None:
+    """A safetensors file of these tensors in this order, their bytes streamed; tensors are never held together."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in entries.items():
+        start, end = end, end + int(np.prod(shape, dtype=np.int64)) * TORCH_DTYPE[dtype].itemsize
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8, as the format asks
+    with file.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little"))
+        f.write(text)
+        for part in parts:
+            f.write(part)
+
+
+def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan) -> dict[str, str]:
+    """Reads the written folder back: base tensors unmodified, and without its blocks the base's logits.
+
+    Returns:
+        SHA-256 of each base tensor's bytes, by its name in the base.
+    """
+    written = Checkpoint.open(folder)
+    hashes: dict[str, str] = {}
+    for name, new_name in base_names(checkpoint, plan).items():
+        hashes[name] = _tensor_hash(checkpoint, name)
+        if _tensor_hash(written, new_name) != hashes[name]:
+            raise ExpansionError("E_IDENTITY", f"{folder}: tensor {new_name} is not the base's {name}; the disk failed")
+    from transformers import AutoModelForCausalLM
+
+    with _quiet_transformers():
+        grown = AutoModelForCausalLM.from_pretrained(folder, dtype=checkpoint.dtype, trust_remote_code=False).eval()
+        base = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False
+        ).eval()
+    parameters = dict(grown.named_parameters())
+    with torch.no_grad():
+        for block_id in plan.block_ids:
+            for spec in plan.shape.block_tensors():
+                if spec.is_out:
+                    parameters[checkpoint.layer_name(plan.position(block_id), spec.name)].zero_()
+    _require_equal(base, grown, "the export with its blocks at strength 0")
+    return hashes
+
+
+def _tensor_hash(checkpoint: Checkpoint, name: str) -> str:
+    digest = hashlib.sha256()
+    for chunk in checkpoint.chunks(name):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _require_equal(base: PreTrainedModel, grown: PreTrainedModel, what: str) -> None:
+    """Compares logits on a small fixed batch: 3 sequences of 24 tokens, whole, left and right padded."""
+    vocab = base.config.vocab_size
+    tokens = (torch.arange(3 * 24) * 7919 + 13).remainder(vocab).view(3, 24)
+    mask = torch.ones_like(tokens)
+    mask[1, :9] = 0
+    mask[2, -9:] = 0
+    with torch.no_grad():
+        expected = base(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        got = grown(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+    if not torch.equal(expected, got):
+        difference = (expected.float() - got.float()).abs()
+        raise ExpansionError(
+            "E_IDENTITY",
+            f"{what} does not give the base's logits: they differ by up to {difference.max().item():.3g} "
+            f"in {int((difference != 0).sum())} of {difference.numel()} places (not a number counts); expected equal "
+            "bits. Nothing was written; please report the model and the versions of torch and transformers",
+        )
+
+
+def _build(config: Mapping[str, Any], weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    with _quiet_transformers():
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].from_pretrained(
+            None, config=hf_config, state_dict=weights, dtype=dtype
+        )
+    return model.eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar for the loading of weights."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _model_card(
+    checkpoint: Checkpoint, plan: ExpansionPlan, summary: ExportSummary, measured: Mapping[str, float | str]
+) -> str:
+    base_files = "copied byte for byte" if summary.base_files_copied else "their bytes kept, layers renumbered"
+    rows = "\n".join(
+        f"| {block.block_id} | {plan.position(block.block_id)} | {block.source_layer} | {block.after_layer} |"
+        for block in plan.blocks
+    )
+    figures = "\n".join(f"* {name}: {_figure(value)}" for name, value in measured.items())
+    return f"""# A {plan.shape.family} model with {summary.num_blocks} expanded blocks
+
+Trained by federated block expansion: layers were added and trained, and the base model was never changed.
+The folder loads with `AutoModelForCausalLM.from_pretrained`; it needs no other code.
+
+* Base hash (all tensors, sizes, tokenizer): `{plan.base_hash}`
+* Base tensors: {len(checkpoint.stored)}, {base_files};
+  SHA-256 over their hashes `{summary.base_tensors_sha256}`, each hash in `{EXPORT_RECORD}`
+* Layers: {plan.shape.num_layers} of the base + {summary.num_blocks} = {summary.num_layers}
+* Strength: {summary.strength:g} (0 is the base, 1 is as trained)
+* Expansion plan: placement `{plan.placement}`, digest `{summary.plan_digest}`
+
+| block | layer in this model | copy of base layer | after base layer |
+|---|---|---|---|
+{rows}
+
+## Checked during the export
+
+* With the output projections of the blocks at 0 the logits equal the base's bit for bit
+  (largest difference {summary.max_abs_logit_difference_at_zero}).
+* Every tensor of the base is in this folder with its own bytes.
+
+## Measured
+
+{figures or "No figures came with this export: run `fedblocks evaluate` on it."}
+"""
+
+
+def _figure(value: float | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

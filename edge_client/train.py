@@ -1,0 +1,396 @@
+"""How does a client carry out a training assignment? One step loop over whatever tensors were made to train.
+
+Loss and optimizer are those of methods.md 5.1 and 5.4:
+
+    L = CE + lambda·KL_K,   CE = sum of -log p over the target tokens of the window / their number,
+                            KL_K = mean over the anchor tokens of the window
+
+A *window* is what one optimizer step sees; it is cut into micro-batches, each of which weighs by its tokens, so the cut
+changes neither loss nor gradient. Order of data and anchors follows from the seed alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedblocks.edge_client.expanded_model import ExpandedModel, ParamGroup
+from fedblocks.edge_client.samples import TokenisedSample
+from fedblocks.kernels.ops import linear_cross_entropy, linear_kl_topk
+from fedblocks.protocol.messages import Assignment
+
+if TYPE_CHECKING:
+    from fedblocks.edge_client.anchor import Teacher, TeacherRecord
+    from fedblocks.edge_client.prefix_cache import PrefixStates
+
+MAX_SKIPS = 3
+"""Steps in a row with a non-finite gradient after which training stops."""
+
+Status = Callable[[str, int], None]
+"""Called with the phase and the steps done, between steps; may raise to stop the training."""
+
+
+class TrainingError(RuntimeError):
+    """The assignment cannot be carried out; nothing is uploaded."""
+
+
+class NonFiniteError(TrainingError):
+    """The gradient was NaN or infinite three steps in a row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TaskBatch:
+    """Padded samples and the rows that predict a target."""
+
+    inputs: Tensor
+    """Hidden states (B, T, H) at the cut, or token ids (B, T) where the stack is run from the bottom."""
+    rows: Tensor  # (N,) int64: b·T + position, the position before the target
+    targets: Tensor  # (N,) int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AnchorBatch:
+    """Padded anchor sequences, the rows that count, and what the base says there."""
+
+    inputs: Tensor  # as in TaskBatch
+    rows: Tensor  # (N,) int64
+    ids: Tensor  # (N, K) int64
+    logp: Tensor  # (N, K) fp32
+    log_tail: Tensor  # (N,) fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """The two loss parts as sums times a scale; what :func:`stack_losses` makes for a model."""
+
+    task: Callable[[TaskBatch, float], Tensor]
+    anchor: Callable[[AnchorBatch, float], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hyper:
+    """Numbers of the step rule; the defaults are those of methods.md 14."""
+
+    steps: int
+    learning_rate: float
+    warmup_steps: int = 1
+    weight_decay: float = 0.01
+    """On the ``decayed`` tensors of each group only."""
+    clip_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    anchor_weight: float = 0.0
+    anchor_every: int = 1
+
+    @classmethod
+    def of(cls, task: Assignment) -> Hyper:
+        """The step rule of an assignment."""
+        return cls(
+            steps=task.steps,
+            learning_rate=task.learning_rate,
+            warmup_steps=task.warmup_steps,
+            weight_decay=task.weight_decay,
+            clip_norm=task.clip_norm,
+            betas=(task.adam_beta1, task.adam_beta2),
+            eps=task.adam_eps,
+            anchor_weight=task.anchor_weight,
+            anchor_every=task.anchor_every,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class StepsResult:
+    """What the step loop saw."""
+
+    task_loss: list[float] = field(default_factory=list)
+    """Mean cross-entropy of each step, nats per target token."""
+    anchor_kl: list[tuple[int, float]] = field(default_factory=list)
+    """(step, mean KL_K) of each step that saw anchors."""
+    step_s: list[float] = field(default_factory=list)
+    num_target_tokens: int = 0
+    skipped: int = 0
+    """Steps whose gradient was not finite: counted as steps, nothing applied."""
+    gradient_energy: list[float] = field(default_factory=list)
+    """Per group with ``decayed`` tensors: mean over the second half of the steps (methods.md 5.5); NaN-free, else 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TrainResult:
+    """A finished assignment: the deltas and the figures of methods.md 5.5."""
+
+    deltas: dict[int, dict[str, npt.NDArray[np.float32]]]
+    """Block id -> tensor name -> trained value minus start value."""
+    steps: int
+    num_target_tokens: int
+    loss_first: float
+    loss_last: float
+    anchor_kl: float
+    prefix_s: float
+    train_s: float
+    step_s: float
+    gradient_energy: tuple[float, ...]
+    """In the order of the assignment's blocks."""
+
+
+def stack_losses(model: ExpandedModel, from_position: int) -> Losses:
+    """The loss parts of a model whose inputs enter at ``from_position``; only labelled rows reach the head."""
+
+    def final_rows(inputs: Tensor, rows: Tensor) -> Tensor:
+        h = model.forward(inputs, from_position)
+        return model.final_rows(h.flatten(0, 1).index_select(0, rows))
+
+    def task(batch: TaskBatch, scale: float) -> Tensor:
+        return linear_cross_entropy(final_rows(batch.inputs, batch.rows), model.head, batch.targets, scale)
+
+    def anchor(batch: AnchorBatch, scale: float) -> Tensor:
+        rows = final_rows(batch.inputs, batch.rows)
+        return linear_kl_topk(rows, model.head, batch.ids, batch.logp, batch.log_tail, scale)
+
+    return Losses(task=task, anchor=anchor)
+
+
+def run_steps(
+    *,
+    groups: Sequence[ParamGroup],
+    losses: Losses,
+    task: Iterable[Sequence[TaskBatch]],
+    anchor: Iterable[Sequence[AnchorBatch]],
+    hyper: Hyper,
+    now: Callable[[], float],
+    status: Status,
+) -> StepsResult:
+    """Takes ``hyper.steps`` AdamW steps; the optimizer's state begins and ends here.
+
+    Args:
+        groups: leaf tensors that train.
+        losses: the loss parts over those tensors.
+        task: windows of micro-batches; a window without target tokens is skipped and is not a step.
+        anchor: windows of anchor micro-batches; read only on steps that use them.
+        hyper: the step rule.
+        now: seconds, for the durations.
+        status: called after every step with ``"training"`` and the number of steps done.
+
+    Raises:
+        NonFiniteError: :data:`MAX_SKIPS` steps in a row without a finite gradient.
+        TrainingError: the windows ran out, or none of many has a target token.
+    """
+    parameters = [tensor for group in groups for tensor in group.tensors]
+    optimizer = torch.optim.AdamW(_decay_groups(groups, hyper), betas=hyper.betas, eps=hyper.eps, fused=True)
+    scored = [group for group in groups if group.decayed]
+    energy = [0.0] * len(scored)
+    second_half = hyper.steps - hyper.steps // 2
+    windows, anchors = _with_targets(task), iter(anchor)
+    result = StepsResult()
+    skips = 0
+    for step in range(hyper.steps):
+        began = now()
+        window = next(windows, None)
+        if window is None:
+            raise TrainingError(f"the data ended after {step} of {hyper.steps} steps")
+        tokens = sum(len(batch.targets) for batch in window)
+        result.task_loss.append(sum(_backward(losses.task(batch, 1 / tokens)) for batch in window))
+        result.num_target_tokens += tokens
+        if hyper.anchor_weight > 0 and step % hyper.anchor_every == 0:
+            anchor_window = next(anchors)
+            weight = hyper.anchor_weight * hyper.anchor_every
+            scale = weight / sum(len(batch.rows) for batch in anchor_window)
+            kl = sum(_backward(losses.anchor(batch, scale)) for batch in anchor_window)
+            result.anchor_kl.append((step, kl / weight))
+        in_second_half = step >= hyper.steps - second_half
+        energies = [group.energy().item() for group in scored] if in_second_half else []
+        norm = torch.nn.utils.clip_grad_norm_(parameters, hyper.clip_norm).item()
+        if math.isfinite(norm):
+            skips = 0
+            for parameter_group in optimizer.param_groups:
+                parameter_group["lr"] = hyper.learning_rate * min(1.0, (step + 1) / hyper.warmup_steps)
+            optimizer.step()
+            energy = [total + new for total, new in zip(energy, energies, strict=True)] if in_second_half else energy
+        else:
+            skips += 1
+            result.skipped += 1
+            if skips == MAX_SKIPS:
+                raise NonFiniteError(
+                    f"the gradient was not finite in {MAX_SKIPS} steps in a row (steps {step - MAX_SKIPS + 2} to {step + 1} "
+                    f"of {hyper.steps}); a lower learning rate than {hyper.learning_rate:g} may help"
+                )
+        optimizer.zero_grad(set_to_none=True)
+        result.step_s.append(now() - began)
+        status("training", step + 1)
+    result.gradient_energy = [total / second_half for total in energy]
+    return result
+
+
+def _backward(loss: Tensor) -> float:
+    loss.backward()
+    return loss.item()
+
+
+def _decay_groups(groups: Sequence[ParamGroup], hyper: Hyper) -> list[dict[str, object]]:
+    decayed = [tensor for group in groups for tensor in group.decayed]
+    ids = {id(tensor) for tensor in decayed}
+    others = [tensor for group in groups for tensor in group.tensors if id(tensor) not in ids]
+    made = ({"params": decayed, "weight_decay": hyper.weight_decay}, {"params": others, "weight_decay": 0.0})
+    return [{**g, "lr": hyper.learning_rate} for g in made if g["params"]]
+
+
+def _with_targets(windows: Iterable[Sequence[TaskBatch]]) -> Iterator[Sequence[TaskBatch]]:
+    empty = 0
+    for window in windows:
+        if any(len(batch.targets) for batch in window):
+            empty = 0
+            yield window
+        else:
+            empty += 1
+            if empty == 1000:
+                raise TrainingError("1000 windows in a row have no target token; check the data's labels")
+
+
+def data_order(num_samples: int, batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Batches of indices without end: a new permutation for each pass, from Philox(seed) alone.
+
+    A batch may span two passes; it is never larger than the data.
+    """
+    if num_samples < 1:
+        raise TrainingError("there is no sample to train on")
+    generator = np.random.Generator(np.random.Philox(seed))
+    endless = itertools.chain.from_iterable(generator.permutation(num_samples).tolist() for _ in itertools.count())
+    while True:
+        yield list(itertools.islice(endless, min(batch_size, num_samples)))
+
+
+def cut_into(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    """Consecutive micro-batches of at most ``size``."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def task_batch(samples: Sequence[TokenisedSample], inputs: Tensor) -> TaskBatch:
+    """Rows and targets of samples whose padded inputs (B, T, ...) are given."""
+    length = inputs.shape[1]
+    rows: list[npt.NDArray[np.int64]] = []
+    targets: list[npt.NDArray[np.int32]] = []
+    for i, sample in enumerate(samples):
+        positions = np.flatnonzero(sample.label_mask)
+        rows.append(positions - 1 + i * length)
+        targets.append(sample.ids[positions])
+    device = inputs.device
+    return TaskBatch(
+        inputs=inputs,
+        rows=torch.from_numpy(np.concatenate(rows)).to(device),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+    )
+
+
+def anchor_batch(records: Sequence[TeacherRecord], inputs: Tensor) -> AnchorBatch:
+    """Rows and teacher of anchor sequences whose padded inputs are given: every position that predicts a token."""
+    length = inputs.shape[1]
+    rows = [torch.arange(len(record.log_tail)) + i * length for i, record in enumerate(records)]
+    device = inputs.device
+    return AnchorBatch(
+        inputs=inputs,
+        rows=torch.cat(rows).to(device),
+        ids=torch.cat([record.ids for record in records]).to(device),
+        logp=torch.cat([record.logp for record in records]).to(device),
+        log_tail=torch.cat([record.log_tail for record in records]).to(device),
+    )
+
+
+def train(
+    *,
+    model: ExpandedModel,
+    task: Assignment,
+    data: Sequence[TokenisedSample],
+    teacher: Teacher | None,
+    prefix: PrefixStates,
+    now: Callable[[], float],
+    status: Status,
+) -> TrainResult:
+    """Carries out an assignment on a model that holds the published state at strength 1.
+
+    Afterwards the model holds the locally trained blocks; ``model.load_state`` brings the published ones back.
+
+    Args:
+        teacher: the base's records of the anchor set; may be None where ``task.anchor_weight`` is 0.
+        prefix: hidden states at the base cut, cached or computed.
+        now: monotonic seconds.
+        status: see :data:`Status`; phases are ``"prefix"`` and ``"training"``.
+
+    Raises:
+        NonFiniteError: see :func:`run_steps`.
+        TrainingError: no data, an optimizer mode that this device does not have, or an anchor weight without anchors.
+    """
+    if task.optimizer_mode == "split_8bit":
+        raise TrainingError("optimizer mode split_8bit is not available on this device; expected fp32 or split")
+    hyper = Hyper.of(task)
+    uses_anchor = hyper.anchor_weight > 0 and task.anchor_batch_size > 0
+    if uses_anchor and teacher is None:
+        raise TrainingError(f"the assignment has anchor weight {hyper.anchor_weight:g}, but there is no anchor set")
+    if not uses_anchor:
+        hyper = replace(hyper, anchor_weight=0.0)
+
+    status("prefix", 0)
+    began = now()
+    order = data_order(len(data), task.batch_size, task.seed)
+    windows = list(itertools.islice(order, task.steps))
+    prefix.fill([data[i].ids for i in sorted(set(itertools.chain.from_iterable(windows)))])
+    anchor_windows: list[list[int]] = []
+    if uses_anchor:
+        assert teacher is not None
+        train_part = teacher.anchors.train_indices
+        anchor_order = data_order(len(train_part), task.anchor_batch_size, task.seed + 1)
+        num_windows = -(-task.steps // task.anchor_every)
+        anchor_windows = [[train_part[i] for i in window] for window in itertools.islice(anchor_order, num_windows)]
+        teacher.fill(sorted(set(itertools.chain.from_iterable(anchor_windows))))
+    prefix_s = now() - began
+
+    def task_windows() -> Iterator[list[TaskBatch]]:
+        for window in itertools.chain(windows, order):
+            yield [
+                task_batch([data[i] for i in part], prefix.padded([data[i].ids for i in part]))
+                for part in cut_into(window, task.micro_batch_size)
+            ]
+
+    def anchor_batches() -> Iterator[list[AnchorBatch]]:
+        assert teacher is not None
+        for window in anchor_windows:
+            yield [
+                anchor_batch(teacher.records(part), prefix.padded([teacher.anchors.sequences[i] for i in part]))
+                for part in cut_into(window, task.micro_batch_size)
+            ]
+
+    began = now()
+    model.recompute = task.checkpoint_activations
+    groups = model.train_blocks(task.blocks)
+    result = run_steps(
+        groups=groups,
+        losses=stack_losses(model, model.base_cut),
+        task=task_windows(),
+        anchor=anchor_batches(),
+        hyper=hyper,
+        now=now,
+        status=status,
+    )
+    quarter = max(1, task.steps // 4)
+    last_kl = [kl for step, kl in result.anchor_kl if step >= task.steps - quarter] or [
+        kl for _, kl in result.anchor_kl[-1:]
+    ]
+    return TrainResult(
+        deltas=model.deltas(groups),
+        steps=task.steps,
+        num_target_tokens=result.num_target_tokens,
+        loss_first=statistics.fmean(result.task_loss[:quarter]),
+        loss_last=statistics.fmean(result.task_loss[-quarter:]),
+        anchor_kl=statistics.fmean(last_kl) if last_kl else 0.0,
+        prefix_s=prefix_s,
+        train_s=now() - began,
+        step_s=statistics.median(result.step_s),
+        gradient_energy=tuple(result.gradient_energy),
+    )

@@ -1,0 +1,292 @@
+"""What the ledger keeps, through any restart."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedblocks.aggregator.ledger import (
+    MAX_CONTENT_REFUSALS,
+    MIGRATIONS,
+    Ledger,
+    LedgerError,
+    open_ledger,
+    open_read_only,
+)
+from fedblocks.protocol.messages import (
+    Assignment,
+    AttemptId,
+    ClientKey,
+    Delta,
+    Evaluate,
+    Measurement,
+    StateUpdate,
+    TensorHeader,
+    TrainReport,
+)
+
+IDENTITY = {"run_id": "run-1", "base_hash": "b" * 64}
+ANN, BOB = ClientKey("a" * 40), ClientKey("b" * 40)
+STATE = StateUpdate(encoding="none", from_version=0, to_version=0, state_sha256="0" * 64)
+
+
+def assignment(attempt_id: str, *, round_number: int = 0) -> Assignment:
+    return Assignment(
+        attempt_id=AttemptId(attempt_id),
+        round=round_number,
+        state=STATE,
+        payload_bytes=0,
+        payload_sha256="",
+        blocks=(0, 2),
+        steps=16,
+        batch_size=8,
+        anchor_batch_size=4,
+        anchor_every=1,
+        anchor_weight=1.0,
+        learning_rate=3e-4,
+        warmup_steps=8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        adam_beta1=0.9,
+        adam_beta2=0.99,
+        adam_eps=1e-8,
+        optimizer_mode="fp32",
+        micro_batch_size=8,
+        checkpoint_activations=False,
+        delta_format="int8",
+        delta_density=0.25,
+        seed=7,
+        deadline_s=60.0,
+        memory_budget_bytes=0,
+        predicted_peak_bytes=1,
+        predicted_seconds=2.0,
+        measure=("validation", "anchor"),
+    )
+
+
+def evaluate(attempt_id: str) -> Evaluate:
+    return Evaluate(
+        attempt_id=AttemptId(attempt_id),
+        round=0,
+        state=STATE,
+        payload_bytes=0,
+        payload_sha256="",
+        measure=("general",),
+        deadline_s=60.0,
+    )
+
+
+def delta(attempt_id: str, *, sha256: str = "c" * 64, round_number: int = 0) -> Delta:
+    return Delta(
+        attempt_id=AttemptId(attempt_id),
+        round=round_number,
+        version=0,
+        num_examples=10,
+        steps=16,
+        format="int8",
+        density=0.25,
+        tensors=(TensorHeader(block=0, name="mlp.up_proj.weight", rows_sent=3),),
+        payload_bytes=99,
+        payload_sha256=sha256,
+        train=TrainReport(
+            num_target_tokens=1,
+            loss_first=2.0,
+            loss_last=1.0,
+            anchor_kl=0.01,
+            prefix_s=0.0,
+            train_s=1.0,
+            measure_s=0.0,
+            encode_s=0.0,
+            step_s=0.1,
+            peak_memory_bytes=1,
+            predicted_peak_bytes=1,
+            gradient_energy=(1.0, 2.0),
+        ),
+        measurements=(Measurement(measure="validation", version=0, num_items=4, num_correct=1),),
+    )
+
+
+def opened(folder: Path) -> Ledger:
+    return open_ledger(folder / "ledger.sqlite", IDENTITY)
+
+
+def with_open_round(folder: Path) -> Ledger:
+    ledger = opened(folder)
+    for key, name in ((ANN, "ann"), (BOB, "bob")):
+        ledger.save_client(key, name, {"name": name}, unix_s=1.0)
+    ledger.open_round(
+        round=0,
+        kind="train",
+        version=0,
+        deadline_s=60.0,
+        plan={"why": "test"},
+        tasks=[(BOB, evaluate("b0")), (ANN, assignment("a0"))],
+        unix_s=2.0,
+    )
+    return ledger
+
+
+def test_the_ledger_is_private_and_syncs_fully(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    ledger.close()
+    path = tmp_path / "ledger.sqlite"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert sqlite3.connect(path).execute("PRAGMA user_version").fetchone() == (len(MIGRATIONS),)
+
+
+def test_an_open_round_and_its_assignments_come_back_as_they_were_written(tmp_path: Path) -> None:
+    with_open_round(tmp_path).close()
+    ledger = opened(tmp_path)
+    stored = ledger.assignments(0)
+    assert [s.message for s in stored] == [assignment("a0"), evaluate("b0")]
+    assert [(s.client_key, s.outcome) for s in stored] == [(ANN, "open"), (BOB, "open")]
+    last = ledger.last_round()
+    assert last is not None
+    assert (last.round, last.phase, last.plan, last.elapsed_s) == (0, "open", {"why": "test"}, 0.0)
+
+
+def test_an_update_counts_once_and_its_measurements_with_it(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.add_update(ANN, delta("a0"), measurements=delta("a0").measurements, folded_in=0, unix_s=3.0)
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.add_update(
+            ANN, delta("a0", sha256="d" * 64), measurements=delta("a0").measurements, folded_in=0, unix_s=4.0
+        )
+    assert ledger.stored_sha256(ANN, 0, AttemptId("a0")) == "c" * 64
+    assert ledger.stored_sha256(BOB, 0, AttemptId("a0")) is None
+    assert [u.delta for u in ledger.updates_of(0)] == [delta("a0")]
+    assert ledger.measurements(0) == [(ANN, delta("a0").measurements[0])]
+    assert ledger.assignments(0)[0].outcome == "stored"
+
+
+def test_the_accepted_set_is_listed_by_client_whatever_the_order_of_arrival(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.add_assignment(BOB, replace(assignment("b1"), blocks=(1,)), reissued=True)
+    for key, attempt_id in ((BOB, "b1"), (ANN, "a0")):
+        ledger.add_update(key, delta(attempt_id), measurements=delta("a0").measurements, folded_in=0, unix_s=3.0)
+    assert [u.client_key for u in ledger.updates_of(0)] == [ANN, BOB]
+
+
+def test_closing_a_round_marks_the_missing_as_late(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.add_update(ANN, delta("a0"), measurements=delta("a0").measurements, folded_in=0, unix_s=3.0)
+    ledger.start_closing(0)
+    assert [s.outcome for s in ledger.assignments(0)] == ["stored", "late"]
+
+
+def test_a_failed_transaction_leaves_nothing_behind(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+
+    def fail() -> None:
+        with ledger.transaction():
+            ledger.add_update(ANN, delta("a0"), measurements=delta("a0").measurements, folded_in=0, unix_s=3.0)
+            raise OSError("the power went")
+
+    with pytest.raises(OSError, match="power"):
+        fail()
+    assert ledger.num_updates() == 0
+    assert ledger.measurements(0) == []
+    assert ledger.assignments(0)[0].outcome == "open"
+
+
+def test_what_was_not_committed_before_a_kill_is_not_there_after_it(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    ledger = with_open_round(tmp_path / "run")
+    with ledger.transaction():
+        ledger.add_update(ANN, delta("a0"), measurements=delta("a0").measurements, folded_in=0, unix_s=3.0)
+        shutil.copytree(tmp_path / "run", tmp_path / "killed")
+    assert opened(tmp_path / "run").num_updates() == 1
+    assert opened(tmp_path / "killed").num_updates() == 0
+
+
+def test_refusals_are_counted_by_client_and_code_and_three_about_content_shelve_the_client(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    for count in range(1, MAX_CONTENT_REFUSALS + 1):
+        assert ledger.shelved() == frozenset()
+        assert ledger.add_refusal(ANN, "non_finite", "a NaN", unix_s=float(count)) == count
+    for _ in range(5):
+        ledger.add_refusal(BOB, "no_space", "disk full", unix_s=9.0)
+    assert ledger.refusals() == {ANN: {"non_finite": 3}, BOB: {"no_space": 5}}
+    assert ledger.shelved() == {ANN}
+    assert ledger.last_refusals()[ANN] == "non_finite: a NaN"
+    ledger.let_back(ANN)
+    assert ledger.shelved() == frozenset()
+    assert ledger.refusals()[ANN] == {"non_finite": 3}
+
+
+def test_a_client_that_says_hello_again_keeps_its_refusals(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.add_refusal(ANN, "over_norm", "too large", unix_s=1.0)
+    ledger.save_client(ANN, "ann", {"name": "ann"}, unix_s=5.0)
+    assert [(c.client_key, c.content_refusals) for c in ledger.clients()] == [(ANN, 1), (BOB, 0)]
+
+
+def test_a_round_record_comes_back(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.save_elapsed(0, elapsed_s=12.5, deadline_s=90.0, extended=True)
+    ledger.commit_round(
+        0,
+        new_version=1,
+        state_sha256="e" * 64,
+        settings={"density": 0.25},
+        method_state={"anchor_weight": 1.5},
+        stop_reason=None,
+        metrics={"round": 0},
+        unix_s=9.0,
+    )
+    ledger.close()
+    last = opened(tmp_path).last_round()
+    assert last is not None
+    assert (last.phase, last.new_version, last.elapsed_s, last.deadline_s, last.extended) == (
+        "folded",
+        1,
+        12.5,
+        90.0,
+        True,
+    )
+    assert (last.settings, last.method_state, last.metrics) == (
+        {"density": 0.25},
+        {"anchor_weight": 1.5},
+        {"round": 0},
+    )
+
+
+def test_a_ledger_of_another_run_is_refused_with_both_values(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    with pytest.raises(LedgerError, match=r"run_id is 'run-1' in the ledger and 'run-2'"):
+        open_ledger(tmp_path / "ledger.sqlite", {**IDENTITY, "run_id": "run-2"})
+
+
+def test_a_ledger_of_a_newer_release_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS) + 1}")
+    db.close()
+    with pytest.raises(LedgerError, match="use the release that wrote it"):
+        opened(tmp_path)
+
+
+def test_a_reader_sees_the_state_of_a_ledger_that_is_being_written(tmp_path: Path) -> None:
+    writer = with_open_round(tmp_path)
+    reader = open_read_only(tmp_path / "ledger.sqlite")
+    writer.add_update(ANN, delta("a0"), measurements=delta("a0").measurements, folded_in=0, unix_s=3.0)
+    assert reader.num_updates() == 1
+    with pytest.raises(sqlite3.OperationalError):
+        reader.set_run("status", "changed")
+
+
+def test_a_run_that_was_never_served_has_no_ledger_to_read(tmp_path: Path) -> None:
+    with pytest.raises(LedgerError, match="never served"):
+        open_read_only(tmp_path / "ledger.sqlite")
+
+
+def test_only_the_newest_notes_are_shown_oldest_first(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    for number in range(5):
+        ledger.add_note(f"note {number}", unix_s=float(number))
+    assert ledger.notes(last=2) == [(3.0, "note 3"), (4.0, "note 4")]
