@@ -92,6 +92,8 @@ MAX_REFUSAL_TEXT: Final = 500
 class LedgerError(RuntimeError):
     """The ledger cannot be used: made by a newer release, or of another run."""
 
+    exit_code: Final = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredAssignment:
@@ -225,7 +227,7 @@ class Ledger:
     def open_round(
         self,
         *,
-        round: int,  # noqa: A002 - the project's word
+        round: int,
         kind: RoundKind,
         version: int,
         deadline_s: float,
@@ -252,14 +254,14 @@ class Ledger:
                 (message.attempt_id, message.round, key, kind, json.dumps(to_plain(message)), int(reissued)),
             )
 
-    def save_elapsed(self, round: int, *, elapsed_s: float, deadline_s: float, extended: bool) -> None:  # noqa: A002
+    def save_elapsed(self, round: int, *, elapsed_s: float, deadline_s: float, extended: bool) -> None:
         with self.transaction():
             self._db.execute(
                 "UPDATE rounds SET elapsed_s = ?, deadline_s = ?, extended = ? WHERE round = ?",
                 (elapsed_s, deadline_s, int(extended), round),
             )
 
-    def start_closing(self, round: int) -> None:  # noqa: A002
+    def start_closing(self, round: int) -> None:
         """From here on the accepted set is what it is: a later update counts in the next round."""
         with self.transaction():
             self._db.execute("UPDATE rounds SET phase = 'closing' WHERE round = ?", (round,))
@@ -267,7 +269,7 @@ class Ledger:
 
     def commit_round(
         self,
-        round: int,  # noqa: A002
+        round: int,
         *,
         new_version: int,
         state_sha256: str,
@@ -301,11 +303,11 @@ class Ledger:
     def rounds(self) -> list[StoredRound]:
         return [_round(row) for row in self._db.execute("SELECT * FROM rounds ORDER BY round")]
 
-    def get_round(self, round: int) -> StoredRound | None:  # noqa: A002
+    def get_round(self, round: int) -> StoredRound | None:
         row = self._one("SELECT * FROM rounds WHERE round = ?", round)
         return None if row is None else _round(row)
 
-    def assignments(self, round: int) -> list[StoredAssignment]:  # noqa: A002
+    def assignments(self, round: int) -> list[StoredAssignment]:
         """All assignments of the round, by client key; a replaced one stands before its replacement."""
         rows = self._db.execute("SELECT * FROM assignments WHERE round = ? ORDER BY client_key, reissued", (round,))
         return [_assignment(row) for row in rows]
@@ -351,7 +353,7 @@ class Ledger:
             self.set_outcome(delta.attempt_id, "stored")
             self._add_measurements(key, delta.attempt_id, delta.round, measurements)
 
-    def stored_sha256(self, key: ClientKey, round: int, attempt_id: AttemptId) -> str | None:  # noqa: A002
+    def stored_sha256(self, key: ClientKey, round: int, attempt_id: AttemptId) -> str | None:
         """Payload hash of the durable update of this triple, None if there is none."""
         row = self._one(
             "SELECT payload_sha256 FROM updates WHERE client_key = ? AND round = ? AND attempt_id = ?",
@@ -395,7 +397,7 @@ class Ledger:
         self,
         key: ClientKey,
         attempt_id: AttemptId,
-        round: int,  # noqa: A002
+        round: int,
         measurements: Iterable[Measurement],
     ) -> None:
         for m in measurements:
@@ -404,7 +406,7 @@ class Ledger:
                 (attempt_id, key, round, m.measure, m.version, json.dumps(to_plain(m))),
             )
 
-    def measurements(self, round: int) -> list[tuple[ClientKey, Measurement]]:  # noqa: A002
+    def measurements(self, round: int) -> list[tuple[ClientKey, Measurement]]:
         """What was measured in this round, by client key and measure."""
         rows = self._db.execute(
             "SELECT client_key, sums FROM measurements WHERE round = ? ORDER BY client_key, measure, attempt_id",

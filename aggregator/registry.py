@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from fedblocks.aggregator.allocation import running_mean
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.messages import (
@@ -22,8 +23,6 @@ from fedblocks.protocol.messages import (
     Hello,
 )
 
-#: How fast a measurement replaces the older ones (methods.md 6.1).
-EMA: Final = 0.3
 #: After running out of memory a client's predicted memory grows by this factor (methods.md 6.7).
 OOM_FACTOR: Final = 1.25
 MEMORY_FAILURES: Final[frozenset[FailureReason]] = frozenset({"oom", "over_memory_budget"})
@@ -31,6 +30,14 @@ MEMORY_FAILURES: Final[frozenset[FailureReason]] = frozenset({"oom", "over_memor
 FAILURES_WITH_STATE: Final[frozenset[FailureReason]] = frozenset(
     {"oom", "over_memory_budget", "non_finite", "deadline"}
 )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockEnergy:
+    """Running mean of the gradient energy that a client reported for a block (methods.md 5.5)."""
+
+    block: int
+    energy: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,13 +51,18 @@ class KnownClient:
     statistics: DataStatistics
     can_evaluate_general: bool
     held_version: int
-    time_scale: float = 1.0
-    """Measured over predicted seconds of a step, moving average."""
+    time_scale: float | None = None
+    """Running mean of measured over predicted seconds of a step; None until it was measured."""
     memory_scale: float = 1.0
-    """Grows with every out-of-memory and with a measured peak above the predicted one."""
-    last_validation_round: int = -1
-    """The round in which it last measured its validation part; -1 for never."""
-    last_general_round: int = -1
+    """Factor on the predicted memory; grows with every task that ran out of it."""
+    gradient_energy: tuple[BlockEnergy, ...] = ()
+    trained_sequences: int = 0
+    """Training sequences of its accepted rounds: so many prefixes are cached by now, up to all it has."""
+    anchored_sequences: int = 0
+    """The same for the anchor set."""
+    last_validation_round: int = 0
+    """The round in which it last measured its validation part; 0 for never."""
+    last_general_round: int = 0
     received_bytes: int = 0
     """At the socket, from this client, over the whole run."""
     sent_bytes: int = 0
@@ -61,8 +73,7 @@ def client_from_hello(key: ClientKey, hello: Hello, known: KnownClient | None) -
 
     A new device (another name in the profile) starts with a clean slate of measurements.
     """
-    same_device = known is not None and known.profile.device == hello.profile.device
-    return KnownClient(
+    fresh = KnownClient(
         key=key,
         name=hello.client_name,
         software=hello.software,
@@ -70,37 +81,57 @@ def client_from_hello(key: ClientKey, hello: Hello, known: KnownClient | None) -
         statistics=hello.statistics,
         can_evaluate_general=hello.can_evaluate_general,
         held_version=hello.held_version,
-        time_scale=known.time_scale if known is not None and same_device else 1.0,
-        memory_scale=known.memory_scale if known is not None and same_device else 1.0,
-        last_validation_round=known.last_validation_round if known is not None else -1,
-        last_general_round=known.last_general_round if known is not None else -1,
-        received_bytes=known.received_bytes if known is not None else 0,
-        sent_bytes=known.sent_bytes if known is not None else 0,
+    )
+    if known is None:
+        return fresh
+    kept = replace(
+        fresh,
+        gradient_energy=known.gradient_energy,
+        last_validation_round=known.last_validation_round,
+        last_general_round=known.last_general_round,
+        received_bytes=known.received_bytes,
+        sent_bytes=known.sent_bytes,
+    )
+    if known.profile.device != hello.profile.device:
+        return kept
+    return replace(
+        kept,
+        time_scale=known.time_scale,
+        memory_scale=known.memory_scale,
+        trained_sequences=known.trained_sequences,
+        anchored_sequences=known.anchored_sequences,
     )
 
 
-def after_update(client: KnownClient, assignment: Assignment, delta: Delta, predicted_step_s: float) -> KnownClient:
-    """The record after an accepted update: its speed and its memory as measured.
+def after_update(client: KnownClient, assignment: Assignment, delta: Delta, planned_step_s: float) -> KnownClient:
+    """The record after an accepted update: its speed as measured, its gradient energies, what it holds now.
 
     Args:
-        predicted_step_s: what planning expected of one step of this assignment, at time scale 1; 0 if unknown.
+        planned_step_s: what the plan expected of one step, with the client's time scale of then; 0 if unknown.
     """
     time_scale = client.time_scale
-    if predicted_step_s > 0 and delta.train.step_s > 0:
-        measured = delta.train.step_s / predicted_step_s
+    if planned_step_s > 0 and delta.train.step_s > 0:
         # The first measurement replaces the declared speed at once (field.md F16).
-        time_scale = measured if time_scale == 1.0 else (1 - EMA) * time_scale + EMA * measured
-    predicted, peak = assignment.predicted_peak_bytes, delta.train.peak_memory_bytes
-    memory_scale = client.memory_scale * (peak / predicted) if 0 < predicted < peak else client.memory_scale
+        time_scale = running_mean(time_scale, (time_scale or 1.0) * delta.train.step_s / planned_step_s)
+    energies = {e.block: e.energy for e in client.gradient_energy}
+    if len(delta.train.gradient_energy) == len(assignment.blocks):
+        for block, energy in zip(assignment.blocks, delta.train.gradient_energy, strict=True):
+            energies[block] = running_mean(energies.get(block), energy)
+    anchored = -(-delta.steps // assignment.anchor_every) * assignment.anchor_batch_size
     return replace(
-        client, time_scale=time_scale, memory_scale=memory_scale, held_version=assignment.state.to_version
+        client,
+        time_scale=time_scale,
+        gradient_energy=tuple(BlockEnergy(block=b, energy=energies[b]) for b in sorted(energies)),
+        trained_sequences=client.trained_sequences + delta.steps * assignment.batch_size,
+        anchored_sequences=client.anchored_sequences + anchored,
+        held_version=assignment.state.to_version,
     )
 
 
 def after_failure(client: KnownClient, version: int, reason: FailureReason) -> KnownClient:
-    """The record after a failed task that started from ``version``."""
+    """The record after a failed task that started from ``version``; a held version of -1 asks for a snapshot."""
     scale = OOM_FACTOR if reason in MEMORY_FAILURES else 1.0
-    held = version if reason in FAILURES_WITH_STATE else client.held_version
+    held = version if reason in FAILURES_WITH_STATE else -1
     return replace(client, memory_scale=client.memory_scale * scale, held_version=held)
 
 

@@ -7,7 +7,7 @@ seconds inside the events; the shell (``server.py``) carries the actions out and
         ^            ^-------------PlanFailed----'                                                              |
         '--------------------------------------------------- no stop reason ------------------------------------+
                                                                                                                 |
-    finished <--all in | deadline-- measuring <--MeasurePlanned-- concluding <----------- stop reason ----------'
+    finished <--all in | deadline-- measuring <--MeasurePlanned-- preparing <-- concluding <---- stop reason ---'
 
 Only the elapsed part of a deadline is kept in the state, never a point in time, so that a restart of the aggregator
 neither renews nor expires it (field.md F14).
@@ -19,14 +19,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from fedblocks.protocol.messages import AttemptId, ClientKey
 
-Phase = Literal["gathering", "planning", "open", "closing", "concluding", "measuring", "finished"]
+Phase = Literal["gathering", "planning", "open", "closing", "concluding", "preparing", "measuring", "finished"]
 TaskKind = Literal["train", "evaluate"]
 Outcome = Literal["open", "stored", "reported", "refused", "failed", "late"]
 """stored: a durable update; reported: measurements only; late: still open when its round closed."""
+OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 Presence = Literal["expected", "present", "left"]
 """expected: known of old, not heard yet by this process."""
 
@@ -71,7 +72,8 @@ class RoundsState:
     """The whole state; ``members`` and ``tasks`` are never changed in place."""
 
     phase: Phase = "gathering"
-    round: int = 0
+    round: int = 1
+    """Rounds count from 1."""
     version: int = 0
     members: Mapping[ClientKey, Member] = field(default_factory=dict[ClientKey, Member])
     tasks: Mapping[ClientKey, Task] = field(default_factory=dict[ClientKey, Task])
@@ -318,8 +320,7 @@ def _folded(state: RoundsState, event: RoundFolded) -> tuple[RoundsState, tuple[
         notes = (Note(text=f"{state.empty_rounds} rounds in a row brought no update: {cause}"),)
     if event.stop_reason is None:
         return state, notes
-    state = _entering(state, "concluding")
-    return state, (*notes, MeasureFinal(clients=present_clients(state)))
+    return _entering(state, "concluding"), notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,7 +340,16 @@ def _enough_clients(state: RoundsState, rules: Rules) -> bool:
 
 def _plan(state: RoundsState, rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
     clients = plannable_clients(state, rules)
-    return _entering(state, "planning"), (PlanRound(round=state.round, clients=clients),)
+    return _entering(_without_expectations(state), "planning"), (PlanRound(round=state.round, clients=clients),)
+
+
+def _everybody_there(state: RoundsState, rules: Rules) -> bool:
+    return not _expected(state) or state.elapsed_s >= rules.gather_s
+
+
+def _measure(state: RoundsState, _rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
+    state = _without_expectations(state)
+    return _entering(state, "preparing"), (MeasureFinal(clients=present_clients(state)),)
 
 
 def _all_in(state: RoundsState, _rules: Rules) -> bool:
@@ -385,6 +395,7 @@ TRANSITIONS: Final[tuple[Transition, ...]] = (
     Transition("open", _deadline_with_quorum, _close),
     Transition("open", _deadline_first_time, _extend),
     Transition("open", _deadline, _close),
+    Transition("concluding", _everybody_there, _measure),
     Transition("measuring", _all_in, _finish),
     Transition("measuring", _deadline, _finish),
 )
@@ -434,6 +445,9 @@ def waiting_for(state: RoundsState, rules: Rules) -> str:
         case "closing":
             return f"the fold of round {state.round}"
         case "concluding":
+            absent = ", ".join(sorted(state.members[key].name for key in _expected(state)))
+            return f"clients for the final measurement ({absent}); {max(0.0, rules.gather_s - state.elapsed_s):.0f} s"
+        case "preparing":
             return "the plan of the final measurement"
         case "finished":
             return "nothing: the run is finished"
@@ -460,6 +474,12 @@ def _with_outcome(state: RoundsState, key: ClientKey, attempt_id: AttemptId, out
         late = {k: a for k, a in state.late.items() if (k, a) != (key, attempt_id)}
         return replace(state, late=late)
     return replace(state, tasks={**state.tasks, key: replace(task, outcome=outcome)})
+
+
+def _without_expectations(state: RoundsState) -> RoundsState:
+    """Who did not come while it was waited for is not waited for again."""
+    absent = {key: replace(state.members[key], presence="left") for key in _expected(state)}
+    return replace(state, members={**state.members, **absent})
 
 
 def _expected(state: RoundsState) -> list[ClientKey]:
@@ -495,7 +515,7 @@ def initial_state(
     *,
     now_s: float,
     expected: Iterable[tuple[ClientKey, str]],
-    round: int = 0,  # noqa: A002 - the project's word
+    round: int = 1,
     version: int = 0,
 ) -> RoundsState:
     """Nobody heard yet; ``expected`` are (key, name) of those worth a short wait."""

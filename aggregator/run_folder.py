@@ -41,11 +41,15 @@ from fedblocks.protocol.run_config import RunConfig
 from fedblocks.protocol.tensors import FloatArray, State
 
 KEPT_STATES: Final = 2
+#: The anchor set of methods.md 5.2, for a run.json that does not say.
+DEFAULT_ANCHOR: Final = {"anchor_sequences": 512, "anchor_tokens": 256}
 _ATTEMPT: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class RunFolderError(Exception):
-    """The folder cannot be served; the text says what is wrong and what to do (exit code 2)."""
+    """The folder cannot be served; the text says what is wrong and what to do."""
+
+    exit_code: Final = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +61,9 @@ class RunInfo:
     base_hash: str
     tokenizer_hash: str
     created_unix_s: float
+    anchor_sequences: int
+    anchor_tokens: int
+    """Of the longest anchor sequence."""
     resources: tuple[ResourceInfo, ...]
 
 
@@ -90,11 +97,11 @@ class RunFolder:
 
     # updates
 
-    def part_path(self, round: int, attempt_id: AttemptId, upload: int) -> Path:  # noqa: A002 - the project's word
+    def part_path(self, round: int, attempt_id: AttemptId, upload: int) -> Path:
         """Where an upload is written while it arrives; two of one attempt never share a file."""
         return self.update_path(round, attempt_id).with_suffix(f".{upload}.part")
 
-    def update_path(self, round: int, attempt_id: AttemptId) -> Path:  # noqa: A002
+    def update_path(self, round: int, attempt_id: AttemptId) -> Path:
         """The payload of an accepted update, in the folder of the round whose fold counts it."""
         if not _ATTEMPT.fullmatch(attempt_id):
             raise ValueError(f"attempt id {attempt_id[:80]!r} is no file name")
@@ -106,7 +113,7 @@ class RunFolder:
             update.parent.mkdir(mode=0o700)
             sync_folder(update.parent.parent)
 
-    def drop_updates(self, round: int) -> None:  # noqa: A002
+    def drop_updates(self, round: int) -> None:
         """Delete the payloads that this round folded."""
         shutil.rmtree(self.path / "updates" / f"{round:05d}", ignore_errors=True)
 
@@ -229,7 +236,7 @@ def read_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
     config = run_config.load(path / "run.toml", overrides)
     try:
         described = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        info = from_plain(RunInfo, described, where="run.json")
+        info = from_plain(RunInfo, {**DEFAULT_ANCHOR, **described}, where="run.json")
         plan = ExpansionPlan.from_json((path / "plan.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunFolderError(

@@ -295,9 +295,9 @@ def _bitsandbytes_keys(suffix: str, weight: Nf4Weight, dtype: torch.dtype) -> di
     return {
         suffix: weight.packed.unsqueeze(1).contiguous(),
         f"{suffix}.absmax": weight.absmax.contiguous(),
-        f"{suffix}.quant_map": weight.code.contiguous(),
+        f"{suffix}.quant_map": weight.code.clone(),  # our quantiser shares one table between weights
         f"{suffix}.nested_absmax": weight.nested_absmax.contiguous(),
-        f"{suffix}.nested_quant_map": weight.nested_code.contiguous(),
+        f"{suffix}.nested_quant_map": weight.nested_code.clone(),
         f"{suffix}.quant_state.bitsandbytes__nf4": torch.tensor(
             list(json.dumps(state).encode("utf-8")), dtype=torch.uint8
         ),

@@ -55,6 +55,7 @@ EXIT_INTERRUPTED = 7
 #: Pause between two looks whether the operator has enrolled a new key.
 ENROLMENT_POLL_S = 5.0
 PROFILE_MAX_AGE_S = 7 * 86400
+PROFILE_FILE = "profile.json"
 
 Say = Callable[[str], None]
 
@@ -121,22 +122,24 @@ def _check_base(model: Path, site: SiteFile) -> None:
 
 
 def _profile(options: JoinOptions, say: Say) -> DeviceProfile:
-    """The emulated device, a probe of the last seven days, or a new probe."""
-    if options.emulate:
-        from fedblocks.edge_client.memory import runtime_memory_bytes
-        from fedblocks.profiles.catalog_files import emulated_profile
+    """This device as probed within the last seven days, or the device to emulate on it."""
+    measured = _measured_profile(options.home, say)
+    if options.emulate is None:
+        return measured
+    from fedblocks.profiles import catalog_files
 
-        return emulated_profile(
-            options.emulate, scale=options.emulate_scale, runtime_memory_bytes=runtime_memory_bytes()
-        )
-    from fedblocks.profiles.probe import load_profile, probe_device, to_json
+    return catalog_files.scaled(catalog_files.load(options.emulate), options.emulate_scale, host=measured)
 
-    path = options.home / "profile.json"
+
+def _measured_profile(home: Path, say: Say) -> DeviceProfile:
+    from fedblocks.profiles.probe import load_profile, probe, to_json
+
+    path = home / PROFILE_FILE
     known = load_profile(path) if path.is_file() else None
     if known is not None and time.time() - known.measured_unix_s < PROFILE_MAX_AGE_S:
         return known
     say("measuring this device (under 20 s; again after seven days)")
-    result = probe_device(budget_s=15.0, folder=options.home)
+    result = probe(folder=home)
     path.write_text(to_json(result), encoding="utf-8")
     return result.profile
 
@@ -165,6 +168,13 @@ class _Client:
         self.profile = profile
         self.say = say
         self.stop_asked = False
+
+    @property
+    def memory_limit_bytes(self) -> int:
+        """Most memory above the imports that a task may take: the user's limit, or the emulated device's memory."""
+        if self.options.memory_limit_bytes or self.options.emulate is None:
+            return self.options.memory_limit_bytes
+        return self.profile.memory_usable_bytes
 
     def hello(self) -> Hello:
         """What this site tells about itself."""
@@ -334,7 +344,7 @@ class _Shell:
             data=client.data,
             encoder=client.encoder,
             client=client.identity.public,
-            memory_limit_bytes=client.options.memory_limit_bytes,
+            memory_limit_bytes=client.memory_limit_bytes,
             emulation=Emulation(profile=client.profile) if client.options.emulate else None,
             say=client.say,
         )

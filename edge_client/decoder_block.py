@@ -14,12 +14,17 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
+from fedblocks.kernels.ops import rms_norm, rope, swiglu
 from fedblocks.profiles.model_shape import ModelShape
 
-LINEARS: Final = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj") + (
+LINEARS: Final = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
     "mlp.gate_proj",
     "mlp.up_proj",
     "mlp.down_proj",
@@ -199,26 +204,15 @@ class Rotary:
         return cos[:length], sin[:length]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis; the mean in fp32, the product with ``weight`` in x's dtype."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-rotation convention: x (..., hd), cos and sin broadcastable to it."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def _linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Mapping[str, LoraPair], names: Sequence[str]
 ) -> Tensor:
-    y = F.linear(x, weight, bias)
+    y = functional.linear(x, weight, bias)
     if not pairs:
         return y
-    return y + torch.cat([p.scale * F.linear(F.linear(x, p.a), p.b) for p in (pairs[name] for name in names)], dim=-1)
+    return y + torch.cat(
+        [p.scale * functional.linear(functional.linear(x, p.a), p.b) for p in (pairs[name] for name in names)], dim=-1
+    )
 
 
 def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
@@ -233,10 +227,13 @@ def _project(x: Tensor, w: BlockWeights, spec: BlockSpec, cos: Tensor, sin: Tens
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
     joined = _linear(rms_norm(x, w.input_norm, spec.eps), w.qkv, w.qkv_bias, w.lora, LINEARS[:3])
     joined = joined.view(*x.shape[:2], heads + 2 * kv_heads, shape.head_dim).transpose(1, 2)
-    q, k, v = joined.split((heads, kv_heads, kv_heads), dim=1)
+    v = joined[:, heads + kv_heads :]
     if w.q_norm is not None and w.k_norm is not None:
-        q, k = rms_norm(q, w.q_norm, spec.eps), rms_norm(k, w.k_norm, spec.eps)
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+        q = rms_norm(joined[:, :heads], w.q_norm, spec.eps)
+        k = rms_norm(joined[:, heads : heads + kv_heads], w.k_norm, spec.eps)
+        return rope(q, cos, sin), rope(k, cos, sin), v
+    q, k = rope(joined[:, : heads + kv_heads], cos, sin).split((heads, kv_heads), dim=1)
+    return q, k, v
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
@@ -247,19 +244,17 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     if spec.window is not None and keys > spec.window:
         mask = _window_mask(queries, keys, spec.window, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:  # one query alone may look at everything; otherwise queries and keys are the same positions
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
     return out.transpose(1, 2).flatten(2)
 
 
 def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """Output projection, residual and the MLP half."""
     x = x + _linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
-    gate, up = _linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6]).chunk(
-        2, dim=-1
-    )
-    return x + _linear(F.silu(gate) * up, w.down, w.down_bias, w.lora, LINEARS[6:])
+    gate_up = _linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6])
+    return x + _linear(swiglu(gate_up), w.down, w.down_bias, w.lora, LINEARS[6:])
 
 
 def block_forward(x: Tensor, weights: BlockWeights, spec: BlockSpec, rotary: Rotary) -> Tensor:

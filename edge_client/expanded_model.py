@@ -30,8 +30,8 @@ from fedblocks.edge_client.decoder_block import (
     block_forward,
     block_step,
     layout,
-    rms_norm,
 )
+from fedblocks.kernels.ops import rms_norm
 from fedblocks.protocol.expansion import ExpansionPlan, StackEntry
 
 State = Mapping[int, Mapping[str, npt.NDArray[np.float32]]]

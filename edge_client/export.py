@@ -23,10 +23,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 import fedblocks
 from fedblocks.edge_client.checkpoint import TORCH_DTYPE, Checkpoint, base_hash, initial_block
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
+from fedblocks.protocol.run_config import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -252,6 +254,38 @@ def export_hf(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # gone already when all went well
     return summary
+
+
+def export_run(run: Path, *, model: str | Path, out: Path, strength: float) -> ExportSummary:
+    """Exports the last published state of a finished run.
+
+    Args:
+        run: the run folder, or a copy of it.
+        model: folder or hub id of the run's base.
+
+    Raises:
+        ConfigError: the run has not published a final state.
+        ValueError, ExportError, ExpansionError, CheckpointError: as :func:`export_hf` and :meth:`Checkpoint.open`.
+    """
+    plan, state = load_final(run)
+    return export_hf(checkpoint=Checkpoint.open(model), plan=plan, state=state, strength=strength, out=out)
+
+
+def load_final(run: Path) -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray]]]:
+    """Plan and last published state of a run folder.
+
+    Raises:
+        ConfigError: the run has not published a final state.
+    """
+    path = run / "state" / "final.safetensors"
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: the run has not finished; see fedblocks status {run}")
+    plan = ExpansionPlan.from_json((run / "plan.json").read_text(encoding="utf-8"))
+    state: dict[int, dict[str, np.ndarray]] = {}
+    for key, value in load_file(path).items():
+        block, name = key.split("/", 1)
+        state.setdefault(int(block), {})[name] = value
+    return plan, state
 
 
 def _stored_block(

@@ -17,6 +17,7 @@ from pathlib import Path
 from fedblocks.edge_client.anchor import sample_anchor
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import DataError, read_rows
+from fedblocks.edge_client.export import verify_identity
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.durable import write_durably
@@ -67,6 +68,7 @@ def init_run(
         placement=config.expansion.placement,
         num_blocks=config.expansion.blocks,
     )
+    verify_identity(checkpoint, plan)
     files = {"plan.json": plan.to_json().encode()}
     if general is not None:
         files["general.jsonl"] = _general_file(general)

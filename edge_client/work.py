@@ -225,7 +225,8 @@ class Workbench:
             self.model.load_state(self.state)
         limit = self._memory_budget(task)
         if limit and memory.peak_bytes > limit:
-            text = f"measured peak {memory.peak_bytes} bytes, the budget is {limit} (predicted {task.predicted_peak_bytes})"
+            predicted = task.predicted_peak_bytes
+            text = f"measured peak {memory.peak_bytes} bytes, the budget is {limit} (predicted {predicted})"
             return self._failed(task, "over_memory_budget", text)
         self.residuals.stage(task.attempt_id, encoded.residuals, round=task.round)
         body = b"".join(encoded.parts)

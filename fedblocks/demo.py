@@ -1,7 +1,7 @@
-"""The main job on one machine: an aggregator process and four unequal client processes learn together, then the proof.
+"""The main job on one machine: an aggregator and four unequal client processes learn together, and then the proof.
 
-Nothing here is a shortcut through the product: the run folder, the keys, the invitations, ``serve`` and ``join`` are the
-ones a consortium uses, over encrypted sockets.
+Nothing here is a shortcut through the product: the run folder, the keys, the invitations, ``serve`` and ``join`` are
+those of a real consortium, over encrypted sockets.
 Only the speed and memory of the four devices are emulated, and every printed figure is measured or computed.
 """
 
@@ -15,18 +15,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedblocks.demo_report import bytes_ratio, client_rows, plot, print_result, say
 from fedblocks.protocol.run_config import ConfigError
 
 #: The virtual consortium: catalog devices, weakest first.
 DEVICES = ("jetson-orin-nano-8gb", "jetson-orin-nano-8gb-super", "jetson-orin-nx-16gb", "jetson-agx-orin-64gb")
 QUICK_DEVICES = (DEVICES[0], DEVICES[3])
 POLL_S = 0.2
+PROBE_S = 6.0
 #: A run that shows no sign of life for so long is broken.
 STALL_S = 180.0
 
@@ -83,7 +85,7 @@ def run_demo(options: DemoOptions) -> int:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("sites", "data", "logs"):
         (folder / name).mkdir()
-    _say("preparing the model, the data of each site and the anchor texts")
+    say("preparing the model, the data of each site and the anchor texts")
     material = _custom_material(options, folder) if options.model else _starter_material(options, folder)
     run = _make_run(material, options, folder)
     devices = QUICK_DEVICES if options.quick else DEVICES
@@ -91,11 +93,11 @@ def run_demo(options: DemoOptions) -> int:
         rounds = _watch(run, processes, folder)
     result = _prove(run, material, folder, rounds)
     result["wall_s"] = time.monotonic() - started
-    result["clients"] = _client_rows(run, folder)
+    result["clients"] = client_rows(rounds)
     options.json_file.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    _print_result(result)
-    _plot(result, folder / "plot.png")
-    _say(f"result: {options.json_file}; checkpoint: {result['export_dir']}")
+    print_result(result)
+    plot(result, folder / "plot.png")
+    say(f"result: {options.json_file}; checkpoint: {result['export_dir']}")
     return 0
 
 
@@ -178,7 +180,7 @@ def _make_run(material: Material, options: DemoOptions, folder: Path) -> Path:
         anchor_sequences=material.anchor_sequences,
     )
     blocks = ", ".join(f"{b.block_id} after layer {b.after_layer}" for b in made.plan.blocks)
-    _say(f"run {made.run_id}: expanded blocks {blocks}; {made.num_anchor_tokens} anchor tokens sampled from the base")
+    say(f"run {made.run_id}: expanded blocks {blocks}; {made.num_anchor_tokens} anchor tokens sampled from the base")
     return folder / "run"
 
 
@@ -195,19 +197,26 @@ def _processes(
     """The aggregator and the clients, each its own process; none is left behind."""
     from fedblocks.aggregator.auth import Registry
     from fedblocks.aggregator.invitation import write_invitation
-    from fedblocks.edge_client.identity import load_or_make_identity
-    from fedblocks.profiles.catalog_files import demo_scale
+    from fedblocks.edge_client.client import PROFILE_FILE
+    from fedblocks.edge_client.identity import load_or_create_identity
+    from fedblocks.profiles.catalog_files import scale_factor
+    from fedblocks.protocol.expansion import ExpansionPlan
 
     started: dict[str, subprocess.Popen[bytes]] = {}
     try:
         started["aggregator"] = _start("aggregator", folder, "serve", str(run))
         registry = Registry(run)
-        scale = demo_scale(material.model)
+        scale = scale_factor(ExpansionPlan.from_json((run / "plan.json").read_text()).shape)
+        profile = _probe_once(folder)
+        say(
+            f"four devices of the catalog at {scale:.5f} of their speed and memory (docs/demo.md): {', '.join(devices)}"
+        )
         for i, (data, device) in enumerate(zip(material.sites, devices, strict=True)):
             name = f"site-{i + 1}"
             invitation, home = folder / "sites" / f"{name}.toml", folder / "sites" / name
             write_invitation(run, name=name, out=invitation)
-            identity, _ = load_or_make_identity(home / f"{name}.key")
+            identity = load_or_create_identity(home)
+            shutil.copyfile(profile, home / PROFILE_FILE)
             registry.enrol(identity.public, name, now_unix_s=time.time())
             evaluate = ["--evaluate"] if i == len(devices) - 1 else []
             started[name] = _start(
@@ -226,6 +235,15 @@ def _processes(
                 process.kill()
 
 
+def _probe_once(folder: Path) -> Path:
+    """This machine's profile; the four clients share it, since they are four processes of one machine."""
+    from fedblocks.profiles.probe import probe, to_json
+
+    path = folder / "profile.json"
+    path.write_text(to_json(probe(budget_s=PROBE_S, folder=folder)), encoding="utf-8")
+    return path
+
+
 def _start(name: str, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
     """One process with one thread for arithmetic: several clients share this machine's cores."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
@@ -237,6 +255,10 @@ def _start(name: str, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 def _watch(run: Path, processes: Mapping[str, subprocess.Popen[bytes]], folder: Path) -> list[dict[str, Any]]:
     """Print each round as the aggregator records it, until the aggregator has finished."""
+    from fedblocks.aggregator.progress import round_line
+    from fedblocks.protocol import run_config
+
+    max_rounds = run_config.load(run / "run.toml").run.max_rounds
     metrics = run / "metrics.jsonl"
     rounds: list[dict[str, Any]] = []
     offset = 0
@@ -252,7 +274,7 @@ def _watch(run: Path, processes: Mapping[str, subprocess.Popen[bytes]], folder: 
             for line in complete.splitlines():
                 last_sign = time.monotonic()
                 rounds.append(json.loads(line))
-                _say(rounds[-1]["line"])
+                say(round_line(rounds[-1], max_rounds))
         if finished:
             break
         for name, process in processes.items():
@@ -275,11 +297,12 @@ def _prove(run: Path, material: Material, folder: Path, rounds: list[dict[str, A
     """Export the model and measure it: as any user would load it, and on the clients' 4-bit stack."""
     from fedblocks.edge_client.evaluation import prove_run
 
-    _say("exporting, and measuring the exported checkpoint and the 4-bit stack")
+    say("exporting, and measuring the exported checkpoint and the 4-bit stack")
     proof = prove_run(
         run, model=material.model, out=folder / "export", downstream=material.downstream_test,
         general=material.general_test,
     )  # fmt: skip
+    ratio, mean_bytes = bytes_ratio(rounds, proof["base_parameters"])
     target = material.downstream_target
     after = proof["exported"]["downstream_accuracy"]
     return {
@@ -294,9 +317,9 @@ def _prove(run: Path, material: Material, folder: Path, rounds: list[dict[str, A
         "downstream_target": target,
         "downstream_over_target": after / target if target else None,
         "strength": proof["strength"],
-        "rounds": len([r for r in rounds if r.get("round", 0) > 0]),
-        "bytes_ratio_full_fp32": proof["bytes_ratio_full_fp32"],
-        "bytes_per_client_round": proof["bytes_per_client_round"],
+        "rounds": sum(r["num_accepted"] > 0 for r in rounds),
+        "bytes_ratio_full_fp32": ratio,
+        "bytes_per_client_round": mean_bytes,
         "export_dir": str(folder / "export"),
         "proof": proof,
         "history": rounds,

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedblocks.kernels.reference import nf4 as _reference
 from fedblocks.kernels.reference.head import LinearCrossEntropy, LinearKlTopK, top_k
 from fedblocks.kernels.reference.nf4 import Nf4Weight, quantize_nf4
+from fedblocks.kernels.reference.pointwise import RmsNorm, Rope, SwiGlu
 
 __all__ = [
     "NUMERICS_CLASS",
@@ -20,6 +21,9 @@ __all__ = [
     "linear_kl_topk",
     "nf4_dequant",
     "quantize_nf4",
+    "rms_norm",
+    "rope",
+    "swiglu",
     "top_k",
 ]
 
@@ -124,3 +128,18 @@ def linear_kl_topk(h: Tensor, weight: Tensor, ids: Tensor, logp: Tensor, log_tai
         scale: usually lambda / number of anchor tokens.
     """
     return LinearKlTopK.apply(h, weight, ids, logp, log_tail, scale)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last axis: ``weight · (x / √(mean x² + eps))``, statistics in fp32."""
+    return RmsNorm.apply(x, weight, eps)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-rotation convention: x (..., T, hd), cos and sin (T, hd)."""
+    return Rope.apply(x, cos, sin)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """``silu(gate)·up`` of (..., gate | up): half as wide."""
+    return SwiGlu.apply(gate_up)

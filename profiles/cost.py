@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Final, Literal
 
-from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.device import Accelerator, DeviceProfile
 from fedblocks.profiles.model_shape import ModelShape
 
 PayloadFormat = Literal["int8", "bf16", "fp32"]
@@ -202,13 +202,15 @@ def step_time(
     """Seconds of one optimizer step with a warm prefix cache.
 
     Arithmetic at the device's matrix rate, the optimizer's traffic at its memory rate, the cached hidden states at its
-    disk rate, and the fixed overhead once per micro-batch.
+    disk rate, and the fixed overhead as often as the batches are cut into more forward passes than they need.
     """
     blocks = tuple(blocks)
     tokens = work.batch_size * work.mean_tokens + work.anchor_batch_size * work.anchor_tokens / work.anchor_every
+    anchored = 1 / work.anchor_every if work.anchor_batch_size else 0.0
     passes = math.ceil(work.batch_size / work.micro_batch_size)
+    passes += anchored * math.ceil(work.anchor_batch_size / work.micro_batch_size)
     return (
-        device.step_overhead_s * passes
+        device.step_overhead_s * passes / (1 + anchored)
         + step_flops(shape, layout, blocks, work) / device.gemm_flops_per_s
         + OPTIMIZER_BYTES_MOVED * len(set(blocks)) * shape.block_parameters / device.memory_bytes_per_s
         + tokens * shape.hidden_size * work.dtype_bytes / device.disk_read_bytes_per_s
@@ -305,24 +307,29 @@ def download_bytes(
 
 # Memory (runtime.md 4.1)
 
+#: Share of the transient bytes that a caching or fragmenting allocator holds on top of them. CUDA: the 6 % of runtime.md
+#: 4.1. CPU: glibc's heap under plain autograd, 1.60 to 1.73 of the live bytes measured on a six-layer model of width 64.
+ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.65, "cuda": 0.06}
+#: What the first training step leaves behind whatever its size: arenas, thread stacks, library buffers (measured, CPU).
+ALLOCATOR_FLOOR_BYTES: Final = 2 * 2**20
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBreakdown:
-    """Predicted bytes above the imports, by what they hold. Everything adds up to the peak except ``work`` and
-    ``logits``, which never exist at the same time."""
+    """Predicted bytes above the imports, by what they hold; ``work`` and ``logits`` never exist at the same time."""
 
     runtime: int
     """R: context, workspaces, and what the process holds before a model is loaded."""
     packed: int
-    """The base's layers in NF4."""
+    """One NF4 layer on its way from the file to its decoded form."""
     decoded: int
-    """The frozen base layers above the cut, decoded."""
-    frozen_blocks: int
-    """Expanded blocks that others train, full precision."""
+    """All base layers, decoded: the first runtime keeps each one that it has read."""
+    blocks: int
+    """All expanded blocks: fp32 value, and the accumulated delta that it was made from."""
     head: int
     """Embedding and head (once if tied)."""
     trained: int
-    """Weights, gradients and both moments of the trained blocks."""
+    """What training adds per trained parameter: gradient and two moments, and the compute copy where there is one."""
     activations: int
     """Saved for the backward pass, of the larger of a task and an anchor pass."""
     inputs: int
@@ -331,6 +338,8 @@ class MemoryBreakdown:
     """Temporaries of one block's forward and backward."""
     logits: int
     """One chunk of logits and their gradient."""
+    allocator: int
+    """What the allocator holds beyond the live bytes."""
 
     @property
     def peak(self) -> int:
@@ -341,71 +350,93 @@ class MemoryBreakdown:
     @property
     def largest(self) -> str:
         """Name of the largest term besides R."""
-        return max((f.name for f in fields(self) if f.name != "runtime"), key=lambda name: getattr(self, name))
+        return max((f.name for f in fields(self) if f.name != "runtime"), key=lambda name: int(getattr(self, name)))
 
 
 def saved_bytes_trained(shape: ModelShape) -> int:
-    """Bytes per token that autograd keeps for one trained block in 2-byte activations (runtime.md 4.3, ``hf trained``)."""
+    """Bytes per token that autograd keeps for one trained block in 2-byte activations (runtime.md 4.3, hf trained)."""
     q, kv, h, i = shape.q_size, shape.kv_size, shape.hidden_size, shape.intermediate_size
     return 2 * (q + 2 * kv) + 2 * q + 8 * i + 16 * h + 4 * shape.head_dim + 4 * shape.num_heads + 8
 
 
 def saved_bytes_frozen(shape: ModelShape) -> int:
-    """The same for a frozen block above a trained one (``hf frozen``): its matrices keep no input."""
+    """The same for a frozen block above a trained one (hf frozen): its matrices keep no input."""
     return saved_bytes_trained(shape) - 2 * shape.intermediate_size - 8 * shape.hidden_size
 
 
 def peak_memory(
-    shape: ModelShape, layout: StackLayout, blocks: Iterable[int], work: Workload, *, runtime_bytes: int = 0
+    shape: ModelShape,
+    layout: StackLayout,
+    blocks: Iterable[int],
+    work: Workload,
+    *,
+    runtime_bytes: int = 0,
+    accelerator: Accelerator = "cpu",
 ) -> MemoryBreakdown:
     """Bytes above the imports while training ``blocks`` with exact fp32 weights and plain autograd.
 
-    A trained parameter costs 16 bytes (weight, gradient, two moments, all fp32) and 18 where the arithmetic reads a
-    2-byte copy (runtime.md 4.2).
+    A trained parameter costs 16 bytes (weight, gradient, two moments, all fp32), 18 where the arithmetic reads a 2-byte
+    copy (runtime.md 4.2): 4 of them are in ``blocks``, the rest in ``trained``.
+    Task and anchor micro-batches run forward and backward one after the other, so only the larger one counts.
     """
     low, count = _low_and_count(layout, blocks)
-    base_layers = layout.num_entries - len(layout.positions)
-    base_above_cut = layout.num_entries - layout.base_cut - len(layout.positions)
-    linear, norms = shape.linear_parameters, shape.block_parameters - shape.linear_parameters
     above = layout.num_entries - low
-    per_token = (
-        (count * saved_bytes_trained(shape) + (above - count) * saved_bytes_frozen(shape)) * work.dtype_bytes / 2
-    )
-    tokens = _pass_tokens(work)
-    inputs_tokens = work.batch_size * work.max_tokens + work.anchor_batch_size * work.anchor_tokens
-    return MemoryBreakdown(
-        runtime=runtime_bytes,
-        packed=math.ceil(base_layers * (linear * NF4_BYTES_PER_WEIGHT + 4 * norms)),
-        decoded=base_above_cut * linear * work.dtype_bytes,
-        frozen_blocks=4 * (len(layout.positions) - count) * shape.block_parameters,
-        head=_head_bytes(shape, work),
-        trained=count * shape.block_parameters * (16 if work.dtype_bytes == 4 else 18),
-        activations=math.ceil(tokens * per_token),
-        inputs=inputs_tokens * shape.hidden_size * work.dtype_bytes
-        + work.anchor_batch_size * work.anchor_tokens * TEACHER_BYTES_PER_TOKEN,
-        work=_work_bytes(shape, work, tokens),
-        logits=_logits_bytes(shape, tokens),
+    saved = count * saved_bytes_trained(shape) + (above - count) * saved_bytes_frozen(shape)
+    added_bytes = 12 if work.dtype_bytes == 4 else 14
+    return _breakdown(
+        shape,
+        layout,
+        work,
+        runtime_bytes=runtime_bytes,
+        accelerator=accelerator,
+        trained=count * shape.block_parameters * added_bytes,
+        activations=_pass_tokens(work) * saved * work.dtype_bytes // 2,
     )
 
 
 def measure_memory(
-    shape: ModelShape, layout: StackLayout, work: Workload, *, runtime_bytes: int = 0
+    shape: ModelShape,
+    layout: StackLayout,
+    work: Workload,
+    *,
+    runtime_bytes: int = 0,
+    accelerator: Accelerator = "cpu",
 ) -> MemoryBreakdown:
     """Bytes above the imports while only measuring: no gradients, no optimizer, no saved activations."""
-    base_layers = layout.num_entries - len(layout.positions)
-    linear, norms = shape.linear_parameters, shape.block_parameters - shape.linear_parameters
+    return _breakdown(
+        shape, layout, work, runtime_bytes=runtime_bytes, accelerator=accelerator, trained=0, activations=0
+    )
+
+
+def _breakdown(
+    shape: ModelShape,
+    layout: StackLayout,
+    work: Workload,
+    *,
+    runtime_bytes: int,
+    accelerator: Accelerator,
+    trained: int,
+    activations: int,
+) -> MemoryBreakdown:
+    linear, vectors = shape.linear_parameters, shape.block_parameters - shape.linear_parameters
     tokens = _pass_tokens(work)
+    task_tokens, anchor_tokens = work.batch_size * work.max_tokens, work.anchor_batch_size * work.anchor_tokens
+    temporaries = tokens * (8 * shape.hidden_size + 6 * shape.intermediate_size) * work.dtype_bytes // 2
+    logits = 8 * min(LOGITS_CHUNK_ROWS, tokens) * shape.vocab_size + 4 * shape.hidden_size * tokens
+    transient = activations + max(temporaries, logits)
     return MemoryBreakdown(
         runtime=runtime_bytes,
-        packed=math.ceil(base_layers * (linear * NF4_BYTES_PER_WEIGHT + 4 * norms)),
-        decoded=(layout.num_entries - layout.base_cut - len(layout.positions)) * linear * work.dtype_bytes,
-        frozen_blocks=4 * len(layout.positions) * shape.block_parameters,
-        head=_head_bytes(shape, work),
-        trained=0,
-        activations=0,
-        inputs=tokens * shape.hidden_size * work.dtype_bytes,
-        work=_work_bytes(shape, work, tokens),
-        logits=_logits_bytes(shape, tokens),
+        packed=math.ceil(linear * NF4_BYTES_PER_WEIGHT + 4 * vectors),
+        decoded=(layout.num_entries - len(layout.positions)) * shape.block_parameters * work.dtype_bytes,
+        blocks=8 * len(layout.positions) * shape.block_parameters,
+        head=(1 if shape.tied_embeddings else 2) * shape.vocab_size * shape.hidden_size * work.dtype_bytes,
+        trained=trained,
+        activations=activations,
+        inputs=(task_tokens + anchor_tokens) * shape.hidden_size * work.dtype_bytes
+        + anchor_tokens * TEACHER_BYTES_PER_TOKEN,
+        work=temporaries,
+        logits=logits,
+        allocator=ALLOCATOR_FLOOR_BYTES + math.ceil(ALLOCATOR_SHARE[accelerator] * transient),
     )
 
 
@@ -413,21 +444,6 @@ def _pass_tokens(work: Workload) -> int:
     """Tokens of the largest forward pass: task and anchor sequences run in passes of their own."""
     task = min(work.micro_batch_size, work.batch_size) * work.max_tokens
     return max(task, min(work.micro_batch_size, work.anchor_batch_size) * work.anchor_tokens)
-
-
-def _head_bytes(shape: ModelShape, work: Workload) -> int:
-    return (1 if shape.tied_embeddings else 2) * shape.vocab_size * shape.hidden_size * work.dtype_bytes
-
-
-def _work_bytes(shape: ModelShape, work: Workload, tokens: int) -> int:
-    """T·(8H + 6I) in 2-byte activations, and one decoded matrix (runtime.md 4.1)."""
-    temporaries = tokens * (8 * shape.hidden_size + 6 * shape.intermediate_size) * work.dtype_bytes // 2
-    return temporaries + shape.hidden_size * shape.intermediate_size * work.dtype_bytes
-
-
-def _logits_bytes(shape: ModelShape, tokens: int) -> int:
-    """One fp32 chunk of logits and one of their gradient, and the rows' own gradient."""
-    return 8 * min(LOGITS_CHUNK_ROWS, tokens) * shape.vocab_size + 4 * shape.hidden_size * tokens
 
 
 def _low_and_count(layout: StackLayout, blocks: Iterable[int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ Changing a field changes ``PROTOCOL_VERSION``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NewType
 
 from fedblocks.profiles.device import DeviceProfile
@@ -31,6 +31,12 @@ FailureReason = Literal[
 StateEncoding = Literal["none", "replay", "difference", "snapshot"]
 
 
+def _require_not_negative(message: object, *names: str) -> None:
+    for name in names:
+        if getattr(message, name) < 0:
+            raise ValueError(f"{type(message).__name__}: {name} is {getattr(message, name)}, expected 0 or more")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataStatistics:
     """What a site tells about its data: a few numbers, nothing of the data itself."""
@@ -40,6 +46,9 @@ class DataStatistics:
     mean_tokens: float
     """Tokens per training example after truncation."""
     max_tokens: int
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "num_examples", "num_target_tokens", "mean_tokens", "max_tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +64,12 @@ class Measurement:
     """Negative log-likelihood over ``num_tokens`` target tokens, nats."""
     num_tokens: int = 0
     kl_sum: float = 0.0
-    """KL to the base over ``num_tokens`` anchor tokens, nats."""
+    """KL to the base over ``num_tokens`` anchor tokens, nats; rounding may leave it a little below 0."""
+
+    def __post_init__(self) -> None:
+        _require_not_negative(self, "version", "num_items", "num_correct", "nll_sum", "num_tokens")
+        if self.num_correct > self.num_items:
+            raise ValueError(f"measurement: {self.num_correct} correct of {self.num_items} items")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,18 +210,18 @@ class Assignment:
             raise ValueError(
                 f"assignment: blocks are {self.blocks}, expected ascending ids without repeats, at least one"
             )
-        for field in ("steps", "batch_size", "anchor_every", "micro_batch_size", "warmup_steps"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected at least 1")
-        for field in ("anchor_batch_size", "payload_bytes", "memory_budget_bytes", "predicted_peak_bytes", "round"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected 0 or more")
-        for field in ("learning_rate", "deadline_s", "adam_eps", "clip_norm"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected a positive number")
-        for field in ("anchor_weight", "weight_decay", "predicted_seconds"):
-            if not getattr(self, field) >= 0:
-                raise ValueError(f"assignment: {field} is {getattr(self, field)}, expected 0 or more")
+        for name in ("steps", "batch_size", "anchor_every", "micro_batch_size", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"assignment: {name} is {getattr(self, name)}, expected at least 1")
+        for name in ("anchor_batch_size", "payload_bytes", "memory_budget_bytes", "predicted_peak_bytes", "round"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"assignment: {name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("learning_rate", "deadline_s", "adam_eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"assignment: {name} is {getattr(self, name)}, expected a positive number")
+        for name in ("anchor_weight", "weight_decay", "predicted_seconds"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"assignment: {name} is {getattr(self, name)}, expected 0 or more")
         if not 0 < self.delta_density <= 1:
             raise ValueError(f"assignment: delta_density is {self.delta_density}, expected a number in (0, 1]")
 
@@ -264,9 +278,9 @@ class Delta:
     attempt_id: AttemptId
     round: int
     version: int
-    num_examples: int
+    num_examples: int = field(metadata={"refusal": "bad_weight"})
     """Examples of the site, as declared in Hello (the weight n_k)."""
-    steps: int
+    steps: int = field(metadata={"refusal": "bad_steps"})
     format: DeltaFormat
     density: float
     tensors: tuple[TensorHeader, ...]

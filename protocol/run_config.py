@@ -124,6 +124,7 @@ class ServerSection:
         "tcp://127.0.0.1:5555", "address that goes into the site files; the name sites can reach"
     )
     heartbeat_interval_s: float = _key(5.0, "clients report this often")
+    keep_updates: bool = _key(False, "keep each client's folded updates (for a replay); false: deleted after folding")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

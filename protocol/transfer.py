@@ -39,8 +39,8 @@ WINDOW_CHUNKS: Final = 4
 MAX_CREDIT_CHUNKS: Final = 8
 #: No single payload is larger; owners set far lower limits of their own.
 MAX_PAYLOAD_BYTES: Final = 1 << 40
-#: The largest frame that either side may send, for the transport's own limit.
-MAX_FRAME_BYTES: Final = max(CHUNK_BYTES, codec.MAX_BODY_BYTES)
+#: The largest frame that either side may send, for the transport's own limit: encryption adds 33 bytes to each.
+MAX_FRAME_BYTES: Final = max(CHUNK_BYTES, codec.MAX_BODY_BYTES) + 256
 MAX_FRAMES: Final = 3
 #: Small messages that wait for a peer that does not read.
 MAX_OUTBOX: Final = 256

@@ -20,14 +20,35 @@ from typing import Final, Literal
 
 from fedblocks.aggregator import aggregation
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
+from fedblocks.aggregator.allocation import (
+    AllocationClient,
+    AllocationSettings,
+    Choice,
+    Coverage,
+    Deadline,
+    RoundPlan,
+    plan_round,
+)
 from fedblocks.aggregator.registry import KnownClient
+from fedblocks.profiles.cost import StackLayout
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol import state as states
-from fedblocks.protocol.messages import ClientKey, DeltaFormat, Measure, Measurement
+from fedblocks.protocol.expansion import ExpansionPlan
+from fedblocks.protocol.messages import (
+    Assignment,
+    AttemptId,
+    ClientKey,
+    DeltaFormat,
+    Evaluate,
+    Measure,
+    Measurement,
+    StateUpdate,
+)
 from fedblocks.protocol.run_config import ForgettingSection, RunConfig
 from fedblocks.protocol.state import Publication
 from fedblocks.protocol.tensors import State
 
+NO_PAYLOAD_SHA256: Final = hashlib.sha256(b"").hexdigest()
 StopReason = Literal["max_rounds", "target_score", "no_improvement", "diverged"]
 
 #: The controller aims below the budget: room for the standard error used at export (methods.md 5.3).
@@ -38,7 +59,6 @@ MEDIAN_FROM: Final = 3
 LAST_ROUND_SHARE: Final = 0.1
 #: Warm-up of a block that nobody has trained yet, and of all others (methods.md 5.4).
 WARMUP_NEW, WARMUP_KNOWN = 8, 2
-SEEN_DECAY: Final = 0.95
 EVALUATING_SHARE: Final = 0.25
 MIN_EVALUATING: Final = 2
 SCORE_WINDOW: Final = 3
@@ -52,7 +72,7 @@ BEST_KL_FACTOR: Final = 1.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeenBlock:
-    """Accepted examples that trained a block, decayed by 0.95 a round; its lag behind the others is its debt."""
+    """How much a block has been trained (``allocation.Coverage``)."""
 
     block: int
     weight: float
@@ -87,8 +107,8 @@ class MethodState:
     anchor_weight: float
     """lambda."""
     armed: bool = False
-    deadline_s: float = 0.0
-    """The last computed one; it changes slowly (methods.md 6.5)."""
+    deadline: Deadline | None = None
+    """The last round's; it changes slowly (methods.md 6.5)."""
     seen: tuple[SeenBlock, ...] = ()
     norms: tuple[BlockNorms, ...] = ()
     base_general_accuracy: float | None = None
@@ -101,7 +121,8 @@ class MethodState:
     best_nll: float | None = None
     best_version: int = 0
     """Best score with KL within 1.5 budgets; what a diverged run falls back to."""
-    best_version_score: float | None = None
+    best_version_accuracy: float | None = None
+    best_version_nll: float | None = None
     rounds_since_best: int = 0
     diverged_rounds: int = 0
 
@@ -125,16 +146,231 @@ def next_anchor_weight(
     return min(forgetting.lambda_max, max(0.0, moved)), True
 
 
-def learning_rate(config: RunConfig, round: int) -> float:  # noqa: A002 - the project's word
-    """The round's learning rate: lr·(1 - 0.9·round/max_rounds), or constant (methods.md 5.4)."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """What does not change during a run."""
+
+    run_id: str
+    config: RunConfig
+    plan: ExpansionPlan
+    anchor_sequences: int
+    anchor_tokens: int
+
+    @property
+    def layout(self) -> StackLayout:
+        """Where the expanded blocks stand."""
+        positions = {block: self.plan.position(block) for block in self.plan.block_ids}
+        return StackLayout(num_entries=len(self.plan.stack()), positions=positions)
+
+    @property
+    def anchored(self) -> bool:
+        """False without a budget to hold."""
+        return not math.isinf(self.config.forgetting.max_kl)
+
+    def allocation_settings(self) -> AllocationSettings:
+        """The part of the configuration that planning needs."""
+        training, delta, allocation = self.config.training, self.config.delta, self.config.allocation
+        return AllocationSettings(
+            steps=training.steps,
+            batch_size=training.batch_size,
+            anchor_batch_size=training.anchor_batch_size if self.anchored else 0,
+            anchor_tokens=self.anchor_tokens,
+            anchor_sequences=self.anchor_sequences * 7 // 8,  # the last eighth is kl_val (methods.md 5.2)
+            anchor_every=training.anchor_every,
+            delta_format=delta.format,
+            delta_density=delta.density,
+            down_density=delta.down_density,
+            deadline_s=allocation.deadline_s,
+            debt_weight=allocation.debt_weight,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """The published state that a round starts from."""
+
+    round: int
+    version: int
+    state_sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedRound:
+    """A round to be opened: a task for everybody who has one, and the reasons for all."""
+
+    tasks: Mapping[ClientKey, Assignment | Evaluate]
+    plan: RoundPlan
+
+
+def plan(clients: Sequence[KnownClient], run: Run, state: MethodState, start: Start) -> PlannedRound:
+    """Who does what in this round; ``tasks`` is empty if nobody can train (``plan.no_client_fits`` says why)."""
+    found = plan_round(
+        [_allocation_client(client, start.version) for client in clients],
+        layout=run.layout,
+        shape=run.plan.shape,
+        settings=run.allocation_settings(),
+        coverage=_coverage(state, run.plan.block_ids),
+        round=start.round,
+        deadline=state.deadline,
+    )
+    if found.no_client_fits:
+        return PlannedRound(tasks={}, plan=found)
+    by_key = {client.key: client for client in clients}
+    trainers = [by_key[c.client] for c in found.choices if c.role == "train"]
+    evaluators = [by_key[c.client] for c in found.choices if c.role == "evaluate"]
+    wanted = measures(trainers, evaluators, round=start.round, seed=run.config.run.seed)
+    tasks: dict[ClientKey, Assignment | Evaluate] = {}
+    for choice in found.choices:
+        client = by_key[choice.client]
+        if choice.role == "train":
+            tasks[client.key] = assignment(
+                client,
+                choice,
+                run,
+                state,
+                start,
+                issue=0,
+                deadline_s=found.deadline.seconds,
+                measure=wanted[client.key],
+            )
+        elif choice.role == "evaluate":
+            tasks[client.key] = evaluation(
+                client, run, start, deadline_s=found.deadline.seconds, measure=wanted[client.key]
+            )
+    return PlannedRound(tasks=tasks, plan=found)
+
+
+def smaller_assignment(
+    client: KnownClient, failed: Assignment, run: Run, state: MethodState, start: Start, *, deadline_s: float
+) -> tuple[Assignment, Choice] | None:
+    """The next smaller task of a client whose task did not fit in memory; None if there is none (methods.md 6.7).
+
+    Args:
+        client: its memory scale raised already.
+        deadline_s: what is left of the round.
+    """
+    if deadline_s <= 0:
+        return None
+    (choice,) = plan_round(
+        [_allocation_client(client, start.version)],
+        layout=run.layout,
+        shape=run.plan.shape,
+        settings=replace(run.allocation_settings(), deadline_s=deadline_s),
+        coverage=_coverage(state, run.plan.block_ids),
+        round=start.round,
+    ).choices
+    needs = (len(failed.blocks), failed.micro_batch_size)
+    if choice.role != "train" or (len(choice.blocks), choice.micro_batch_size) >= needs:
+        return None
+    issued = assignment(client, choice, run, state, start, issue=1, deadline_s=deadline_s, measure=failed.measure)
+    return issued, choice
+
+
+def assignment(
+    client: KnownClient,
+    choice: Choice,
+    run: Run,
+    state: MethodState,
+    start: Start,
+    *,
+    issue: int,
+    deadline_s: float,
+    measure: tuple[Measure, ...],
+) -> Assignment:
+    """The wire form of a choice. Its state update names the version only; the way there is added when it is sent."""
+    assert choice.predicted is not None
+    training, delta = run.config.training, run.config.delta
+    return Assignment(
+        attempt_id=attempt_id(run.run_id, start.round, client.key, issue),
+        round=start.round,
+        state=_named(start),
+        payload_bytes=0,
+        payload_sha256=NO_PAYLOAD_SHA256,
+        blocks=choice.blocks,
+        steps=choice.steps,
+        batch_size=choice.batch_size,
+        anchor_batch_size=training.anchor_batch_size if run.anchored else 0,
+        anchor_every=training.anchor_every,
+        anchor_weight=state.anchor_weight,
+        learning_rate=learning_rate(run.config, start.round),
+        warmup_steps=warmup_steps(choice.steps, choice.blocks, state.seen),
+        weight_decay=training.weight_decay,
+        clip_norm=training.clip_norm,
+        adam_beta1=training.adam_beta1,
+        adam_beta2=training.adam_beta2,
+        adam_eps=training.adam_eps,
+        optimizer_mode="fp32",
+        micro_batch_size=choice.micro_batch_size,
+        checkpoint_activations=False,
+        delta_format=delta.format,
+        delta_density=delta.density,
+        seed=draw(run.config.run.seed, start.round, client.key),
+        deadline_s=deadline_s,
+        memory_budget_bytes=client.profile.memory_usable_bytes,
+        predicted_peak_bytes=choice.predicted.memory_bytes,
+        predicted_seconds=choice.predicted.seconds,
+        measure=measure,
+    )
+
+
+def evaluation(
+    client: KnownClient, run: Run, start: Start, *, deadline_s: float, measure: tuple[Measure, ...]
+) -> Evaluate:
+    """A task that measures the state and trains nothing."""
+    return Evaluate(
+        attempt_id=attempt_id(run.run_id, start.round, client.key, 0),
+        round=start.round,
+        state=_named(start),
+        payload_bytes=0,
+        payload_sha256=NO_PAYLOAD_SHA256,
+        measure=measure,
+        deadline_s=deadline_s,
+    )
+
+
+def attempt_id(run_id: str, round: int, key: ClientKey, issue: int) -> AttemptId:
+    """The same after every restart; a file name; tells nothing of the key."""
+    digest = hashlib.sha256(f"{run_id}/{round}/{key}/{issue}".encode()).hexdigest()
+    return AttemptId(f"r{round:05d}-{digest[:16]}")
+
+
+def _named(start: Start) -> StateUpdate:
+    return StateUpdate(
+        encoding="none", from_version=start.version, to_version=start.version, state_sha256=start.state_sha256
+    )
+
+
+def _allocation_client(client: KnownClient, version: int) -> AllocationClient:
+    held = client.held_version if 0 <= client.held_version <= version else 0
+    return AllocationClient(
+        key=client.key,
+        name=client.name,
+        profile=client.profile,
+        statistics=client.statistics,
+        gradient_energy={e.block: e.energy for e in client.gradient_energy},
+        time_scale=client.time_scale if client.time_scale is not None else 1.0,
+        memory_scale=client.memory_scale,
+        versions_behind=version - held,
+        cached_examples=client.trained_sequences,
+        cached_anchor_sequences=client.anchored_sequences,
+        wants_evaluate_general=client.can_evaluate_general,
+    )
+
+
+def _coverage(state: MethodState, blocks: Iterable[int] = ()) -> Coverage:
+    return Coverage(seen={**Coverage.of(blocks).seen, **{s.block: s.weight for s in state.seen}})
+
+
+def learning_rate(config: RunConfig, round: int) -> float:
+    """The rate of a round, counted from 1: lr·(1 - 0.9·(round - 1)/max_rounds), or constant (methods.md 5.4)."""
     if config.training.round_decay == "constant":
         return config.training.learning_rate
-    return config.training.learning_rate * (1.0 - (1.0 - LAST_ROUND_SHARE) * round / config.run.max_rounds)
+    return config.training.learning_rate * (1.0 - (1.0 - LAST_ROUND_SHARE) * (round - 1) / config.run.max_rounds)
 
 
 def warmup_steps(steps: int, blocks: Iterable[int], seen: Iterable[SeenBlock]) -> int:
     """Longer where one of the blocks has never been trained by anybody (methods.md 5.4)."""
-    trained = {s.block for s in seen}
+    trained = {s.block for s in seen if s.weight > 0}
     longest = WARMUP_KNOWN if set(blocks) <= trained else WARMUP_NEW
     return max(1, min(longest, steps // 2))
 
@@ -149,7 +385,7 @@ def measures(
     trainers: Sequence[KnownClient],
     evaluators: Sequence[KnownClient],
     *,
-    round: int,  # noqa: A002
+    round: int,
     seed: int,
 ) -> dict[ClientKey, tuple[Measure, ...]]:
     """What each client of the cohort measures of the global model before it trains (methods.md 5.3, 9).
@@ -247,13 +483,18 @@ def observe(state: MethodState, pooled: Pooled, config: RunConfig) -> MethodStat
     if pooled.kl is not None:
         over = pooled.kl > DIVERGED_FACTOR * config.forgetting.max_kl
         state = replace(state, diverged_rounds=state.diverged_rounds + 1 if over else 0)
-    found = score(pooled)
-    if found is None:
+    if pooled.accuracy is None and pooled.nll is None:
         return state
     state = replace(state, recent=(*state.recent, pooled)[-SCORE_WINDOW:])
     within = pooled.kl is None or pooled.kl <= BEST_KL_FACTOR * config.forgetting.max_kl
-    if within and (state.best_version_score is None or found > state.best_version_score):
-        state = replace(state, best_version=pooled.version, best_version_score=found)
+    best = _rank(state.best_version_accuracy, state.best_version_nll)
+    if within and _rank(pooled.accuracy, pooled.nll) > best:
+        state = replace(
+            state,
+            best_version=pooled.version,
+            best_version_accuracy=pooled.accuracy,
+            best_version_nll=pooled.nll,
+        )
     accuracy, nll = recent_means(state)
     best_accuracy = accuracy is not None and (state.best_accuracy is None or accuracy > state.best_accuracy)
     best_nll = nll is not None and (state.best_nll is None or nll < state.best_nll - NLL_IMPROVEMENT)
@@ -262,6 +503,14 @@ def observe(state: MethodState, pooled: Pooled, config: RunConfig) -> MethodStat
         best_accuracy=accuracy if best_accuracy else state.best_accuracy,
         best_nll=nll if best_nll else state.best_nll,
         rounds_since_best=0 if best_accuracy or best_nll else state.rounds_since_best + 1,
+    )
+
+
+def _rank(accuracy: float | None, nll: float | None) -> tuple[float, float]:
+    """Higher is better: by accuracy, among equals by NLL."""
+    return (
+        accuracy if accuracy is not None else -math.inf,
+        -nll if nll is not None else -math.inf,
     )
 
 
@@ -275,7 +524,7 @@ def recent_means(state: MethodState) -> tuple[float | None, float | None]:
     )
 
 
-def stop_reason(state: MethodState, config: RunConfig, *, round: int) -> StopReason | None:  # noqa: A002
+def stop_reason(state: MethodState, config: RunConfig, *, round: int) -> StopReason | None:
     """Why the run ends with ``round``, None if it goes on (methods.md 9)."""
     if state.diverged_rounds >= DIVERGED_ROUNDS:
         return "diverged"
@@ -284,7 +533,7 @@ def stop_reason(state: MethodState, config: RunConfig, *, round: int) -> StopRea
         return "target_score"
     if state.rounds_since_best >= PATIENCE_ROUNDS:
         return "no_improvement"
-    return "max_rounds" if round + 1 >= config.run.max_rounds else None
+    return "max_rounds" if round >= config.run.max_rounds else None
 
 
 def aggregate(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, state: MethodState) -> FoldResult:
@@ -294,14 +543,11 @@ def aggregate(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, state: Me
 
 def after_fold(state: MethodState, updates: Sequence[AcceptedUpdate], folded: FoldResult) -> MethodState:
     """The state with the fold's norms and with the examples that trained each block."""
-    seen = {s.block: s.weight * SEEN_DECAY for s in state.seen}
-    for update in updates:
-        for block in update.blocks:
-            seen[block] = seen.get(block, 0.0) + update.num_examples
+    coverage = _coverage(state).after_round((u.blocks, u.num_examples) for u in updates)
     return replace(
         state,
         norms=tuple(BlockNorms(block=b, rounds=tuple(folded.history[b])) for b in sorted(folded.history)),
-        seen=tuple(SeenBlock(block=b, weight=seen[b]) for b in sorted(seen)),
+        seen=tuple(SeenBlock(block=b, weight=coverage.seen[b]) for b in sorted(coverage.seen)),
     )
 
 

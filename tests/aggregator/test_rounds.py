@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -51,15 +52,15 @@ def joined(name: str, now_s: float = 0.0) -> ClientJoined:
     return ClientJoined(key=key(name), name=name, now_s=now_s)
 
 
-def attempt(name: str, round_number: int = 0) -> AttemptId:
+def attempt(name: str, round_number: int = 1) -> AttemptId:
     return AttemptId(f"r{round_number}-{name}")
 
 
-def train(*names: str, round_number: int = 0) -> dict[ClientKey, Task]:
+def train(*names: str, round_number: int = 1) -> dict[ClientKey, Task]:
     return {key(n): Task(attempt_id=attempt(n, round_number), kind="train") for n in names}
 
 
-def stored(name: str, round_number: int = 0) -> UpdateStored:
+def stored(name: str, round_number: int = 1) -> UpdateStored:
     return UpdateStored(key=key(name), attempt_id=attempt(name, round_number))
 
 
@@ -89,7 +90,7 @@ def heard(names: Sequence[str], now_s: float) -> list[Event]:
 
 def test_the_first_round_opens_at_once_when_every_expected_client_is_there() -> None:
     state, actions = after(start("a", "b"), joined("b"), joined("a"))
-    assert actions == [PlanRound(round=0, clients=(key("a"), key("b")))]
+    assert actions == [PlanRound(round=1, clients=(key("a"), key("b")))]
     assert state.phase == "planning"
 
 
@@ -101,13 +102,25 @@ def test_the_first_round_waits_for_the_expected_ones_no_longer_than_the_gatherin
     assert bool(actions) is opens
 
 
+def test_an_expected_client_that_never_came_is_not_waited_for_again() -> None:
+    state, _ = after(
+        start("a", "b", "c"),
+        joined("a"),
+        joined("b"),
+        Tick(now_s=10.0),
+        RoundPlanned(tasks=train("a", "b"), deadline_s=60.0),
+    )
+    _, actions = after(state, stored("a"), stored("b"), RoundFolded(version=1, accepted=2, stop_reason=None))
+    assert actions[-1] == PlanRound(round=2, clients=(key("a"), key("b")))
+
+
 def test_the_gathering_time_counts_from_the_moment_at_which_the_smallest_cohort_is_there() -> None:
     state, actions = after(start("a", "b", "c"), joined("a"), Tick(now_s=500.0))
     assert not actions
     state, actions = after(state, joined("b", 500.0), *heard("a", 500.0), Tick(now_s=509.0))
     assert not actions
     _, actions = after(state, Tick(now_s=510.0))
-    assert actions == [PlanRound(round=0, clients=(key("a"), key("b")))]
+    assert actions == [PlanRound(round=1, clients=(key("a"), key("b")))]
 
 
 def test_the_wait_for_clients_says_who_is_missing() -> None:
@@ -124,7 +137,7 @@ def test_a_client_that_joins_an_open_round_without_a_task_waits_for_the_next() -
     state, actions = after(open_round("a", "b"), joined("c"))
     assert actions == []
     _, actions = after(state, stored("a"), stored("b"), RoundFolded(version=1, accepted=2, stop_reason=None))
-    assert actions[-1] == PlanRound(round=1, clients=(key("a"), key("b"), key("c")))
+    assert actions[-1] == PlanRound(round=2, clients=(key("a"), key("b"), key("c")))
 
 
 def test_a_client_that_comes_back_to_an_unfinished_task_is_sent_the_same_one() -> None:
@@ -148,7 +161,7 @@ def test_a_client_that_comes_back_after_its_update_was_stored_is_sent_nothing() 
 )
 def test_the_round_closes_as_soon_as_every_client_has_answered_whatever_the_answer(last: Event) -> None:
     state, actions = after(open_round("a", "b"), stored("a"), last)
-    assert actions == [CloseRound(round=0)]
+    assert actions == [CloseRound(round=1)]
     assert state.phase == "closing"
 
 
@@ -161,14 +174,14 @@ def test_an_answer_to_another_attempt_closes_nothing() -> None:
 def test_at_the_deadline_a_round_with_its_quorum_closes(now_s: float, closes: bool) -> None:
     state = open_round("a", "b", "c", "d")
     _, actions = after(state, stored("a"), stored("b"), stored("c"), Tick(now_s=now_s))
-    assert (actions == [CloseRound(round=0)]) is closes
+    assert (actions == [CloseRound(round=1)]) is closes
 
 
 @pytest.mark.parametrize(("num_stored", "quorum"), [(6, False), (7, True), (8, True)])
 def test_the_quorum_is_seven_of_ten(num_stored: int, quorum: bool) -> None:
     names = "abcdefghij"
     state, actions = after(open_round(*names), *(stored(n) for n in names[:num_stored]), Tick(now_s=60.0))
-    assert (actions == [CloseRound(round=0)]) is quorum
+    assert (actions == [CloseRound(round=1)]) is quorum
     assert state.extended is not quorum
 
 
@@ -179,7 +192,7 @@ def test_a_round_that_misses_its_quorum_is_extended_once_and_then_closes_with_wh
     state, actions = after(state, Tick(now_s=89.9))
     assert actions == []
     _, actions = after(state, Tick(now_s=90.0))
-    assert actions == [CloseRound(round=0)]
+    assert actions == [CloseRound(round=1)]
 
 
 def test_a_quorum_reached_during_the_extension_closes_the_round() -> None:
@@ -187,15 +200,15 @@ def test_a_quorum_reached_during_the_extension_closes_the_round() -> None:
     state, _ = after(open_round(*names), stored("a"), Tick(now_s=60.0), stored("b"), Tick(now_s=61.0))
     assert state.phase == "open"  # 2 of 3 is below 0.7
     _, actions = after(state, stored("c"))
-    assert actions == [CloseRound(round=0)]
+    assert actions == [CloseRound(round=1)]
 
 
 def test_nobody_answers_so_the_round_closes_empty_and_the_next_is_planned() -> None:
     state, actions = after(open_round("a", "b"), Tick(now_s=60.0), *heard("ab", 89.0), Tick(now_s=90.0))
-    assert actions[-1] == CloseRound(round=0)
+    assert actions[-1] == CloseRound(round=1)
     state, actions = after(state, RoundFolded(version=0, accepted=0, stop_reason=None))
-    assert (state.round, state.version, state.empty_rounds) == (1, 0, 1)
-    assert actions == [PlanRound(round=1, clients=(key("a"), key("b")))]
+    assert (state.round, state.version, state.empty_rounds) == (2, 0, 1)
+    assert actions == [PlanRound(round=2, clients=(key("a"), key("b")))]
 
 
 def test_three_empty_rounds_in_a_row_give_one_warning_that_names_the_silent_clients() -> None:
@@ -205,33 +218,33 @@ def test_three_empty_rounds_in_a_row_give_one_warning_that_names_the_silent_clie
         state, _ = after(state, Tick(now_s=state.now_s + 60.0), Tick(now_s=state.now_s + 120.0))
         state, actions = after(state, RoundFolded(version=0, accepted=0, stop_reason=None), *heard("ab", state.now_s))
         warnings += [a for a in actions if isinstance(a, Note)]
-        state, _ = after(state, RoundPlanned(tasks=train("a", "b", round_number=number + 1), deadline_s=60.0))
+        state, _ = after(state, RoundPlanned(tasks=train("a", "b", round_number=number + 2), deadline_s=60.0))
     assert [w.text for w in warnings] == ["3 rounds in a row brought no update: no answer from a, b"]
 
 
 def test_a_silent_client_keeps_its_task_until_the_deadline() -> None:
     state, actions = after(open_round("a", "b"), stored("a"), Tick(now_s=50.0))
     assert actions == []
-    assert waiting_for(state, RULES) == "round 0: b (silent for 50 s); at most 10 s more"
+    assert waiting_for(state, RULES) == "round 1: b (silent for 50 s); at most 10 s more"
 
 
 def test_a_silent_client_is_not_planned_for() -> None:
     state = open_round("a", "b", "c")
     state, _ = after(state, stored("a"), stored("b"), *heard("ab", 50.0), Tick(now_s=60.0), Tick(now_s=90.0))
     _, actions = after(state, *heard("ab", 90.0), RoundFolded(version=1, accepted=2, stop_reason=None))
-    assert actions == [PlanRound(round=1, clients=(key("a"), key("b")))]
+    assert actions == [PlanRound(round=2, clients=(key("a"), key("b")))]
 
 
 def test_with_the_quorum_in_a_round_does_not_wait_for_a_client_that_said_goodbye() -> None:
     names = ("a", "b", "c", "d")
     _, actions = after(open_round(*names), *(stored(n) for n in "abc"), ClientLeft(key=key("d")))
-    assert actions == [CloseRound(round=0)]
+    assert actions == [CloseRound(round=1)]
 
 
 def test_without_the_quorum_a_round_waits_for_a_client_that_said_goodbye_to_come_back() -> None:
     state, actions = after(open_round("a", "b"), stored("a"), ClientLeft(key=key("b")))
     assert actions == []
-    assert waiting_for(state, RULES) == "round 0: b (not connected); at most 60 s more"
+    assert waiting_for(state, RULES) == "round 1: b (not connected); at most 60 s more"
     _, actions = after(state, joined("b", 5.0))
     assert actions == [SendTask(key=key("b"))]
 
@@ -241,7 +254,7 @@ def test_a_client_still_at_work_on_the_last_round_is_left_in_peace_while_the_oth
     state, _ = after(open_round(*names), *(stored(n) for n in "abc"), *heard("abc", 60.0))
     busy = ClientHeard(key=key("d"), name="d", now_s=60.0, busy_with=attempt("d"))
     state, actions = after(state, busy, Tick(now_s=60.0), RoundFolded(version=1, accepted=3, stop_reason=None))
-    assert actions[-1] == PlanRound(round=1, clients=(key("a"), key("b"), key("c")))
+    assert actions[-1] == PlanRound(round=2, clients=(key("a"), key("b"), key("c")))
 
 
 def test_a_client_whose_late_update_has_arrived_is_planned_for_again() -> None:
@@ -250,10 +263,10 @@ def test_a_client_whose_late_update_has_arrived_is_planned_for_again() -> None:
     busy = ClientHeard(key=key("d"), name="d", now_s=60.0, busy_with=attempt("d"))
     state, _ = after(state, busy, Tick(now_s=60.0), RoundFolded(version=1, accepted=3, stop_reason=None))
     assert state.late == {key("d"): attempt("d")}
-    planned = RoundPlanned(tasks=train("a", "b", "c", round_number=1), deadline_s=60.0)
-    state, _ = after(state, planned, stored("d"), *(stored(n, 1) for n in "abc"))
+    planned = RoundPlanned(tasks=train("a", "b", "c", round_number=2), deadline_s=60.0)
+    state, _ = after(state, planned, stored("d"), *(stored(n, 2) for n in "abc"))
     _, actions = after(state, RoundFolded(version=2, accepted=4, stop_reason=None))
-    assert actions == [PlanRound(round=2, clients=tuple(key(n) for n in names))]
+    assert actions == [PlanRound(round=3, clients=tuple(key(n) for n in names))]
 
 
 def test_a_lone_client_that_is_late_is_given_the_next_task_all_the_same() -> None:
@@ -262,7 +275,7 @@ def test_a_lone_client_that_is_late_is_given_the_next_task_all_the_same() -> Non
     busy = ClientHeard(key=key("a"), name="a", now_s=40.0, busy_with=attempt("a"))
     state, _ = after(state, Tick(now_s=10.0), busy, Tick(now_s=40.0), rules=rules)
     _, actions = after(state, RoundFolded(version=0, accepted=0, stop_reason=None), rules=rules)
-    assert actions == [PlanRound(round=1, clients=(key("a"),))]
+    assert actions == [PlanRound(round=2, clients=(key("a"),))]
 
 
 def test_when_no_client_fits_no_round_opens_until_somebody_says_hello() -> None:
@@ -272,7 +285,7 @@ def test_when_no_client_fits_no_round_opens_until_somebody_says_hello() -> None:
     assert actions[1:] == [Note(text="a lacks 12 MB for block 2")]
     assert "a lacks 12 MB" in waiting_for(state, RULES)
     _, actions = after(state, joined("a", 2.0))
-    assert actions == [PlanRound(round=0, clients=(key("a"), key("b")))]
+    assert actions == [PlanRound(round=1, clients=(key("a"), key("b")))]
 
 
 def test_a_task_that_did_not_fit_is_replaced_and_the_round_waits_for_the_replacement() -> None:
@@ -280,7 +293,7 @@ def test_a_task_that_did_not_fit_is_replaced_and_the_round_waits_for_the_replace
     state, actions = after(open_round("a", "b"), stored("a"), TaskReplaced(key=key("b"), task=replacement))
     assert actions == [SendTask(key=key("b"))]
     _, actions = after(state, UpdateStored(key=key("b"), attempt_id=AttemptId("smaller")))
-    assert actions == [CloseRound(round=0)]
+    assert actions == [CloseRound(round=1)]
 
 
 def test_after_the_last_round_the_present_clients_measure_the_final_state_and_the_run_ends() -> None:
@@ -288,10 +301,10 @@ def test_after_the_last_round_the_present_clients_measure_the_final_state_and_th
         open_round("a", "b"), stored("a"), stored("b"), RoundFolded(version=1, accepted=2, stop_reason="max_rounds")
     )
     assert actions[-1] == MeasureFinal(clients=(key("a"), key("b")))
-    tasks = {key(n): Task(attempt_id=attempt(n, 1), kind="evaluate") for n in "ab"}
+    tasks = {key(n): Task(attempt_id=attempt(n, 2), kind="evaluate") for n in "ab"}
     state, actions = after(state, MeasurePlanned(tasks=tasks, deadline_s=20.0))
     assert actions == [SendTask(key=key("a")), SendTask(key=key("b"))]
-    reports = [ReportReceived(key=key(n), attempt_id=attempt(n, 1)) for n in "ab"]
+    reports = [ReportReceived(key=key(n), attempt_id=attempt(n, 2)) for n in "ab"]
     state, actions = after(state, *reports)
     assert actions == [FinishRun()]
     assert waiting_for(state, RULES) == "nothing: the run is finished"
@@ -299,7 +312,7 @@ def test_after_the_last_round_the_present_clients_measure_the_final_state_and_th
 
 def test_the_final_measurement_does_not_wait_beyond_its_deadline() -> None:
     state, _ = after(open_round("a", "b"), stored("a"), stored("b"))
-    tasks = {key("a"): Task(attempt_id=attempt("a", 1), kind="evaluate")}
+    tasks = {key("a"): Task(attempt_id=attempt("a", 2), kind="evaluate")}
     state, _ = after(
         state,
         RoundFolded(version=1, accepted=2, stop_reason="target_score"),
@@ -309,6 +322,15 @@ def test_the_final_measurement_does_not_wait_beyond_its_deadline() -> None:
     assert actions == []
     _, actions = after(state, Tick(now_s=20.0))
     assert actions == [FinishRun()]
+
+
+def test_after_a_restart_the_final_measurement_waits_for_the_clients_to_come_back_but_not_long() -> None:
+    state = replace(start("a", "b"), phase="concluding")
+    state, actions = after(state, joined("a"), Tick(now_s=9.0))
+    assert actions == []
+    assert waiting_for(state, RULES) == "clients for the final measurement (b); 1 s"
+    _, actions = after(state, Tick(now_s=10.0))
+    assert actions == [MeasureFinal(clients=(key("a"),))]
 
 
 def test_with_nobody_left_to_measure_the_run_ends_at_once() -> None:
@@ -335,7 +357,7 @@ def test_the_order_of_the_answers_does_not_matter(order: list[str], answers: lis
     answer_of = dict(zip("abcd", answers, strict=True))
     state = open_round(*"abcd")
     state, actions = after(state, *(kinds[answer_of[n]](key=key(n), attempt_id=attempt(n)) for n in order))
-    assert actions == [CloseRound(round=0)]
+    assert actions == [CloseRound(round=1)]
     assert {k: t.outcome for k, t in state.tasks.items()} == {key(n): answer_of[n] for n in "abcd"}
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -29,8 +30,10 @@ from fedblocks.edge_client.export import (
     build_base_hf,
     build_expanded_hf,
     export_hf,
+    export_run,
 )
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, plan_expansion
+from fedblocks.protocol.run_config import ConfigError
 
 Factory = Callable[..., Path]
 State = dict[int, dict[str, np.ndarray]]
@@ -223,7 +226,7 @@ def test_blocks_take_the_types_of_their_source_where_the_base_mixes_types(
 ) -> None:
     from safetensors.torch import save_file
 
-    folder = tiny_checkpoint(tmp_path, dtype="bfloat16", hidden=65, heads=5, kv_heads=5, config={"head_dim": 13})
+    folder = tiny_checkpoint(tmp_path, dtype="bfloat16", hidden=65, heads=5, kv_heads=5, config={"head_dim": 14})
     tensors = load_file(folder / "model.safetensors")
     mixed = {name: t.float() if name.endswith("norm.weight") else t for name, t in tensors.items()}
     save_file(mixed, folder / "model.safetensors", metadata={"format": "pt"})
@@ -310,6 +313,22 @@ def test_a_full_disk_is_told_before_anything_is_written(
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(ExportError, match="the disk has 1000; free some space"):
         export_hf(checkpoint=small, plan=make_plan(small), state={}, strength=1.0, out=tmp_path / "out")
+
+
+def test_the_final_state_of_a_run_folder_is_exported(small: Checkpoint, tmp_path: Path) -> None:
+    plan = make_plan(small)
+    state = random_state(plan)
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "plan.json").write_text(plan.to_json())
+    with pytest.raises(ConfigError, match="the run has not finished"):
+        export_run(run, model=small.folder, out=tmp_path / "out", strength=1.0)
+    flat = {f"{block_id}/{name}": value for block_id, block in state.items() for name, value in block.items()}
+    safetensors.numpy.save_file(flat, run / "state" / "final.safetensors")
+    export_run(run, model=small.folder, out=tmp_path / "out", strength=0.5)
+    export_hf(checkpoint=small, plan=plan, state=state, strength=0.5, out=tmp_path / "direct")
+    for file in (tmp_path / "direct").iterdir():
+        assert sha256(file) == sha256(tmp_path / "out" / file.name)
 
 
 @pytest.mark.shared

@@ -96,19 +96,21 @@ def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> dict[str
 
 def generated(model: Any) -> torch.Tensor:
     batch = batches()["left padded"]
-    return model.generate(
-        **batch, do_sample=False, use_cache=True, max_new_tokens=12, min_new_tokens=12, pad_token_id=3
-    )
+    return model.generate(**batch, do_sample=False, use_cache=True, max_new_tokens=8, min_new_tokens=8, pad_token_id=3)
 
 
 def test_an_untrained_grown_model_is_the_base(checkpoint: Checkpoint) -> None:
     base = build_base_hf(checkpoint, checkpoint.dtype)
     expected = logits(base)
     assert expected["plain"].isfinite().all()
-    for placement, num_blocks in (("thirds", 3), ("top", 2), ("interleaved", 4)):
-        grown = build_expanded_hf(checkpoint, make_plan(checkpoint, placement, num_blocks), {}, 1.0, checkpoint.dtype)
-        assert all(same(expected, logits(grown)).values()), placement
-        assert torch.equal(generated(base), generated(grown)), placement
+    grown = build_expanded_hf(checkpoint, make_plan(checkpoint), {}, 1.0, checkpoint.dtype)
+    assert all(same(expected, logits(grown)).values())
+    assert torch.equal(generated(base), generated(grown))
+
+
+@pytest.mark.parametrize(("placement", "num_blocks"), [("top", 3), ("interleaved", 4), ("thirds", 1)])
+def test_it_is_the_base_in_every_placement(plain_checkpoint: Checkpoint, placement: str, num_blocks: int) -> None:
+    verify_identity(plain_checkpoint, make_plan(plain_checkpoint, placement, num_blocks))
 
 
 def test_trained_blocks_at_strength_0_are_the_base_and_at_strength_1_are_not(checkpoint: Checkpoint) -> None:
@@ -146,10 +148,6 @@ def test_growing_leaves_the_logits_of_a_trained_model_bit_equal(plain_checkpoint
     one = build_expanded_hf(checkpoint, before, state, 1.0, checkpoint.dtype)
     two = build_expanded_hf(checkpoint, after, state, 1.0, checkpoint.dtype)
     assert all(same(logits(one), logits(two)).values())
-
-
-def test_the_last_guard_passes_for_every_family(plain_checkpoint: Checkpoint) -> None:
-    verify_identity(plain_checkpoint, make_plan(plain_checkpoint))
 
 
 def test_the_last_guard_refuses_a_model_that_is_not_the_base(

@@ -23,7 +23,8 @@ def wheel(tmp_path_factory) -> Path:
     """The wheel, built from a copy of the tracked folders."""
     source = tmp_path_factory.mktemp("source")
     for name in (
-        "pyproject.toml", "README.md", "LICENSE", "fedblocks", "profiles", "protocol", "kernels", "edge_client", "aggregator",
+        *("pyproject.toml", "README.md", "LICENSE", "fedblocks"),
+        *("profiles", "protocol", "kernels", "edge_client", "aggregator"),
     ):  # fmt: skip
         subprocess.run(["cp", "-r", str(REPO / name), str(source)], check=True)
     out = tmp_path_factory.mktemp("dist")

@@ -1,0 +1,592 @@
+"""What does the aggregator do all day? Take events from the endpoint, ask the pure parts, write the ledger, answer.
+
+The shell around ``rounds.py`` (when), ``methods/fedbe.py`` (what), ``admission.py`` (whether it counts) and the ledger.
+Journal order (field.md F9), each arrow a place at which a kill loses nothing that was promised:
+
+    chunks to .part -> verify -> fsync, rename, fsync folder -> ledger row -> Ack -> closing -> fold -> state files
+    -> row of the round -> next assignments (rows first, then sent)
+
+All events of one poll share one ledger transaction, and what they promise is sent after its commit, so that updates
+which arrive together share their fsync.
+On a restart everything is read back from the ledger: an open round goes on with the same attempts and the part of the
+deadline that is left, a round that was closing is folded again from the same rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import sqlite3
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from typing_extensions import assert_never
+
+from fedblocks.aggregator import admission, progress, registry, rounds
+from fedblocks.aggregator.aggregation import AcceptedUpdate, map_payload
+from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
+from fedblocks.aggregator.endpoint import (
+    ByteCount,
+    EndpointEvent,
+    MessageReceived,
+    PeerGone,
+    PeerRejected,
+    RouterEndpoint,
+    SecondSession,
+    UploadAnnounced,
+    UploadFailed,
+    UploadFinished,
+    UploadId,
+)
+from fedblocks.aggregator.ledger import CONTENT_CODES, MAX_CONTENT_REFUSALS, Ledger, StoredRound, open_ledger
+from fedblocks.aggregator.methods import fedbe
+from fedblocks.aggregator.registry import KnownClient
+from fedblocks.aggregator.rounds import RoundsState, Rules, Task
+from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
+from fedblocks.protocol.codec import from_plain, to_plain
+from fedblocks.protocol.errors import RETRY_CODES, RefusalCode
+from fedblocks.protocol.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    Assignment,
+    AttemptId,
+    ClientKey,
+    DataFormat,
+    Delta,
+    Evaluate,
+    Fetch,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Measurement,
+    Message,
+    Refused,
+    Report,
+    Resource,
+    StateUpdate,
+    Welcome,
+)
+from fedblocks.protocol.payloads import Bytes, commit_file
+from fedblocks.protocol.state import apply_step, make_update, state_sha256
+from fedblocks.protocol.tensors import State
+
+logger = logging.getLogger(__name__)
+
+EXIT_DONE: Final = 0
+EXIT_INTERRUPTED: Final = 7
+POLL_S: Final = 0.25
+#: The elapsed part of a deadline and the line that says what is waited for are written this often.
+HOUSEKEEPING_S: Final = 1.0
+#: A client that says it is idle although it has a task is sent the task again after this and its download's time.
+RESEND_S: Final = 30.0
+#: Silent heartbeat intervals until a client is not planned for.
+SILENT_INTERVALS: Final = 3
+MAX_NUM_EXAMPLES: Final = 10_000_000
+#: A client may upload so many of the largest payloads in one round.
+QUOTA_PAYLOADS: Final = 4
+MIN_FINAL_MEASURE_S: Final = 60.0
+#: State updates that are kept ready, by the version that they start from.
+MAX_CACHED_UPDATES: Final = 8
+#: Goodbyes leave before the socket closes.
+FAREWELL_S: Final = 0.5
+STRANGERS: Final = ClientKey("")
+"""Books of refusals of keys that were never enrolled: one line for all of them."""
+
+
+class Endpoint(Protocol):
+    """What the server needs of ``endpoint.RouterEndpoint``."""
+
+    @property
+    def bytes_by_key(self) -> Mapping[ClientKey, ByteCount]: ...
+    def poll(self, timeout_s: float) -> list[EndpointEvent]: ...
+    def send(self, key: ClientKey, message: Message, payload: Bytes | Path = b"") -> bool: ...
+    def accept_upload(self, upload_id: UploadId, part_path: Path) -> None: ...
+    def refuse_upload(self, upload_id: UploadId, refused: Refused) -> None: ...
+
+
+class Aggregator:
+    """One run being served.
+
+    Args:
+        roster: (key, name) of the enrolled clients, asked at the start: the first round waits for them a little.
+        clock: monotonic seconds.
+        wall_clock: Unix seconds, for the books only.
+        on_event: takes each line for the operator.
+        gather_s: how long the first round waits for enrolled clients that are not there yet.
+
+    Raises:
+        RunFolderError: the state on disk is not the one that the ledger names.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        ledger: Ledger,
+        endpoint: Endpoint,
+        *,
+        roster: Sequence[tuple[ClientKey, str]],
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        on_event: Callable[[str], None] | None = None,
+        gather_s: float = 10.0,
+    ) -> None:
+        self._folder = folder
+        self._ledger = ledger
+        self._endpoint = endpoint
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._on_event = on_event or (lambda line: None)
+        self._config = folder.config
+        self._shape = folder.plan.shape
+        self._limits = admission.Limits(
+            max_payload_bytes=admission.largest_payload_bytes(self._shape, len(folder.plan.block_ids)),
+            max_num_examples=MAX_NUM_EXAMPLES,
+            max_learning_rate=self._config.training.learning_rate,
+        )
+        allocation = self._config.allocation
+        self._rules = Rules(
+            min_cohort=allocation.min_cohort,
+            quorum=allocation.quorum,
+            rejoin_grace_s=allocation.rejoin_grace_s,
+            gather_s=gather_s,
+            silent_after_s=SILENT_INTERVALS * self._config.server.heartbeat_interval_s,
+        )
+        self._clients: dict[ClientKey, KnownClient] = {
+            c.client_key: registry.client_from_record(c.record) for c in ledger.clients()
+        }
+        self._tasks: dict[ClientKey, Assignment | Evaluate] = {}
+        self._sent_s: dict[ClientKey, float] = {}
+        self._uploads: dict[UploadId, ClientKey] = {}
+        self._uploaded_bytes: Counter[ClientKey] = Counter()
+        self._counted: dict[ClientKey, ByteCount] = {}
+        """What of the endpoint's byte counts is in the records already."""
+        self._round_bytes: dict[ClientKey, tuple[int, int]] = {}
+        self._refusals: Counter[tuple[ClientKey, RefusalCode]] = Counter()
+        self._refusal_texts: dict[tuple[ClientKey, RefusalCode], str] = {}
+        self._updates_to: dict[int, tuple[StateUpdate, bytes]] = {}
+        self._actions: deque[rounds.Action] = deque()
+        self._after_commit: list[Callable[[], object]] = []
+        self._housekept_s = clock()
+        self._waiting_for = ""
+        self._restore(roster)
+
+    @property
+    def finished(self) -> bool:
+        """True once the final state is measured and everybody was told."""
+        return self._state.phase == "finished"
+
+    @property
+    def state(self) -> RoundsState:
+        """Where the rounds stand."""
+        return self._state
+
+    @property
+    def published_sha256(self) -> str:
+        """Hash of the published state."""
+        return self._sha256
+
+    def step(self, timeout_s: float) -> None:
+        """Wait for events at most ``timeout_s``, and do all that follows from them and from the time."""
+        events = deque(self._endpoint.poll(timeout_s))
+        while True:
+            with self._ledger.transaction() if events else contextlib.nullcontext():
+                # A round that is about to open or to close does so before the next event is looked at.
+                while events and not self._must_act():
+                    self._take(events.popleft())
+            self._flush()
+            self._feed(rounds.Tick(now_s=self._clock()))
+            self._act()
+            if not events:
+                break
+        self._keep_house(force=False)
+
+    def farewell(self, reason: str) -> None:
+        """Tell every client that the aggregator stops for now; the run goes on when it is served again."""
+        self._keep_house(force=True)
+        for key in rounds.present_clients(self._state):
+            self._endpoint.send(key, Goodbye(reason=reason))
+
+    # restart
+
+    def _restore(self, roster: Sequence[tuple[ClientKey, str]]) -> None:
+        folded = [r for r in self._ledger.rounds() if r.phase == "folded" and r.kind == "train"]
+        last = self._ledger.last_round()
+        newest = folded[-1] if folded else None
+        self._method = (
+            fedbe.initial_state(self._config)
+            if newest is None
+            else from_plain(fedbe.MethodState, newest.method_state, where="ledger.rounds")
+        )
+        version = newest.new_version if newest is not None and newest.new_version is not None else 0
+        self._published, self._residual = self._folder.load_version(version)
+        self._sha256 = state_sha256(self._shape, self._published)
+        if newest is not None and self._sha256 != newest.state_sha256:
+            raise RunFolderError(
+                f"{self._folder.path}: the state of version {version} has hash {self._sha256}, the ledger says "
+                f"{newest.state_sha256}; restore the folder from a backup"
+            )
+        self._version = version
+        self._durations_s = [r.metrics["round_s"] for r in folded if r.metrics is not None]
+        self._folder.drop_parts()
+        self._folder.write_metrics([r.metrics for r in folded])
+        self._state = self._restored_rounds(last, roster)
+        if last is not None:
+            self._note(f"resumed: {self._state.phase} round {self._state.round} at version {self._version}")
+
+    def _restored_rounds(self, last: StoredRound | None, roster: Sequence[tuple[ClientKey, str]]) -> RoundsState:
+        now_s = self._clock()
+        if last is None:
+            return rounds.initial_state(now_s=now_s, expected=roster)
+        assigned = self._ledger.assignments(last.round)
+        names = {key: client.name for key, client in self._clients.items()}
+        expected = [(a.client_key, names[a.client_key]) for a in assigned]
+        state = rounds.initial_state(now_s=now_s, expected=expected, round=last.round, version=self._version)
+        late = {a.client_key: a.attempt_id for a in assigned if a.outcome == "late"}
+        if last.phase == "folded":
+            if last.kind == "final":
+                return replace(state, phase="finished")
+            phase: rounds.Phase = "gathering" if last.stop_reason is None else "concluding"
+            return replace(state, phase=phase, round=last.round + 1, late=late)
+        tasks: dict[ClientKey, Task] = {}
+        for a in assigned:  # a replacement comes after what it replaced
+            kind: rounds.TaskKind = "train" if isinstance(a.message, Assignment) else "evaluate"
+            outcome = next(o for o in rounds.OUTCOMES if o == a.outcome)
+            tasks[a.client_key] = Task(
+                attempt_id=a.attempt_id, kind=kind, outcome=outcome, reissued=a.reissued
+            )
+            self._tasks[a.client_key] = a.message
+        if last.kind == "final":
+            self._use_final_state(last.version)
+        earlier = self._ledger.assignments(last.round - 1) if last.kind == "train" else []
+        late = {a.client_key: a.attempt_id for a in earlier if a.outcome == "late"}
+        state = replace(
+            state,
+            phase="open" if last.kind == "train" else "measuring",
+            tasks=tasks,
+            late=late,
+            elapsed_s=last.elapsed_s,
+            deadline_s=last.deadline_s,
+            extended=last.extended,
+        )
+        if last.phase == "closing":
+            self._actions.append(rounds.CloseRound(round=last.round))
+            return replace(state, phase="closing")
+        return state
+
+    # events from the endpoint
+
+    def _take(self, event: EndpointEvent) -> None:
+        match event:
+            case MessageReceived(key=key, message=message):
+                self._on_message(key, message)
+            case UploadAnnounced(key=key, message=delta, upload_id=upload_id):
+                self._on_announced(key, delta, upload_id)
+            case UploadFinished(key=key, message=delta, upload_id=upload_id, path=path):
+                self._uploads.pop(upload_id, None)
+                self._on_uploaded(key, delta, path)
+            case UploadFailed(key=key, upload_id=upload_id, code=code, text=text):
+                self._uploads.pop(upload_id, None)
+                if code != "disconnected":
+                    self._count_refusal(key, code, text)
+            case PeerRejected(key=key, code=code, text=text):
+                known = key if key in self._clients else STRANGERS
+                self._refusals[known, code] += 1
+                self._refusal_texts[known, code] = text
+                if key is not None and code == "revoked":
+                    self._on_revoked(key)
+            case SecondSession(key=key, served_address=served, ignored_address=ignored):
+                name = self._clients[key].name if key in self._clients else key
+                self._note(f"two live sessions hold the key of {name}: served {served}, ignored {ignored}")
+            case PeerGone():
+                pass  # late, not dead: its silence shows in what the round waits for
+            case _:
+                assert_never(event)
+
+    def _on_message(self, key: ClientKey, message: Message) -> None:
+        if isinstance(message, Hello):
+            self._on_hello(key, message)
+            return
+        client = self._clients.get(key)
+        if client is None:
+            self._refuse(key, Refused(code="malformed", text="no Hello came from this key yet: say Hello first"))
+            return
+        busy_with = message.attempt_id if isinstance(message, Heartbeat) else None
+        if not isinstance(message, Goodbye):
+            heard = rounds.ClientHeard(key=key, name=client.name, now_s=self._clock(), busy_with=busy_with)
+            self._feed(heard)
+        match message:
+            case Heartbeat():
+                self._on_heartbeat(client, message)
+            case Fetch(name=name):
+                self._on_fetch(key, name)
+            case Report():
+                self._on_report(client, message)
+            case Refused(attempt_id=attempt_id, code=code, text=text):
+                if attempt_id is not None:
+                    self._task_failed(client, attempt_id, f"refused by the client ({code}): {text}")
+            case Goodbye():
+                self._feed(rounds.ClientLeft(key=key))
+            case _:
+                kind = type(message).__name__
+                self._refuse(key, Refused(code="malformed", text=f"a client sends no {kind}"))
+
+    def _on_hello(self, key: ClientKey, hello: Hello) -> None:
+        refused = self._check_hello(hello)
+        if refused is not None:
+            self._refuse(key, refused)
+            return
+        client = registry.client_from_hello(key, hello, self._clients.get(key))
+        self._save_client(client)
+        data = self._config.data
+        welcome = Welcome(
+            protocol_version=PROTOCOL_VERSION,
+            run_id=self._folder.info.run_id,
+            method=self._config.run.method,
+            round=self._state.round,
+            version=self._version,
+            heartbeat_interval_s=self._config.server.heartbeat_interval_s,
+            data=DataFormat(max_tokens=data.max_tokens, append_eos=data.append_eos, join=data.join),
+            resources=self._folder.info.resources,
+        )
+        self._send(key, welcome)
+        if self._state.phase == "finished":
+            self._send(key, Goodbye(reason="the run is finished", finished=True))
+            return
+        self._feed(rounds.ClientJoined(key=key, name=client.name, now_s=self._clock()))
+
+    def _check_hello(self, hello: Hello) -> Refused | None:
+        info = self._folder.info
+        if hello.protocol_version != PROTOCOL_VERSION:
+            text = f"the client speaks protocol version {hello.protocol_version}, this aggregator {PROTOCOL_VERSION}"
+            return Refused(code="version_skew", text=f"{text}; install the same fedblocks release on both sides")
+        if hello.base_hash != info.base_hash:
+            text = f"the client's base model has hash {hello.base_hash[:64]}, this run's {info.base_name} {info.base_hash}"
+            return Refused(code="model_mismatch", text=f"{text}; use the same checkpoint")
+        if hello.run_id != info.run_id:
+            text = f"the client joins run {hello.run_id[:80]!r}, this is run {info.run_id!r}"
+            return Refused(code="model_mismatch", text=f"{text}; use the site file of this run")
+        return None
+
+    def _on_heartbeat(self, client: KnownClient, heartbeat: Heartbeat) -> None:
+        key = client.key
+        self._send(
+            key,
+            HeartbeatReply(
+                round=self._state.round,
+                version=self._version,
+                waiting_for=rounds.waiting_for(self._state, self._rules),
+            ),
+        )
+        task = self._state.tasks.get(key)
+        idle = heartbeat.attempt_id is None and heartbeat.phase == "idle" and key not in self._uploads.values()
+        if task is None or task.outcome != "open" or not idle:
+            return
+        update, _ = self._update_for(client.held_version)
+        download_s = len(self._updates_to[update.from_version][1]) / client.profile.downlink_bytes_per_s
+        if self._clock() - self._sent_s.get(key, self._clock()) > RESEND_S + 2 * download_s:
+            self._actions.append(rounds.SendTask(key=key))
+
+    def _on_fetch(self, key: ClientKey, name: str) -> None:
+        info = self._folder.resource(name)
+        if info is None:
+            known = ", ".join(r.name for r in self._folder.info.resources)
+            self._refuse(key, Refused(code="malformed", text=f"this run has no file {name[:80]!r}, only {known}"))
+            return
+        message = Resource(name=name, payload_bytes=info.num_bytes, payload_sha256=info.sha256)
+        self._send(key, message, self._folder.resource_path(info))
+
+    def _on_report(self, client: KnownClient, report: Report) -> None:
+        stored = self._ledger.assignment(report.attempt_id)
+        if stored is None or stored.client_key != client.key:
+            text = f"attempt {report.attempt_id[:60]!r} was not issued to this client"
+            self._refuse(client.key, Refused(code="unknown_attempt", text=text, attempt_id=report.attempt_id))
+        elif report.failure is not None:
+            self._on_failure(client, stored.message, report)
+        elif stored.outcome in ("open", "late") and isinstance(stored.message, Evaluate):
+            self._ledger.add_report(
+                client.key, report.attempt_id, _asked_for(stored.message, report.measurements)
+            )
+            self._save_client(replace(client, held_version=stored.message.state.to_version))
+            self._feed(rounds.ReportReceived(key=client.key, attempt_id=report.attempt_id))
+
+    def _on_failure(self, client: KnownClient, message: Assignment | Evaluate, report: Report) -> None:
+        assert report.failure is not None
+        task = self._state.tasks.get(client.key)
+        client = registry.after_failure(client, message.state.to_version, report.failure)
+        self._save_client(client)
+        detail = f"{report.failure}: {report.text}"
+        current = task is not None and task.attempt_id == message.attempt_id and task.outcome == "open"
+        if (
+            current
+            and not task.reissued
+            and isinstance(message, Assignment)
+            and report.failure in registry.MEMORY_FAILURES
+            and self._state.phase == "open"
+        ):
+            smaller = self._smaller(client, message)
+            if smaller is not None:
+                self._ledger.set_outcome(message.attempt_id, "failed", detail)
+                self._ledger.add_assignment(client.key, smaller, reissued=True)
+                self._tasks[client.key] = smaller
+                replacement = Task(attempt_id=smaller.attempt_id, kind="train", reissued=True)
+                self._feed(rounds.TaskReplaced(key=client.key, task=replacement))
+                self._note(f"{client.name}: {report.failure}; a smaller task was issued in its place")
+                return
+        self._task_failed(client, report.attempt_id, detail)
+
+    def _task_failed(self, client: KnownClient, attempt_id: AttemptId, detail: str) -> None:
+        stored = self._ledger.assignment(attempt_id)
+        if stored is None or stored.client_key != client.key or stored.outcome not in ("open", "late"):
+            return
+        self._ledger.set_outcome(attempt_id, "failed", detail)
+        self._feed(rounds.TaskFailed(key=client.key, attempt_id=attempt_id))
+        self._note(f"round {stored.round}: {client.name} failed: {detail}")
+
+    def _on_revoked(self, key: ClientKey) -> None:
+        if key not in self._state.members:
+            return
+        self._feed(rounds.ClientLeft(key=key))
+        task = self._state.tasks.get(key)
+        if task is not None and task.outcome == "open" and key in self._clients:
+            self._task_failed(self._clients[key], task.attempt_id, "its key was revoked")
+
+    # uploads
+
+    def _on_announced(self, key: ClientKey, delta: Delta, upload_id: UploadId) -> None:
+        client = self._clients.get(key)
+        if client is not None:
+            self._feed(rounds.ClientHeard(key=key, name=client.name, now_s=self._clock()))
+        accepted = self._ledger.stored_sha256(key, delta.round, delta.attempt_id)
+        if accepted is not None and accepted == delta.payload_sha256:
+            # The Ack was lost. It empties the client's outbox; the refusal only ends the transfer, and is not counted.
+            self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=accepted))
+            again = Refused(code="conflict", text="this update was stored and counted before; no need to send it again")
+            self._after_commit.append(lambda: self._endpoint.refuse_upload(upload_id, again))
+            return
+        refused = self._check_announcement(client, delta, accepted)
+        if refused is None:
+            part = self._folder.part_path(self._state.round, delta.attempt_id, upload_id)
+            try:
+                self._folder.make_room_for(part)
+                self._endpoint.accept_upload(upload_id, part)
+                self._uploads[upload_id] = key
+                self._uploaded_bytes[key] += delta.payload_bytes
+                return
+            except OSError as error:
+                refused = self._no_space(delta.attempt_id, error)
+        self._refused_update(key, refused)
+        self._after_commit.append(lambda: self._endpoint.refuse_upload(upload_id, refused))
+
+    def _check_announcement(self, client: KnownClient | None, delta: Delta, accepted: str | None) -> Refused | None:
+        """The checks of methods.md 8.1 that need no payload."""
+        if client is None:
+            text = "no Hello came from this key yet: say Hello first"
+            return Refused(code="unknown_attempt", text=text, attempt_id=delta.attempt_id)
+        stored = self._ledger.assignment(delta.attempt_id)
+        issued = stored if stored is not None and stored.client_key == client.key else None
+        assignment = issued.message if issued is not None and isinstance(issued.message, Assignment) else None
+        refused = admission.check_announcement(
+            delta,
+            assignment=assignment,
+            shape=self._shape,
+            limits=self._limits,
+            quota_bytes=QUOTA_PAYLOADS * self._limits.max_payload_bytes - self._uploaded_bytes[client.key],
+            declared_num_examples=client.statistics.num_examples,
+            version=self._version,
+            accepted_sha256=accepted,
+        )
+        if refused is not None:
+            return refused
+        if self._state.phase not in ("gathering", "planning", "open"):
+            text = f"round {delta.round} is closed and the run is ending"
+            return Refused(code="stale_round", text=text, attempt_id=delta.attempt_id)
+        if issued is not None and issued.outcome not in ("open", "late"):
+            text = f"attempt {delta.attempt_id!r} has ended already ({issued.outcome}: {issued.detail})"
+            return Refused(code="conflict", text=text[:1000], attempt_id=delta.attempt_id)
+        return None
+
+    def _on_uploaded(self, key: ClientKey, delta: Delta, part: Path) -> None:
+        client = self._clients[key]
+        # The round may have closed, or the same update may have come over another connection, since the announcement.
+        accepted = self._ledger.stored_sha256(key, delta.round, delta.attempt_id)
+        if accepted is not None and accepted == delta.payload_sha256:
+            part.unlink(missing_ok=True)
+            self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=accepted))
+            return
+        refused = self._check_announcement(client, replace(delta), accepted)
+        if refused is not None and refused.code == "over_quota":
+            refused = None  # its bytes were counted when it was announced
+        stored = self._ledger.assignment(delta.attempt_id)
+        assignment = stored.message if stored is not None else None
+        if refused is None:
+            assert isinstance(assignment, Assignment)
+            refused = self._check_payload(delta, assignment, part)
+        final = self._folder.update_path(self._state.round, delta.attempt_id)
+        if refused is None:
+            try:
+                self._folder.make_room_for(final)
+                commit_file(part, final)
+            except OSError as error:
+                refused = self._no_space(delta.attempt_id, error)
+        if refused is not None:
+            part.unlink(missing_ok=True)
+            self._refused_update(key, refused)
+            self._send(key, refused)
+            return
+        assert isinstance(assignment, Assignment)
+        measured = _asked_for(assignment, delta.measurements)
+        self._ledger.add_update(
+            key, delta, measurements=measured, folded_in=self._state.round, unix_s=self._wall_clock()
+        )
+        client = registry.after_update(client, assignment, delta, self._predicted_step_s(delta.attempt_id))
+        asked = {m.measure for m in measured}
+        self._save_client(
+            replace(
+                client,
+                last_validation_round=delta.round if "validation" in asked else client.last_validation_round,
+                last_general_round=delta.round if "general" in asked else client.last_general_round,
+            )
+        )
+        self._feed(rounds.UpdateStored(key=key, attempt_id=delta.attempt_id))
+        self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=delta.payload_sha256))
+
+    def _check_payload(self, delta: Delta, assignment: Assignment, part: Path) -> Refused | None:
+        payload = map_payload(part)
+        return admission.check_payload(delta, assignment, payload, shape=self._shape, limits=self._limits)
+
+    def _no_space(self, attempt_id: AttemptId, error: OSError) -> Refused:
+        text = f"the aggregator cannot write the update: {error.strerror}; keep it and try again later"
+        self._note(f"{error.filename}: {error.strerror}: updates are refused until there is room")
+        return Refused(code="no_space", text=text, attempt_id=attempt_id)
+
+    def _refused_update(self, key: ClientKey, refused: Refused) -> None:
+        """Books of a refused update; the attempt is over unless the client is to try again later."""
+        self._count_refusal(key, refused.code, refused.text)
+        attempt_id = refused.attempt_id
+        if attempt_id is None or refused.code in RETRY_CODES:
+            return
+        stored = self._ledger.assignment(attempt_id)
+        if stored is not None and stored.client_key == key and stored.outcome in ("open", "late"):
+            self._ledger.set_outcome(attempt_id, "refused", f"{refused.code}: {refused.text}")
+            self._feed(rounds.UpdateRefused(key=key, attempt_id=attempt_id))
+
+    def _refuse(self, key: ClientKey, refused: Refused) -> None:
+        self._count_refusal(key, refused.code, refused.text)
+        self._send(key, refused)
+
+    def _count_refusal(self, key: ClientKey, code: RefusalCode, text: str) -> None:
+        known = key in self._clients
+        count = self._ledger.add_refusal(key if known else STRANGERS, code, text, unix_s=self._wall_clock())
+        name = self._clients[key].name if known else f"key {key}"
+        self._note(f"refused {name} ({code}): {text}")
+        if known and code in CONTENT_CODES and count == MAX_CONTENT_REFUSALS:
+            self._note(f"{name} gets no task any more after {count} refusals; let it back when its cause is known")

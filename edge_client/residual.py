@@ -1,0 +1,173 @@
+"""What do my accepted updates still owe? The error-feedback residual on disk, by block and tensor (methods.md 7.3).
+
+A finished update stages what its encoding left out under its attempt id; the aggregator's answer commits or discards
+it. A commit is one rename, so a kill leaves the residual of the last *acknowledged* update or of the one before.
+The folder belongs to one run; a file made under another plan (another base or other blocks) is dropped when it is seen.
+
+Files: ``staged-<attempt>.safetensors`` and ``<sequence>-<attempt>.safetensors``, tensors named ``<block>/<tensor>`` in
+full-block coordinates, with the plan's digest and the round in the metadata. A block's residual is the one in the
+committed file with the highest sequence number that holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as save_tensors
+
+from fedblocks.protocol.durable import sync_folder, write_durably
+from fedblocks.protocol.expansion import ExpansionPlan
+from fedblocks.protocol.messages import AttemptId
+from fedblocks.protocol.tensors import FloatArray, State
+
+logger = logging.getLogger(__name__)
+
+#: Per round in which a block was not part of an accepted update: the model has moved on since.
+DECAY: Final = 0.9
+#: After so many such rounds nothing is left of it.
+MAX_UNSENT_ROUNDS: Final = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """One file and what it holds."""
+
+    path: Path
+    plan_digest: str
+    round: int
+    blocks: frozenset[int]
+
+
+class ResidualStore:
+    """The residual of one client in one run.
+
+    Args:
+        folder: inside the client's folder of the run; made if absent.
+        plan: the run's plan; what was kept under another one is deleted now.
+    """
+
+    def __init__(self, folder: Path, *, plan: ExpansionPlan) -> None:
+        self._folder = folder
+        self._plan_digest = plan.digest()
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*.tmp"):  # a kill while staging
+            path.unlink()
+        for path in folder.glob("staged-*.safetensors"):
+            self._entry(path)
+        self._drop_superseded()
+
+    def load(self, blocks: Iterable[int], *, round: int) -> State:
+        """What is owed on ``blocks`` when training for ``round``; blocks that owe nothing are absent.
+
+        A block whose last accepted update lies k rounds before the previous one is decayed by 0.9^k, and dropped at
+        k = 10. The files keep their values.
+        """
+        owed: State = {}
+        entries = self._committed()
+        for block in blocks:
+            entry = next((e for e in reversed(entries) if block in e.blocks), None)
+            if entry is None:
+                continue
+            unsent = max(0, round - entry.round - 1)
+            if unsent < MAX_UNSENT_ROUNDS:
+                factor = np.float32(DECAY**unsent)
+                owed[block] = {name: values * factor for name, values in _read(entry.path, block).items()}
+        return owed
+
+    def stage(
+        self,
+        attempt_id: AttemptId,
+        residuals: Mapping[int, Mapping[str, FloatArray]],
+        *,
+        round: int,
+    ) -> None:
+        """Keep ``residuals`` until the update's fate is known; what was staged for another attempt is discarded.
+
+        No residuals at all (format bf16 or fp32) means that a commit drops everything: those formats owe nothing.
+        """
+        tensors = {
+            f"{block}/{name}": np.ascontiguousarray(values, dtype=np.float32)
+            for block, by_name in residuals.items()
+            for name, values in by_name.items()
+        }
+        staged = self._staged_path(attempt_id)
+        for other in self._folder.glob("staged-*.safetensors"):
+            if other != staged:
+                other.unlink()
+        write_durably(staged, save_tensors(tensors, metadata={"plan": self._plan_digest, "round": str(round)}))
+
+    def commit(self, attempt_id: AttemptId) -> None:
+        """The update was accepted (also late): its residual replaces what its blocks owed.
+
+        Does nothing if nothing is staged for it, as after a kill between a commit and the deletion of the update.
+        """
+        staged = self._staged_path(attempt_id)
+        if not staged.exists():
+            return
+        entries = self._committed()
+        sequence = 1 + (int(entries[-1].path.name.split("-")[0]) if entries else 0)
+        staged.rename(self._folder / f"{sequence:08d}-{_file_id(attempt_id)}.safetensors")
+        sync_folder(self._folder)
+        self._drop_superseded()
+
+    def discard(self, attempt_id: AttemptId) -> None:
+        """The update will never count: what its blocks owed stays as it was."""
+        self._staged_path(attempt_id).unlink(missing_ok=True)
+
+    def _staged_path(self, attempt_id: AttemptId) -> Path:
+        return self._folder / f"staged-{_file_id(attempt_id)}.safetensors"
+
+    def _committed(self) -> list[_Entry]:
+        """Readable files of this plan, oldest first."""
+        paths = sorted(self._folder.glob("[0-9]*-*.safetensors"))
+        return [entry for entry in map(self._entry, paths) if entry is not None]
+
+    def _entry(self, path: Path) -> _Entry | None:
+        """What a file holds; one that cannot be used is deleted: a lost residual costs a little progress, no more."""
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata()
+                blocks = frozenset(int(key.split("/")[0]) for key in file.keys())  # noqa: SIM118  (no mapping)
+            entry = _Entry(path=path, plan_digest=metadata["plan"], round=int(metadata["round"]), blocks=blocks)
+        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+            logger.warning("dropped the residual file %s: %s", path.name, error)
+            path.unlink(missing_ok=True)
+            return None
+        if entry.plan_digest != self._plan_digest:
+            path.unlink()
+            return None
+        return entry
+
+    def _drop_superseded(self) -> None:
+        newer: frozenset[int] = frozenset()
+        entries = self._committed()
+        for position, entry in reversed(list(enumerate(entries))):
+            if not entry.blocks:  # a dense update: nothing older is owed
+                for old in entries[: position + 1]:
+                    old.path.unlink()
+                return
+            if entry.blocks <= newer:
+                entry.path.unlink()
+            newer |= entry.blocks
+
+
+def _file_id(attempt_id: AttemptId) -> str:
+    """The attempt id is the peer's text: a hash of it is a safe file name."""
+    return hashlib.sha256(attempt_id.encode()).hexdigest()[:32]
+
+
+def _read(path: Path, block: int) -> dict[str, FloatArray]:
+    prefix = f"{block}/"
+    with safe_open(path, framework="numpy") as file:
+        return {
+            key[len(prefix) :]: file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118  (no mapping)
+            if key.startswith(prefix)
+        }
