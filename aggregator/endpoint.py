@@ -341,6 +341,12 @@ class RouterEndpoint:
         self._gate.close()
         self._context.destroy(linger=LINGER_MS)
 
+    def __enter__(self) -> RouterEndpoint:  # noqa: PYI034 (typing.Self came with Python 3.11)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _open(self, bind: str, keys: KeyPair) -> zmq.Socket[bytes]:
         self._context.set(zmq.MAX_SOCKETS, max(1023, self._context.get(zmq.MAX_SOCKETS)))
         router = self._context.socket(zmq.ROUTER)

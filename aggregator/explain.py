@@ -49,6 +49,7 @@ def record(choice: Choice) -> dict[str, Any]:
             for r in choice.refused
         ],
         "reason": choice.reason,
+        "sentence": sentence(choice),
     }
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, cast
 
+from fedblocks.aggregator.rounds import Outcome
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.errors import RefusalCode
 from fedblocks.protocol.messages import Assignment, AttemptId, ClientKey, Delta, Evaluate, Measurement
@@ -102,7 +103,7 @@ class StoredAssignment:
     client_key: ClientKey
     message: Assignment | Evaluate
     """As planned: its state update names the version only; the way there depends on what the client holds."""
-    outcome: str
+    outcome: Outcome
     detail: str
     reissued: bool
 
@@ -316,7 +317,7 @@ class Ledger:
         row = self._one("SELECT * FROM assignments WHERE attempt_id = ?", attempt_id)
         return None if row is None else _assignment(row)
 
-    def set_outcome(self, attempt_id: AttemptId, outcome: str, detail: str = "") -> None:
+    def set_outcome(self, attempt_id: AttemptId, outcome: Outcome, detail: str = "") -> None:
         with self.transaction():
             self._db.execute(
                 "UPDATE assignments SET outcome = ?, detail = ? WHERE attempt_id = ?",

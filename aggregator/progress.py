@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fedblocks.aggregator.ledger import StoredAssignment, StoredUpdate
+from fedblocks.aggregator.methods.fedbe import Pooled, score
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.messages import Assignment
@@ -101,6 +102,21 @@ def contributors(updates: Sequence[StoredUpdate], blocks: Sequence[int]) -> dict
     return {str(block): sum(block in found for found in trained) for block in blocks}
 
 
+def measured_values(pooled: Pooled, retention: float | None, budget: float) -> dict[str, Any]:
+    """The measured part of a record; None where nobody measured."""
+    return {
+        "score": score(pooled),
+        "accuracy": pooled.accuracy,
+        "nll_per_token": pooled.nll,
+        "general_accuracy": pooled.general_accuracy,
+        "general_nll_per_token": pooled.general_nll,
+        "retention": retention,
+        "kl": pooled.kl,
+        "kl_budget": budget,
+        "kl_over_budget": None if pooled.kl is None else pooled.kl / budget,
+    }
+
+
 def eta_s(seconds: Sequence[float], rounds_left: int) -> float:
     """Expected seconds until the last round, from the newest rounds' durations."""
     newest = list(seconds)[-ETA_ROUNDS:]
@@ -139,6 +155,20 @@ def round_line(record: Mapping[str, Any], max_rounds: int) -> str:
     else:
         parts.append(f"stop: {record['stop_reason']}")
     return "  ".join(parts)
+
+
+def final_line(record: Mapping[str, Any]) -> str:
+    """The result in one line."""
+    parts = [f"finished after {record['rounds']} rounds ({record['stop_reason']})"]
+    if record["accuracy"] is not None:
+        parts.append(f"accuracy {record['accuracy']:.3f}")
+    if record["nll_per_token"] is not None:
+        parts.append(f"nll {record['nll_per_token']:.3f}")
+    if record["retention"] is not None:
+        parts.append(f"retention {record['retention']:.3f}")
+    if record["kl"] is not None:
+        parts.append(f"kl {record['kl']:.4f}/{record['kl_budget']:g}")
+    return "  ".join([*parts, f"state {record['state_sha256'][:12]}"])
 
 
 def _size(num_bytes: int) -> str:

@@ -25,6 +25,8 @@ from fedblocks.protocol.messages import (
 
 #: After running out of memory a client's predicted memory grows by this factor (methods.md 6.7).
 OOM_FACTOR: Final = 1.25
+#: A held version that no step leads from: the client is sent the whole state.
+UNKNOWN_VERSION: Final = -1
 MEMORY_FAILURES: Final[frozenset[FailureReason]] = frozenset({"oom", "over_memory_budget"})
 #: A failed task of these kinds had already taken the new state in.
 FAILURES_WITH_STATE: Final[frozenset[FailureReason]] = frozenset(
@@ -129,9 +131,9 @@ def after_update(client: KnownClient, assignment: Assignment, delta: Delta, plan
 
 
 def after_failure(client: KnownClient, version: int, reason: FailureReason) -> KnownClient:
-    """The record after a failed task that started from ``version``; a held version of -1 asks for a snapshot."""
+    """The record after a failed task that started from ``version``."""
     scale = OOM_FACTOR if reason in MEMORY_FAILURES else 1.0
-    held = version if reason in FAILURES_WITH_STATE else -1
+    held = version if reason in FAILURES_WITH_STATE else UNKNOWN_VERSION
     return replace(client, memory_scale=client.memory_scale * scale, held_version=held)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, Literal, get_args
+from typing import Final, Literal
 
 from fedblocks.protocol.messages import AttemptId, ClientKey
 
@@ -27,7 +27,6 @@ Phase = Literal["gathering", "planning", "open", "closing", "concluding", "prepa
 TaskKind = Literal["train", "evaluate"]
 Outcome = Literal["open", "stored", "reported", "refused", "failed", "late"]
 """stored: a durable update; reported: measurements only; late: still open when its round closed."""
-OUTCOMES: Final[tuple[Outcome, ...]] = get_args(Outcome)
 Presence = Literal["expected", "present", "left"]
 """expected: known of old, not heard yet by this process."""
 

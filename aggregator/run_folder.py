@@ -186,6 +186,10 @@ class RunFolder:
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
+    def save_effective_config(self) -> None:
+        """What this process goes by, overrides included."""
+        write_durably(self.path / "effective.toml", run_config.to_toml(self.config).encode())
+
     def lock(self) -> int:
         """A descriptor that holds the folder for this process until it ends.
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import signal
 import sqlite3
@@ -30,8 +29,9 @@ from typing import Any, Final, Protocol
 
 from typing_extensions import assert_never
 
-from fedblocks.aggregator import admission, progress, registry, rounds
-from fedblocks.aggregator.aggregation import AcceptedUpdate, map_payload
+from fedblocks.aggregator import admission, explain, progress, registry, rounds
+from fedblocks.aggregator.aggregation import FoldResult, map_payload
+from fedblocks.aggregator.allocation import Deadline
 from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
 from fedblocks.aggregator.endpoint import (
     ByteCount,
@@ -46,9 +46,17 @@ from fedblocks.aggregator.endpoint import (
     UploadFinished,
     UploadId,
 )
-from fedblocks.aggregator.ledger import CONTENT_CODES, MAX_CONTENT_REFUSALS, Ledger, StoredRound, open_ledger
+from fedblocks.aggregator.ledger import (
+    CONTENT_CODES,
+    MAX_CONTENT_REFUSALS,
+    Ledger,
+    StoredRound,
+    StoredUpdate,
+    open_ledger,
+)
 from fedblocks.aggregator.methods import fedbe
-from fedblocks.aggregator.registry import KnownClient
+from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
+from fedblocks.aggregator.replay import accepted_update, state_at
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
 from fedblocks.protocol.codec import from_plain, to_plain
@@ -76,10 +84,7 @@ from fedblocks.protocol.messages import (
     Welcome,
 )
 from fedblocks.protocol.payloads import Bytes, commit_file
-from fedblocks.protocol.state import apply_step, make_update, state_sha256
-from fedblocks.protocol.tensors import State
-
-logger = logging.getLogger(__name__)
+from fedblocks.protocol.state import make_update, state_sha256
 
 EXIT_DONE: Final = 0
 EXIT_INTERRUPTED: Final = 7
@@ -96,6 +101,8 @@ QUOTA_PAYLOADS: Final = 4
 MIN_FINAL_MEASURE_S: Final = 60.0
 #: State updates that are kept ready, by the version that they start from.
 MAX_CACHED_UPDATES: Final = 8
+#: After so long without a line the operator is told what the run waits for.
+QUIET_S: Final = 10.0
 #: Goodbyes leave before the socket closes.
 FAREWELL_S: Final = 0.5
 STRANGERS: Final = ClientKey("")
@@ -144,7 +151,7 @@ class Aggregator:
         self._endpoint = endpoint
         self._clock = clock
         self._wall_clock = wall_clock
-        self._on_event = on_event or (lambda line: None)
+        self._on_event = on_event or _say_nothing
         self._config = folder.config
         self._shape = folder.plan.shape
         self._limits = admission.Limits(
@@ -153,6 +160,13 @@ class Aggregator:
             max_learning_rate=self._config.training.learning_rate,
         )
         allocation = self._config.allocation
+        self._run = fedbe.Run(
+            run_id=folder.info.run_id,
+            config=self._config,
+            plan=folder.plan,
+            anchor_sequences=folder.info.anchor_sequences,
+            anchor_tokens=folder.info.anchor_tokens,
+        )
         self._rules = Rules(
             min_cohort=allocation.min_cohort,
             quorum=allocation.quorum,
@@ -165,6 +179,8 @@ class Aggregator:
         }
         self._tasks: dict[ClientKey, Assignment | Evaluate] = {}
         self._sent_s: dict[ClientKey, float] = {}
+        self._unanswered: set[ClientKey] = set()
+        """Clients that were sent a task and have not answered it: they may hold its state, or the one before."""
         self._uploads: dict[UploadId, ClientKey] = {}
         self._uploaded_bytes: Counter[ClientKey] = Counter()
         self._counted: dict[ClientKey, ByteCount] = {}
@@ -173,6 +189,11 @@ class Aggregator:
         self._refusals: Counter[tuple[ClientKey, RefusalCode]] = Counter()
         self._refusal_texts: dict[tuple[ClientKey, RefusalCode], str] = {}
         self._updates_to: dict[int, tuple[StateUpdate, bytes]] = {}
+        self._planned_step_s: dict[AttemptId, float] = {}
+        self._told: dict[ClientKey, object] = {}
+        """The gist of the last plan that the operator was told of each client."""
+        self._round_s = 0.0
+        self._said_s = clock()
         self._actions: deque[rounds.Action] = deque()
         self._after_commit: list[Callable[[], object]] = []
         self._housekept_s = clock()
@@ -226,7 +247,7 @@ class Aggregator:
             if newest is None
             else from_plain(fedbe.MethodState, newest.method_state, where="ledger.rounds")
         )
-        version = newest.new_version if newest is not None and newest.new_version is not None else 0
+        version: int = newest.new_version or 0 if newest is not None else 0
         self._published, self._residual = self._folder.load_version(version)
         self._sha256 = state_sha256(self._shape, self._published)
         if newest is not None and self._sha256 != newest.state_sha256:
@@ -234,8 +255,8 @@ class Aggregator:
                 f"{self._folder.path}: the state of version {version} has hash {self._sha256}, the ledger says "
                 f"{newest.state_sha256}; restore the folder from a backup"
             )
-        self._version = version
-        self._durations_s = [r.metrics["round_s"] for r in folded if r.metrics is not None]
+        self._version: int = version
+        self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
         self._folder.drop_parts()
         self._folder.write_metrics([r.metrics for r in folded])
         self._state = self._restored_rounds(last, roster)
@@ -259,13 +280,15 @@ class Aggregator:
         tasks: dict[ClientKey, Task] = {}
         for a in assigned:  # a replacement comes after what it replaced
             kind: rounds.TaskKind = "train" if isinstance(a.message, Assignment) else "evaluate"
-            outcome = next(o for o in rounds.OUTCOMES if o == a.outcome)
-            tasks[a.client_key] = Task(
-                attempt_id=a.attempt_id, kind=kind, outcome=outcome, reissued=a.reissued
-            )
+            tasks[a.client_key] = Task(attempt_id=a.attempt_id, kind=kind, outcome=a.outcome, reissued=a.reissued)
             self._tasks[a.client_key] = a.message
+            if a.outcome == "open":
+                self._unanswered.add(a.client_key)
+        self._round_s = last.elapsed_s
         if last.kind == "final":
             self._use_final_state(last.version)
+        else:
+            self._restore_plan(last.plan)
         earlier = self._ledger.assignments(last.round - 1) if last.kind == "train" else []
         late = {a.client_key: a.attempt_id for a in earlier if a.outcome == "late"}
         state = replace(
@@ -281,6 +304,14 @@ class Aggregator:
             self._actions.append(rounds.CloseRound(round=last.round))
             return replace(state, phase="closing")
         return state
+
+    def _restore_plan(self, plan: Any) -> None:
+        """What planning left in memory for the open round."""
+        self._method = replace(self._method, deadline=from_plain(Deadline, plan["deadline"], where="ledger.rounds"))
+        for choice in plan["choices"]:
+            task = self._tasks.get(choice["client"])
+            if task is not None and choice["predicted"] is not None:
+                self._planned_step_s[task.attempt_id] = choice["predicted"]["step_s"]
 
     # events from the endpoint
 
@@ -298,7 +329,7 @@ class Aggregator:
                 if code != "disconnected":
                     self._count_refusal(key, code, text)
             case PeerRejected(key=key, code=code, text=text):
-                known = key if key in self._clients else STRANGERS
+                known = key if key is not None and key in self._clients else STRANGERS
                 self._refusals[known, code] += 1
                 self._refusal_texts[known, code] = text
                 if key is not None and code == "revoked":
@@ -345,6 +376,7 @@ class Aggregator:
             self._refuse(key, refused)
             return
         client = registry.client_from_hello(key, hello, self._clients.get(key))
+        self._unanswered.discard(key)
         self._save_client(client)
         data = self._config.data
         welcome = Welcome(
@@ -369,7 +401,9 @@ class Aggregator:
             text = f"the client speaks protocol version {hello.protocol_version}, this aggregator {PROTOCOL_VERSION}"
             return Refused(code="version_skew", text=f"{text}; install the same fedblocks release on both sides")
         if hello.base_hash != info.base_hash:
-            text = f"the client's base model has hash {hello.base_hash[:64]}, this run's {info.base_name} {info.base_hash}"
+            text = (
+                f"the client's base model has hash {hello.base_hash[:64]}, this run's {info.base_name} {info.base_hash}"
+            )
             return Refused(code="model_mismatch", text=f"{text}; use the same checkpoint")
         if hello.run_id != info.run_id:
             text = f"the client joins run {hello.run_id[:80]!r}, this is run {info.run_id!r}"
@@ -390,8 +424,8 @@ class Aggregator:
         idle = heartbeat.attempt_id is None and heartbeat.phase == "idle" and key not in self._uploads.values()
         if task is None or task.outcome != "open" or not idle:
             return
-        update, _ = self._update_for(client.held_version)
-        download_s = len(self._updates_to[update.from_version][1]) / client.profile.downlink_bytes_per_s
+        _, payload = self._update_for(client.held_version)
+        download_s = len(payload) / client.profile.downlink_bytes_per_s
         if self._clock() - self._sent_s.get(key, self._clock()) > RESEND_S + 2 * download_s:
             self._actions.append(rounds.SendTask(key=key))
 
@@ -412,22 +446,21 @@ class Aggregator:
         elif report.failure is not None:
             self._on_failure(client, stored.message, report)
         elif stored.outcome in ("open", "late") and isinstance(stored.message, Evaluate):
-            self._ledger.add_report(
-                client.key, report.attempt_id, _asked_for(stored.message, report.measurements)
-            )
+            self._ledger.add_report(client.key, report.attempt_id, _asked_for(stored.message, report.measurements))
+            self._unanswered.discard(client.key)
             self._save_client(replace(client, held_version=stored.message.state.to_version))
             self._feed(rounds.ReportReceived(key=client.key, attempt_id=report.attempt_id))
 
     def _on_failure(self, client: KnownClient, message: Assignment | Evaluate, report: Report) -> None:
         assert report.failure is not None
         task = self._state.tasks.get(client.key)
+        self._unanswered.discard(client.key)
         client = registry.after_failure(client, message.state.to_version, report.failure)
         self._save_client(client)
         detail = f"{report.failure}: {report.text}"
-        current = task is not None and task.attempt_id == message.attempt_id and task.outcome == "open"
         if (
-            current
-            and not task.reissued
+            task is not None
+            and (task.attempt_id, task.outcome, task.reissued) == (message.attempt_id, "open", False)
             and isinstance(message, Assignment)
             and report.failure in registry.MEMORY_FAILURES
             and self._state.phase == "open"
@@ -522,7 +555,7 @@ class Aggregator:
             part.unlink(missing_ok=True)
             self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=accepted))
             return
-        refused = self._check_announcement(client, replace(delta), accepted)
+        refused = self._check_announcement(client, delta, accepted)
         if refused is not None and refused.code == "over_quota":
             refused = None  # its bytes were counted when it was announced
         stored = self._ledger.assignment(delta.attempt_id)
@@ -547,7 +580,8 @@ class Aggregator:
         self._ledger.add_update(
             key, delta, measurements=measured, folded_in=self._state.round, unix_s=self._wall_clock()
         )
-        client = registry.after_update(client, assignment, delta, self._predicted_step_s(delta.attempt_id))
+        self._unanswered.discard(key)
+        client = registry.after_update(client, assignment, delta, self._planned_step_s.get(delta.attempt_id, 0.0))
         asked = {m.measure for m in measured}
         self._save_client(
             replace(
@@ -590,3 +624,494 @@ class Aggregator:
         self._note(f"refused {name} ({code}): {text}")
         if known and code in CONTENT_CODES and count == MAX_CONTENT_REFUSALS:
             self._note(f"{name} gets no task any more after {count} refusals; let it back when its cause is known")
+
+    # actions of the rounds
+
+    def _feed(self, event: rounds.Event) -> None:
+        self._state, actions = rounds.handle(self._state, event, self._rules)
+        if self._state.phase in ("open", "measuring"):
+            self._round_s = self._state.elapsed_s
+        self._actions.extend(actions)
+
+    def _must_act(self) -> bool:
+        return any(not isinstance(a, (rounds.SendTask, rounds.Note)) for a in self._actions)
+
+    def _act(self) -> None:
+        while self._actions:
+            action = self._actions.popleft()
+            match action:
+                case rounds.PlanRound(clients=clients):
+                    self._open_round(clients)
+                case rounds.SendTask(key=key):
+                    self._send_task(key)
+                case rounds.CloseRound():
+                    self._close_round()
+                case rounds.MeasureFinal(clients=clients):
+                    self._measure_final(clients)
+                case rounds.FinishRun():
+                    self._finish()
+                case rounds.Note(text=text):
+                    self._note(text)
+                case _:
+                    assert_never(action)
+            self._flush()
+
+    def _open_round(self, keys: Sequence[ClientKey]) -> None:
+        shelved = self._ledger.shelved()
+        clients = [self._clients[key] for key in keys if key not in shelved]
+        if not clients:
+            names = ", ".join(self._clients[key].name for key in keys)
+            self._feed(rounds.PlanFailed(text=f"every client here was refused too often: {names}"))
+            return
+        start = self._start()
+        planned = fedbe.plan(clients, self._run, self._method, start)
+        if not planned.tasks:
+            self._feed(rounds.PlanFailed(text=planned.plan.no_client_fits))
+            return
+        self._method = replace(self._method, deadline=planned.plan.deadline)
+        deadline_s = planned.plan.deadline.seconds
+        self._ledger.open_round(
+            round=start.round,
+            kind="train",
+            version=start.version,
+            deadline_s=deadline_s,
+            plan={
+                "deadline": to_plain(planned.plan.deadline),
+                "choices": [explain.record(choice) for choice in planned.plan.choices],
+            },
+            tasks=planned.tasks.items(),
+            unix_s=self._wall_clock(),
+        )
+        for choice in planned.plan.choices:
+            said = explain.sentence(choice)
+            gist = (choice.role, choice.blocks, choice.steps, choice.micro_batch_size)
+            if self._told.get(choice.client) != gist:
+                self._told[choice.client] = gist
+                self._say(said)
+            task = planned.tasks.get(choice.client)
+            if task is not None and choice.predicted is not None:
+                self._planned_step_s[task.attempt_id] = choice.predicted.step_s
+        self._begin(planned.tasks)
+        tasks = {
+            key: Task(attempt_id=m.attempt_id, kind="train" if isinstance(m, Assignment) else "evaluate")
+            for key, m in planned.tasks.items()
+        }
+        self._feed(rounds.RoundPlanned(tasks=tasks, deadline_s=deadline_s))
+
+    def _begin(self, tasks: Mapping[ClientKey, Assignment | Evaluate]) -> None:
+        self._tasks = dict(tasks)
+        self._sent_s.clear()
+        self._uploaded_bytes.clear()
+
+    def _start(self) -> fedbe.Start:
+        return fedbe.Start(round=self._state.round, version=self._version, state_sha256=self._sha256)
+
+    def _smaller(self, client: KnownClient, failed: Assignment) -> Assignment | None:
+        left_s = self._state.deadline_s - self._state.elapsed_s
+        found = fedbe.smaller_assignment(client, failed, self._run, self._method, self._start(), deadline_s=left_s)
+        if found is None:
+            return None
+        smaller, choice = found
+        self._say(explain.sentence(choice))
+        if choice.predicted is not None:
+            self._planned_step_s[smaller.attempt_id] = choice.predicted.step_s
+        return smaller
+
+    def _send_task(self, key: ClientKey) -> None:
+        task, client = self._tasks.get(key), self._clients[key]
+        if task is None:
+            return
+        update, payload = self._update_for(UNKNOWN_VERSION if key in self._unanswered else client.held_version)
+        left_s = max(1.0, self._state.deadline_s - self._state.elapsed_s)
+        message = replace(
+            task,
+            state=update,
+            payload_bytes=len(payload),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            deadline_s=left_s,
+        )
+        if self._endpoint.send(key, message, payload):
+            self._sent_s[key] = self._clock()
+            self._unanswered.add(key)
+
+    def _update_for(self, held_version: int) -> tuple[StateUpdate, bytes]:
+        """The way from what a client holds to the published state; made once for all who hold the same."""
+        found = self._updates_to.get(held_version)
+        if found is None:
+            found = make_update(
+                self._folder.read_step,
+                shape=self._shape,
+                from_version=held_version,
+                to_version=self._version,
+                published=self._published,
+                sha256=self._sha256,
+            )
+            while len(self._updates_to) >= MAX_CACHED_UPDATES:
+                del self._updates_to[next(iter(self._updates_to))]
+            self._updates_to[held_version] = found
+        return found
+
+    def _close_round(self) -> None:
+        began_s = self._clock()
+        number = self._state.round
+        self._ledger.save_elapsed(
+            number, elapsed_s=self._round_s, deadline_s=self._state.deadline_s, extended=self._state.extended
+        )
+        self._ledger.start_closing(number)
+        record = self._ledger.get_round(number)
+        assert record is not None
+        stored = self._ledger.updates_of(number)
+        updates = [accepted_update(self._folder, u, version=self._version) for u in stored]
+        pooled = fedbe.pool(self._ledger.measurements(number), version=self._version)
+        method = fedbe.observe(self._method, pooled, self._config)
+        folded = fedbe.aggregate(updates, shape=self._shape, state=method)
+        method = fedbe.after_fold(method, updates, folded)
+        reason = fedbe.stop_reason(method, self._config, round=number)
+        settings = fedbe.publish_settings(self._config, reason)
+        publication = fedbe.publish(
+            self._published, folded.aggregate, self._residual, shape=self._shape, settings=settings
+        )
+        version, published, residual, sha256 = self._version, self._published, self._residual, self._sha256
+        if publication is not None:
+            version += 1
+            published, residual = publication.published, publication.residual
+            sha256 = state_sha256(self._shape, published)
+            self._folder.save_version(version, step=publication.step, published=published, residual=residual)
+        self._count_bytes()
+        metrics = self._round_metrics(
+            record, stored, pooled, folded, method, version=version, sha256=sha256, reason=reason, began_s=began_s
+        )
+        with self._ledger.transaction():
+            for client in self._clients.values():
+                self._save_client(client)
+            self._ledger.commit_round(
+                number,
+                new_version=version,
+                state_sha256=sha256,
+                settings=to_plain(settings),
+                method_state=method,
+                stop_reason=reason,
+                metrics=metrics,
+                unix_s=self._wall_clock(),
+            )
+        for clip in folded.clipped:
+            name = self._clients[clip.client].name
+            self._note(f"round {number}: the update of {name} to block {clip.block} was scaled by {clip.factor:.3f}")
+        self._version, self._published, self._residual, self._sha256 = version, published, residual, sha256
+        self._method = method
+        self._updates_to.clear()
+        self._planned_step_s = {
+            t.attempt_id: self._planned_step_s[t.attempt_id]
+            for t in self._tasks.values()
+            if t.attempt_id in self._planned_step_s
+        }
+        self._durations_s = [*self._durations_s, metrics["round_s"]][-progress.ETA_ROUNDS :]
+        self._folder.drop_old_states(version)
+        if not self._config.server.keep_updates:
+            self._folder.drop_updates(number)
+        self._folder.append_metrics(metrics)
+        self._say(progress.round_line(metrics, self._config.run.max_rounds))
+        self._feed(rounds.RoundFolded(version=version, accepted=len(stored), stop_reason=reason))
+
+    def _round_metrics(
+        self,
+        record: StoredRound,
+        stored: Sequence[StoredUpdate],
+        pooled: fedbe.Pooled,
+        folded: FoldResult,
+        method: fedbe.MethodState,
+        *,
+        version: int,
+        sha256: str,
+        reason: str | None,
+        began_s: float,
+    ) -> dict[str, Any]:
+        number = record.round
+        assigned = self._ledger.assignments(number)
+        by_attempt = {u.delta.attempt_id: u for u in stored}
+        outcomes = Counter(a.outcome for a in assigned)
+        clients = [
+            progress.client_record(
+                self._clients[a.client_key],
+                a,
+                by_attempt.get(a.attempt_id),
+                bytes_up=self._round_bytes.get(a.client_key, (0, 0))[0],
+                bytes_down=self._round_bytes.get(a.client_key, (0, 0))[1],
+            )
+            for a in assigned
+        ]
+        up, down = (sum(counts[i] for counts in self._round_bytes.values()) for i in (0, 1))
+        self._round_bytes.clear()
+        fold_s = self._clock() - began_s
+        round_s = self._round_s + fold_s
+        budget = self._config.forgetting.max_kl
+        max_rounds = self._config.run.max_rounds
+        return {
+            "round": number,
+            "version": version,
+            "state_sha256": sha256,
+            "stop_reason": reason,
+            "loss": progress.weighted_loss(stored),
+            **progress.measured_values(pooled, fedbe.retention(pooled, method), budget),
+            "anchor_weight": self._method.anchor_weight,
+            "next_anchor_weight": method.anchor_weight,
+            "learning_rate": fedbe.learning_rate(self._config, number),
+            "coverage": progress.contributors(stored, self._folder.plan.block_ids),
+            "coverage_weight": {str(b): folded.coverage.get(b, 0.0) for b in self._folder.plan.block_ids},
+            "num_assigned": len(assigned),
+            "num_accepted": len(stored),
+            "num_stale": sum(u.delta.round != number for u in stored),
+            "num_refused": outcomes["refused"],
+            "num_failed": outcomes["failed"],
+            "late": sorted(self._clients[a.client_key].name for a in assigned if a.outcome == "late"),
+            "bytes_up": up,
+            "bytes_down": down,
+            "round_s": round_s,
+            "fold_s": fold_s,
+            "deadline_s": record.deadline_s,
+            "extended": record.extended,
+            "eta_s": progress.eta_s([*self._durations_s, round_s], max_rounds - number),
+            "clients": progress.plain_clients(clients),
+        }
+
+    def _measure_final(self, keys: Sequence[ClientKey]) -> None:
+        last = self._ledger.last_round()
+        assert last is not None
+        best = self._method.best_version if last.stop_reason == "diverged" else self._version
+        self._use_final_state(best)
+        if best < last.version:
+            self._note(f"the run diverged; the result is version {best}, the best one within the forgetting budget")
+        deadline_s = max(MIN_FINAL_MEASURE_S, 2 * last.deadline_s)
+        start = self._start()
+        tasks = {
+            key: fedbe.evaluation(
+                self._clients[key],
+                self._run,
+                start,
+                deadline_s=deadline_s,
+                measure=fedbe.final_measures(self._clients[key]),
+            )
+            for key in keys
+        }
+        self._ledger.open_round(
+            round=start.round,
+            kind="final",
+            version=start.version,
+            deadline_s=deadline_s,
+            plan=None,
+            tasks=tasks.items(),
+            unix_s=self._wall_clock(),
+        )
+        self._begin(tasks)
+        planned = {key: Task(attempt_id=m.attempt_id, kind="evaluate") for key, m in tasks.items()}
+        self._feed(rounds.MeasurePlanned(tasks=planned, deadline_s=deadline_s))
+
+    def _use_final_state(self, version: int) -> None:
+        """Go back to an earlier version, for a run that diverged; the steps lead there bit for bit."""
+        if version == self._version:
+            return
+        self._published = state_at(self._folder, version)
+        self._sha256 = state_sha256(self._shape, self._published)
+        self._version = version
+        self._updates_to.clear()
+
+    def _finish(self) -> None:
+        number = self._state.round
+        last_trained = self._ledger.get_round(number - 1)
+        reason = last_trained.stop_reason if last_trained is not None else None
+        measured = self._ledger.measurements(number)
+        pooled = fedbe.pool(measured, version=self._version)
+        self._count_bytes()
+        final: dict[str, Any] = {
+            "run_id": self._folder.info.run_id,
+            "base_name": self._folder.info.base_name,
+            "base_hash": self._folder.info.base_hash,
+            "version": self._version,
+            "state_sha256": self._sha256,
+            "stop_reason": reason,
+            "rounds": number - 1,
+            **progress.measured_values(pooled, fedbe.retention(pooled, self._method), self._config.forgetting.max_kl),
+            "num_clients_measured": len({key for key, _ in measured}),
+            "bytes_up": sum(c.received_bytes for c in self._clients.values()),
+            "bytes_down": sum(c.sent_bytes for c in self._clients.values()),
+        }
+        self._folder.save_final(self._published, final)
+        with self._ledger.transaction():
+            for client in self._clients.values():
+                self._save_client(client)
+            self._ledger.set_run("final", final)
+            self._ledger.set_run("waiting_for", rounds.waiting_for(self._state, self._rules))
+            self._ledger.commit_round(
+                number,
+                new_version=self._version,
+                state_sha256=self._sha256,
+                settings=None,
+                method_state=self._method,
+                stop_reason=reason,
+                metrics=None,
+                unix_s=self._wall_clock(),
+            )
+        self._say(progress.final_line(final))
+        for key in rounds.present_clients(self._state):
+            self._endpoint.send(key, Goodbye(reason=f"the run is finished: {reason}", finished=True))
+
+    # small steps
+
+    def _send(self, key: ClientKey, message: Message, payload: Bytes | Path = b"") -> None:
+        """Send after the ledger's commit."""
+        self._after_commit.append(lambda: self._endpoint.send(key, message, payload))
+
+    def _flush(self) -> None:
+        waiting, self._after_commit = self._after_commit, []
+        for send in waiting:
+            send()
+
+    def _save_client(self, client: KnownClient) -> None:
+        self._clients[client.key] = client
+        self._ledger.save_client(client.key, client.name, client, unix_s=self._wall_clock())
+
+    def _count_bytes(self) -> None:
+        """Move what the endpoint counted since the last time into the clients' records."""
+        for key, count in self._endpoint.bytes_by_key.items():
+            client = self._clients.get(key)
+            if client is None:
+                continue
+            before = self._counted.get(key, ByteCount())
+            up, down = count.received - before.received, count.sent - before.sent
+            self._counted[key] = ByteCount(received=count.received, sent=count.sent)
+            self._clients[key] = replace(
+                client, received_bytes=client.received_bytes + up, sent_bytes=client.sent_bytes + down
+            )
+            earlier = self._round_bytes.get(key, (0, 0))
+            self._round_bytes[key] = (earlier[0] + up, earlier[1] + down)
+
+    def _keep_house(self, *, force: bool) -> None:
+        """Once a second: the elapsed part of the deadline, refusals by the endpoint, the line that is shown."""
+        now_s = self._clock()
+        if not force and now_s - self._housekept_s < HOUSEKEEPING_S:
+            return
+        self._housekept_s = now_s
+        waiting_for = rounds.waiting_for(self._state, self._rules)
+        is_open = self._state.phase in ("open", "measuring")
+        if waiting_for == self._waiting_for and not self._refusals and not is_open:
+            return
+        with self._ledger.transaction():
+            if is_open:
+                self._ledger.save_elapsed(
+                    self._state.round,
+                    elapsed_s=self._state.elapsed_s,
+                    deadline_s=self._state.deadline_s,
+                    extended=self._state.extended,
+                )
+            for (key, code), count in self._refusals.items():
+                for _ in range(count):
+                    self._ledger.add_refusal(key, code, self._refusal_texts[key, code], unix_s=self._wall_clock())
+            self._ledger.set_run("waiting_for", waiting_for)
+        for (key, code), count in self._refusals.items():
+            name = self._clients[key].name if key in self._clients else "a stranger"
+            self._say(f"refused {name} ({code}, {count}x): {self._refusal_texts[key, code]}")
+        self._refusals.clear()
+        self._waiting_for = waiting_for
+        if now_s - self._said_s >= QUIET_S:
+            self._say(f"waiting for {waiting_for}")
+
+    def _note(self, text: str) -> None:
+        """One line for the operator and for the books."""
+        self._ledger.add_note(text, unix_s=self._wall_clock())
+        self._say(text)
+
+    def _say(self, line: str) -> None:
+        self._said_s = self._clock()
+        self._on_event(line)
+
+
+def _asked_for(task: Assignment | Evaluate, measurements: Iterable[Measurement]) -> list[Measurement]:
+    """Of what a client reports, what it was asked to measure and could have found."""
+    return [
+        m
+        for m in measurements
+        if m.measure in task.measure
+        and m.version == task.state.to_version
+        and 0 <= m.num_correct <= m.num_items
+        and m.num_tokens >= 0
+    ]
+
+
+def serve(
+    run: Path,
+    overrides: Sequence[str] = (),
+    *,
+    on_event: Callable[[str], None] | None = None,
+    stop: threading.Event | None = None,
+) -> int:
+    """Serve a run folder until the run is finished or interrupted; returns the exit code.
+
+    Args:
+        run: made by ``fedblocks init``; served before or not.
+        overrides: ``section.key=value``.
+        on_event: takes each line for the operator.
+        stop: set it to stop as Ctrl-C does: nothing is lost, and serving again goes on. Signals are caught only in the
+            main thread.
+
+    Raises:
+        RunFolderError, ConfigError, LedgerError, EndpointError, KeyFileError: with the cause and what to do.
+    """
+    say = on_event or _say_nothing
+    stop = stop or threading.Event()
+    folder = open_run_folder(run, tuple(overrides))
+    with contextlib.ExitStack() as cleanup:
+        cleanup.callback(os.close, folder.lock())
+        cleanup.enter_context(_interrupts(stop))
+        folder.save_effective_config()
+        ledger = open_ledger(folder.ledger_path, folder.identity())
+        cleanup.callback(ledger.close)
+        keys = load_or_create_server_keys(run)
+        members = Registry(run)
+        roster = [(e.key, e.name) for e in members.list() if e.standing == "enrolled"]
+        endpoint = RouterEndpoint(
+            folder.config.server.bind, keys=keys, registry=members, expected_clients=max(64, 2 * len(roster))
+        )
+        cleanup.callback(endpoint.close)
+        say(f"serving {folder.info.run_id} at {endpoint.address}")
+        aggregator = Aggregator(folder, ledger, endpoint, roster=roster, on_event=say)
+        try:
+            while not aggregator.finished and not stop.is_set():
+                aggregator.step(POLL_S)
+        except sqlite3.OperationalError as error:
+            say(f"{folder.ledger_path}: {error}; nothing that was acknowledged is lost, serve again to go on")
+            return EXIT_INTERRUPTED
+        except OSError as error:
+            say(f"{error.filename}: {error.strerror}; nothing that was acknowledged is lost, serve again to go on")
+            return EXIT_INTERRUPTED
+        if not aggregator.finished:
+            aggregator.farewell("the aggregator was stopped; it goes on when it is served again")
+            return EXIT_INTERRUPTED
+        # Late comers of the farewell's time are told as well.
+        until_s = time.monotonic() + FAREWELL_S
+        while time.monotonic() < until_s:
+            aggregator.step(POLL_S)
+        return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _interrupts(stop: threading.Event) -> Generator[None]:
+    """SIGINT and SIGTERM set ``stop``; a second SIGINT interrupts at once. Does nothing outside the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, _frame: object) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _say_nothing(_line: str) -> None:
+    """For who only wants the exit code."""

@@ -1,4 +1,4 @@
-"""What does one federation cost and keep, for expanded blocks and for the two baselines? An in-process loop over clients.
+"""What does one federation cost and keep, for expanded blocks and for the two baselines? One loop, in process.
 
 The step loop (``edge_client.train.run_steps``), the loss, the anchor, the data reader and the measurements are the
 client's; for expanded blocks the delta encoding, the fold and the published state are the deployed ones as well

@@ -3,8 +3,8 @@
     python benchmarks/pilot.py             runs what is missing -> benchmarks/results/pilot.json
     python benchmarks/pilot.py --freeze    writes target, table and hash into edge_client/starter/frozen_task.json
 
-Only FedAvg full fine-tuning and FedAvg-LoRA run here, without anchor, before expanded blocks ever ran on these tasks. The
-rules (target, best rate, forgetting) stand in the frozen file and were written before the first run.
+Only FedAvg full fine-tuning and FedAvg-LoRA run here, without anchor, before expanded blocks ever ran on these tasks.
+The rules (target, best rate, forgetting) stand in the frozen file and were written before the first run.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def run() -> None:
                     continue
                 rows.append(starter.run(settings, target=TARGET, label=f"{task} {_name(settings)}"))
                 write_results(FILE, COMMAND, rows, base=base)
+    write_results(FILE, COMMAND, rows, base=base)
 
 
 def _name(settings: Settings) -> str:
@@ -78,8 +79,12 @@ def target_of(rows: Rows) -> float:
     return TARGET if best >= TARGET else math.floor((best - 0.05) / 0.05 + 1e-9) * 0.05
 
 
-def outcome(rows: Rows, target: float) -> dict[str, Any]:
-    """The table of one task: every rate, which is best, and whether the task can show forgetting."""
+def outcome(rows: Rows, target: float, base: float) -> dict[str, Any]:
+    """The table of one task: every rate, which is best, and whether the task can show forgetting.
+
+    Args:
+        base: general accuracy of the base on the validation split.
+    """
     table: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda r: (BASELINES.index(r["method"]), r["learning_rate"])):
         log = row["rounds_log"]
@@ -89,7 +94,9 @@ def outcome(rows: Rows, target: float) -> dict[str, Any]:
             "method": row["method"],
             "learning_rate": row["learning_rate"],
             "rounds_to_target": reached,
-            "loss_at_target_validation": None if reached is None else 1 - log[reached - 1]["general"],
+            "forgetting_at_target_validation": None
+            if reached is None
+            else round(1 - log[reached - 1]["general"] / base, 4),
             "at_target": _short(measured),
             "last": _short(row["last"]),
         }
@@ -129,13 +136,16 @@ def freeze() -> None:
     for task, found in by_task.items():
         if len(found) != expected:
             raise SystemExit(f"{task}: {len(found)} of {expected} pilot runs are there; run {COMMAND} first")
-    outcomes = {task: outcome(found, target_of(found)) for task, found in by_task.items()}
+    base = json.loads(FILE.read_text(encoding="utf-8"))["base"]
+    outcomes = {
+        task: outcome(found, target_of(found), base[task]["general_validation"]) for task, found in by_task.items()
+    }
     pilot = {
         "command": COMMAND,
         "seed": content["pilot_seed"],
         "base_hash": rows[0]["base_hash"],
         "figures": "at_target and last: test split; forgetting = 1 - general / general of the base; "
-        "loss_at_target_validation: the same on validation",
+        "forgetting_at_target_validation: the same on validation",
         **outcomes,
     }
     targets = {task: found["target"] for task, found in outcomes.items()}

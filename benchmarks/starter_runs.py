@@ -139,6 +139,7 @@ class Starter:
         """The untouched base, unquantised and on the 4-bit stack: the floor of every figure."""
         return {
             "base_hash": self.federation.base_hash,
+            "general_validation": _mean(self.base_validation),
             "fp32": self.figures(self.base),
             "nf4": self.figures(self.federation.nf4_base()),
         }

@@ -1,8 +1,8 @@
 """What is the model held to? Text sampled from the base itself, and what the base says about each of its tokens.
 
-The anchor set is made once per base by any machine that can run it; the aggregator ships it as opaque bytes. The teacher is
-the client's own base (its expanded blocks skipped), so that KL is 0 at the start and the prefix pass is shared.
-Source: methods.md 5.2; the loss is ``kernels.ops.linear_kl_topk``.
+The anchor set is made once per base by any machine that can run it; the aggregator ships it as opaque bytes. The
+teacher is the client's own base (its expanded blocks skipped), so that KL is 0 at the start and the prefix pass is
+shared. Source: methods.md 5.2; the loss is ``kernels.ops.linear_kl_topk``.
 """
 
 from __future__ import annotations
@@ -141,12 +141,11 @@ def sample_anchor(checkpoint: Checkpoint, num_sequences: int = 512, num_tokens: 
         drawn += rows
         if drawn > 20 * num_sequences + 1000:
             raise AnchorError(
-                f"the base ended {drawn - len(found)} of {drawn} sampled texts before {min(MIN_TOKENS, length)} tokens; it "
-                "cannot serve as its own anchor"
+                f"the base ended {drawn - len(found)} of {drawn} sampled texts before {min(MIN_TOKENS, length)} "
+                "tokens; it cannot serve as its own anchor"
             )
-        for ids in _sample(model, start, ends, rows, length, generator):
-            if len(ids) >= min(MIN_TOKENS, length):
-                found.append(ids)
+        texts = _sample(model, start, ends, rows, length, generator)
+        found += [ids for ids in texts if len(ids) >= min(MIN_TOKENS, length)]
     return AnchorSet(sequences=tuple(found), seed=seed)
 
 
@@ -252,8 +251,8 @@ class Teacher:
 
     def _pack(self, record: TeacherRecord) -> bytes:
         parts = (
-            record.ids.cpu().numpy().astype(self._id_type),
-            record.logp.cpu().numpy(),
-            record.log_tail.cpu().numpy(),
+            record.ids.numpy().astype(self._id_type),
+            record.logp.numpy(),
+            record.log_tail.numpy(),
         )
         return b"".join(np.ascontiguousarray(part).tobytes() for part in parts)

@@ -12,7 +12,8 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
+import logging
+import sys
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.durable import write_durably
 
 FORMAT: Final = "fedblocks-nf4-1"
+_ABSENT: Final = object()
 
 Quantiser = Callable[[Tensor], Nf4Weight]
 
@@ -40,7 +42,7 @@ class LayerSource(Protocol):
     """What a backbone needs of a checkpoint (``edge_client/checkpoint.py`` has one)."""
 
     @property
-    def shape(self) -> ModelShape: ...  # noqa: D102
+    def shape(self) -> ModelShape: ...
 
     def layer_tensors(self, layer: int, /) -> Mapping[str, Tensor]:
         """Suffix -> tensor of one base layer, as stored."""
@@ -51,7 +53,7 @@ class FrozenLayers(Protocol):
     """The frozen base layers as the stack reads them."""
 
     @property
-    def shape(self) -> ModelShape: ...  # noqa: D102
+    def shape(self) -> ModelShape: ...
 
     @property
     def digest(self) -> str:
@@ -69,10 +71,8 @@ def bitsandbytes_quantiser() -> tuple[str, Quantiser] | None:
     Only its codes are taken: decoding is ours, because its own is wrong at some widths (runtime.md 5.1), and its linear
     layer repacks weights behind one's back (runtime.md 9.2).
     """
-    # Its import would look for a kernel on a hub; the client never reaches for the network by itself.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
-        with warnings.catch_warnings(), _without_log("bitsandbytes.backends.cpu.ops"):
+        with _without_hub_kernels(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             import bitsandbytes
             from bitsandbytes.functional import quantize_4bit
@@ -333,14 +333,19 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_log(name: str) -> Iterator[None]:
-    """Mutes one logger's warnings, for a message that says nothing to our users."""
-    import logging
+def _without_hub_kernels() -> Iterator[None]:
+    """Hides the package ``kernels``, with which bitsandbytes would look on a hub for a kernel while it is imported.
 
-    logger = logging.getLogger(name)
-    before = logger.level
+    A client never reaches for the network by itself; the one warning about the missing kernel says nothing to its user.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, module = logger.level, sys.modules.get("kernels", _ABSENT)
     logger.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment] # makes its import fail
     try:
         yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        del sys.modules["kernels"]
+        if module is not _ABSENT:
+            sys.modules["kernels"] = module  # type: ignore[assignment]

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from typing_extensions import assert_never
+
 from fedblocks import __version__
 from fedblocks.edge_client import session as s
 from fedblocks.edge_client.data import SiteData, TextEncoder, load_site_data
@@ -31,7 +33,8 @@ from fedblocks.edge_client.transport import (
 )
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol import site_file
-from fedblocks.protocol.codec import to_plain
+from fedblocks.protocol.codec import from_plain, to_plain
+from fedblocks.protocol.durable import write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.keys import KeyPair
 from fedblocks.protocol.messages import (
@@ -132,16 +135,26 @@ def _profile(options: JoinOptions, say: Say) -> DeviceProfile:
 
 
 def _measured_profile(home: Path, say: Say) -> DeviceProfile:
-    from fedblocks.profiles.probe import load_profile, probe, to_json
-
     path = home / PROFILE_FILE
-    known = load_profile(path) if path.is_file() else None
-    if known is not None and time.time() - known.measured_unix_s < PROFILE_MAX_AGE_S:
-        return known
+    if path.is_file():
+        try:
+            known = from_plain(DeviceProfile, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+        except (ValueError, RemoteProtocolError) as error:
+            say(f"{path} cannot be used ({error}); measuring again")
+        else:
+            if time.time() - known.measured_unix_s < PROFILE_MAX_AGE_S:
+                return known
+    from fedblocks.profiles.probe import probe
+
     say("measuring this device (under 20 s; again after seven days)")
-    result = probe(folder=home)
-    path.write_text(to_json(result), encoding="utf-8")
-    return result.profile
+    measured = probe(folder=home).profile
+    write_profile(home, measured)
+    return measured
+
+
+def write_profile(home: Path, profile: DeviceProfile) -> None:
+    """Keep a measured profile where ``join`` looks for it."""
+    write_durably(home / PROFILE_FILE, json.dumps(to_plain(profile), indent=2).encode())
 
 
 class _Client:
@@ -207,7 +220,7 @@ class _Client:
     def run(self, *, wait_for_enrolment: bool) -> int:
         """Connect and follow the session until it stops."""
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
-        sent = (self.store.folder / "sent.jsonl").open("a", encoding="utf-8")
+        sent = (self.store.folder / "sent.jsonl").open("a", encoding="utf-8", buffering=1)
         try:
             while True:
                 transport = Transport(
@@ -221,7 +234,6 @@ class _Client:
                     code, refused_key = self._follow(transport)
                 finally:
                     transport.close()
-                    sent.flush()
                 if not (refused_key and wait_for_enrolment) or self.stop_asked:
                     return code
                 self.say("waiting for the operator to enrol this key")
@@ -315,6 +327,8 @@ class _Shell:
                 self.client.say(text)
             case s.Stop():
                 raise AssertionError("the caller ends the session")
+            case _:
+                assert_never(action)
         return None
 
     @property

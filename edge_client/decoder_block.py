@@ -1,7 +1,8 @@
 """How does one pre-norm decoder block compute? As plain functions over its weights, equal to transformers' own classes.
 
-One block serves llama, mistral, qwen2 and qwen3: they differ in biases and in a norm on q and k, which the weights show.
-Rows are right-padded, so causal attention needs no padding mask: pads come after every real token and are never read.
+One block serves llama, mistral, qwen2 and qwen3: they differ in biases and in a norm on q and k, which the weights
+show. Rows are right-padded, so causal attention needs no padding mask: pads come after every real token and are never
+read.
 
     x → norm → q|k|v (one matrix) → q/k norm → rotary → causal attention → o → + x → norm → gate|up → silu·up → down → +
 """
@@ -93,25 +94,19 @@ class BlockWeights:
     """Module path (``self_attn.q_proj``) -> pair; empty but for the LoRA baselines."""
 
     @classmethod
-    def empty(cls, shape: ModelShape, dtype: torch.dtype, device: torch.device | None = None) -> BlockWeights:
+    def empty(cls, shape: ModelShape, dtype: torch.dtype) -> BlockWeights:
         """Uninitialised tensors of the right sizes, to be filled through :meth:`named`."""
         sizes: dict[str, list[int]] = {}
         for spec, piece in zip(shape.block_tensors(), layout(shape).values(), strict=True):
             rows, *rest = spec.shape
             size = sizes.setdefault(piece.field, [0, *rest])
             size[0] += rows
-        return cls(**{name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()})
+        return cls(**{name: torch.empty(size, dtype=dtype) for name, size in sizes.items()})
 
     @classmethod
-    def of(
-        cls,
-        shape: ModelShape,
-        tensors: Mapping[str, Tensor],
-        dtype: torch.dtype,
-        device: torch.device | None = None,
-    ) -> BlockWeights:
+    def of(cls, shape: ModelShape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
         """From tensors named by suffix; each is copied and cast."""
-        weights = cls.empty(shape, dtype, device)
+        weights = cls.empty(shape, dtype)
         for name, place in weights.named(shape).items():
             place.copy_(tensors[name])
         return weights
@@ -173,7 +168,7 @@ def attention_windows(config: Any, num_layers: int) -> tuple[int | None, ...]:
     types: Sequence[str] | None = getattr(config, "layer_types", None)
     if types is not None:
         return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in types)
-    # Without a list the window is one number for all layers (mistral); a stray key of a family without windows is ignored.
+    # Without a list the window is one number for all layers (mistral). A family without windows ignores a stray key.
     window = config.sliding_window if hasattr(type(config)(), "sliding_window") else None
     return (window,) * num_layers
 
@@ -181,14 +176,13 @@ def attention_windows(config: Any, num_layers: int) -> tuple[int | None, ...]:
 class Rotary:
     """cos and sin for positions 0..n-1 from transformers' own module, so that every kind of rope scaling is right."""
 
-    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
         from transformers import MODEL_MAPPING
 
         model_class = MODEL_MAPPING[type(config)]
         name = model_class.__name__.removesuffix("Model") + "RotaryEmbedding"
-        self._module = getattr(sys.modules[model_class.__module__], name)(config).to(device)
+        self._module = getattr(sys.modules[model_class.__module__], name)(config)
         self._dtype = dtype
-        self._device = device
         # These two kinds change their frequencies with the length, so a table cannot be cut from a longer one.
         self._depends_on_length = self._module.rope_type in ("dynamic", "longrope")
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
@@ -197,8 +191,8 @@ class Rotary:
         """cos, sin of shape (length, hd)."""
         size = length if self._depends_on_length else max(64, 1 << (length - 1).bit_length())
         if size not in self._tables:
-            probe = torch.empty(0, dtype=self._dtype, device=self._device)
-            cos, sin = self._module(probe, torch.arange(size, device=self._device).unsqueeze(0))
+            probe = torch.empty(0, dtype=self._dtype)
+            cos, sin = self._module(probe, torch.arange(size).unsqueeze(0))
             self._tables[size] = (cos[0].contiguous(), sin[0].contiguous())
         cos, sin = self._tables[size]
         return cos[:length], sin[:length]
@@ -210,14 +204,16 @@ def _linear(
     y = functional.linear(x, weight, bias)
     if not pairs:
         return y
-    return y + torch.cat(
-        [p.scale * functional.linear(functional.linear(x, p.a), p.b) for p in (pairs[name] for name in names)], dim=-1
-    )
+    additions = [
+        pair.scale * functional.linear(functional.linear(x, pair.a.to(x.dtype)), pair.b.to(x.dtype))
+        for pair in (pairs[name] for name in names)
+    ]
+    return y + torch.cat(additions, dim=-1)
 
 
-def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+def _window_mask(queries: int, keys: int, window: int) -> Tensor:
     """(queries, keys) bool, True where the query may look; the queries are the last rows of the keys' positions."""
-    distance = torch.arange(keys - queries, keys, device=device).unsqueeze(1) - torch.arange(keys, device=device)
+    distance = torch.arange(keys - queries, keys).unsqueeze(1) - torch.arange(keys)
     return (distance >= 0) & (distance < window)
 
 
@@ -243,7 +239,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
         k, v = (t.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))
     queries, keys = q.shape[2], k.shape[2]
     if spec.window is not None and keys > spec.window:
-        mask = _window_mask(queries, keys, spec.window, q.device)
+        mask = _window_mask(queries, keys, spec.window)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:  # one query alone may look at everything; otherwise queries and keys are the same positions
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)

@@ -1,9 +1,8 @@
 """How good is the model, and how far has it moved from the base? Sums over samples, so that sites can be pooled.
 
 Works on any :class:`ExpandedModel`: the client's 4-bit stack, a dense one, at any strength.
-An answer is right if every one of its tokens is the most probable one given the right tokens before it, which is exactly
-when greedy decoding would produce it.
-Source: methods.md 5.3 (kl_t), 12.1 (Down, KLgen, Agree1).
+An answer is right if every one of its tokens is the most probable one given the right tokens before it, which is
+exactly when greedy decoding would produce it. Source: methods.md 5.3 (kl_t), 12.1 (Down, KLgen, Agree1).
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from fedblocks.edge_client.train import anchor_batch, stack_losses, task_batch
 
 BATCH_TOKENS: Final = 4096
 """Padded tokens of one forward pass."""
-LOGITS_ROWS: Final = 1024
+LOGITS_BYTES: Final = 32 << 20
+"""Room for one chunk of logits in double precision."""
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -65,7 +65,7 @@ def score_examples(
     scores: list[tuple[bool, float, int]] = [(True, 0.0, 0)] * len(samples)
     for indices in _batches([len(sample.ids) for sample in samples]):
         chosen = [samples[i] for i in indices]
-        batch = task_batch(chosen, _inputs(model, [sample.ids for sample in chosen], prefix))
+        batch = task_batch(chosen, _inputs([sample.ids for sample in chosen], prefix))
         hidden = model.forward(batch.inputs, 0 if prefix is None else model.base_cut)
         rows = hidden.flatten(0, 1).index_select(0, batch.rows)
         right, nll = _judge(model, rows, batch.targets)
@@ -125,10 +125,10 @@ def kl_full(
         rows = torch.cat([torch.arange(len(ids) - 1) + i * length for i, ids in enumerate(chosen)])
         inputs = _padded_ids(chosen)
         p_forward: Forward = model_p.forward_base if p_is_base else model_p.forward
-        p_rows = p_forward(inputs.to(model_p.device)).flatten(0, 1)[rows]
-        q_rows = model_q.forward(inputs.to(model_q.device)).flatten(0, 1)[rows]
-        for p_part, q_part in zip(p_rows.split(LOGITS_ROWS), q_rows.split(LOGITS_ROWS), strict=True):
-            p_logits, q_logits = model_p.rows_logits(p_part), model_q.rows_logits(q_part).to(p_part.device)
+        p_rows = p_forward(inputs).flatten(0, 1)[rows]
+        q_rows = model_q.forward(inputs).flatten(0, 1)[rows]
+        for p_part, q_part in zip(p_rows.split(_chunk(model_p)), q_rows.split(_chunk(model_p)), strict=True):
+            p_logits, q_logits = model_p.rows_logits(p_part), model_q.rows_logits(q_part)
             log_p = torch.log_softmax(p_logits.double(), dim=-1)
             log_q = torch.log_softmax(q_logits.double(), dim=-1)
             kl_sum += (log_p.exp() * (log_p - log_q)).sum().item()
@@ -143,15 +143,20 @@ def _judge(
     """Right or not, and negative log-likelihood, of each row (N, H)."""
     right: list[Tensor] = []
     nll: list[Tensor] = []
-    for part, target in zip(rows.split(LOGITS_ROWS), targets.split(LOGITS_ROWS), strict=True):
+    for part, target in zip(rows.split(_chunk(model)), targets.split(_chunk(model)), strict=True):
         logits = model.rows_logits(part).float()
         right.append(logits.argmax(-1) == target)
         nll.append(torch.logsumexp(logits, -1) - logits.gather(1, target.unsqueeze(1)).squeeze(1))
-    return torch.cat(right).cpu().numpy(), torch.cat(nll).double().cpu().numpy()
+    return torch.cat(right).numpy(), torch.cat(nll).double().numpy()
 
 
-def _inputs(model: ExpandedModel, ids: Sequence[npt.NDArray[np.int32]], prefix: PrefixStates | None) -> Tensor:
-    return _padded_ids(ids).to(model.device) if prefix is None else prefix.padded(ids)
+def _chunk(model: ExpandedModel) -> int:
+    """Rows of logits that are looked at together."""
+    return max(1, LOGITS_BYTES // (8 * model.shape.vocab_size))
+
+
+def _inputs(ids: Sequence[npt.NDArray[np.int32]], prefix: PrefixStates | None) -> Tensor:
+    return _padded_ids(ids) if prefix is None else prefix.padded(ids)
 
 
 def _padded_ids(samples: Sequence[npt.NDArray[np.int32]]) -> Tensor:

@@ -1,8 +1,8 @@
 """How does the expanded model compute, and which of its tensors train? A stack of blocks over one frozen base.
 
-A position of the stack holds a frozen base layer, a frozen expanded block, or weights that train: an expanded block as a
-client trains it, or, for the baselines, base layers (all of them) or low-rank pairs over them. Nothing else differs, so
-all of them run through the same functions.
+A position of the stack holds a frozen base layer, a frozen expanded block, or weights that train: an expanded block as
+a client trains it, or, for the baselines, base layers (all of them) or low-rank pairs over them. Nothing else differs,
+so all of them run through the same functions.
 
 Rows are right-padded. The hidden state "at cut c" is the residual stream that enters position c.
 """
@@ -57,7 +57,7 @@ class ParamGroup:
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """A copy of every named tensor."""
-        return {name: t.detach().float().cpu().numpy().copy() for name, t in self.named.items()}
+        return {name: t.detach().float().numpy().copy() for name, t in self.named.items()}
 
 
 class ExpandedModel:
@@ -79,7 +79,6 @@ class ExpandedModel:
         plan: ExpansionPlan | None = None,
         state: State | None = None,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
     ) -> None:
         from transformers import AutoConfig
 
@@ -92,7 +91,6 @@ class ExpandedModel:
         self.plan = plan
         self.shape = backbone.shape
         self.dtype = dtype
-        self.device = torch.device(device)
         self.stack: tuple[StackEntry, ...] = (
             plan.stack()
             if plan is not None
@@ -106,14 +104,10 @@ class ExpandedModel:
             BlockSpec(shape=self.shape, eps=float(config.rms_norm_eps), window=windows[source]) for source in sources
         ]
         self._eps = float(config.rms_norm_eps)
-        self._rotary = Rotary(config, dtype, self.device)
-        self._embedding = checkpoint.tensor("model.embed_tokens.weight").to(self.device, dtype)
-        self._final_norm = checkpoint.tensor("model.norm.weight").to(self.device, dtype)
-        self._head = (
-            self._embedding
-            if self.shape.tied_embeddings
-            else checkpoint.tensor("lm_head.weight").to(self.device, dtype)
-        )
+        self._rotary = Rotary(config, dtype)
+        self._embedding = checkpoint.tensor("model.embed_tokens.weight").to(dtype)
+        self._final_norm = checkpoint.tensor("model.norm.weight").to(dtype)
+        self._head = self._embedding if self.shape.tied_embeddings else checkpoint.tensor("lm_head.weight").to(dtype)
         self._replaced: dict[int, BlockWeights] = {}  # position -> weights that are not the backbone's
         self._strength = 1.0
         self._blocks: dict[int, BlockWeights] = {}  # block id -> fp32 value at strength 1
@@ -156,7 +150,7 @@ class ExpandedModel:
         initial = initial_block(self.checkpoint, self.plan, block_id)
         for name, array in self._state.get(block_id, {}).items():
             initial[name] += torch.tensor(array, dtype=torch.float32)
-        return BlockWeights.of(self.shape, initial, torch.float32, self.device)
+        return BlockWeights.of(self.shape, initial, torch.float32)
 
     def _place_blocks(self) -> None:
         for position, entry in enumerate(self.stack):
@@ -224,7 +218,13 @@ class ExpandedModel:
         return torch.nn.functional.linear(self.final_rows(rows), self.head)
 
     def decode_step(self, ids: Tensor, past: list[tuple[Tensor, Tensor]], position: int) -> Tensor:
-        """Logits (B, V) after one more token of every row; ``past`` is :meth:`empty_past`'s, filled below ``position``."""
+        """Logits (B, V) after one more token of every row.
+
+        Args:
+            ids: (B,) int64.
+            past: :meth:`empty_past`'s, filled below ``position``; filled at it afterwards.
+            position: how many tokens came before.
+        """
         h = self.embed(ids.unsqueeze(1))
         for i in range(self.num_positions):
             h = block_step(h, self.weights(i), self._specs[i], self._rotary, past[i], position)
@@ -235,8 +235,8 @@ class ExpandedModel:
         size = (rows, self.shape.num_kv_heads, length, self.shape.head_dim)
         return [
             (
-                torch.empty(size, dtype=self.dtype, device=self.device),
-                torch.empty(size, dtype=self.dtype, device=self.device),
+                torch.empty(size, dtype=self.dtype),
+                torch.empty(size, dtype=self.dtype),
             )
             for _ in self.stack
         ]
@@ -275,7 +275,7 @@ class ExpandedModel:
                 weights = self._replaced.get(position)
                 if weights is None:
                     tensors = self.checkpoint.layer_tensors(entry.index)
-                    weights = BlockWeights.of(self.shape, tensors, torch.float32, self.device)
+                    weights = BlockWeights.of(self.shape, tensors, torch.float32)
                 leaves = weights.as_leaves()
                 self._replaced[position] = leaves
                 named = {f"model.layers.{entry.index}.{n}": t for n, t in leaves.named(self.shape).items()}
@@ -312,7 +312,8 @@ class ExpandedModel:
                 out, inner = specs[f"{linear}.weight"].shape
                 a = (torch.rand(rank, inner, generator=generator) * 2 - 1) / inner**0.5
                 b = torch.zeros(out, rank)
-                a, b = (t.to(self.device).requires_grad_() for t in (a, b))
+                a.requires_grad_()
+                b.requires_grad_()
                 pairs[linear] = LoraPair(a, b, alpha / rank)
                 named[f"model.layers.{entry.index}.{linear}.lora_A"] = a
                 named[f"model.layers.{entry.index}.{linear}.lora_B"] = b
@@ -329,7 +330,7 @@ class ExpandedModel:
             block_id = int(group.name.removeprefix("block "))
             start = self._value(block_id).named(self.shape)
             found[block_id] = {
-                name: (value.detach() - start[name]).float().cpu().numpy() for name, value in group.named.items()
+                name: (value.detach() - start[name]).float().numpy() for name, value in group.named.items()
             }
         return found
 

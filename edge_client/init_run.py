@@ -96,6 +96,8 @@ def init_run(
         "tokenizer_hash": checkpoint.tokenizer_hash,
         "created_unix_s": time.time(),
         "resources": to_plain(resources),
+        "anchor_sequences": len(anchor.sequences),
+        "anchor_tokens": max(map(len, anchor.sequences)),
     }
     write_durably(out / "run.json", json.dumps(description, indent=2).encode())
     return RunSummary(

@@ -1,7 +1,7 @@
 """How much memory did this really take? The peak of this process's anonymous memory above what it held at the start.
 
-Anonymous memory (RssAnon + RssShmem) is what a process cannot do without; pages of mapped files are cache and do not count.
-Sampled every 20 ms by a thread of our own. Source: runtime.md 4.5.
+Anonymous memory (RssAnon + RssShmem) is what a process cannot do without; pages of mapped files are cache and do not
+count. Sampled every 20 ms by a thread of our own. Source: runtime.md 4.5.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class PeakMemory:
         self._look()
         return self.peak_bytes
 
-    def __enter__(self) -> PeakMemory:
+    def __enter__(self) -> PeakMemory:  # noqa: PYI034 - Self needs Python 3.11
         self.start()
         return self
 

@@ -4,9 +4,9 @@ Everything below the base cut is frozen for the whole run, so a sample's states 
 A record is computed from its sample alone, one sample at a time, so that its bits depend neither on the neighbours in a
 batch nor on what was cached before: with or without a cache, after a crash or not, training sees the same numbers.
 
-Durability (runtime.md 2.4): bytes of a shard are on disk before the journal's line that names them; a torn last line is cut
-off at opening; a record whose CRC fails is computed again and counted. One process per folder. A disk that is full, dead or
-locked means "no cache" and one warning, never a failed round.
+Durability (runtime.md 2.4): bytes of a shard are on disk before the journal's line that names them; a torn last line is
+cut off at opening; a record whose CRC fails is computed again and counted. One process per folder. A disk that is full,
+dead or locked means "no cache" and one warning, never a failed round.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -39,7 +39,8 @@ ALIGNMENT: Final = 64
 GIB: Final = 1 << 30
 _LINE: Final = struct.Struct("<H16sIQII")  # length of the rest, key, shard, offset, bytes, CRC of the record
 _CRC: Final = struct.Struct("<I")
-_COMMIT_BYTES: Final = 32 << 20
+WAVE_TOKENS: Final = 8192
+"""Tokens that go through the prefix together: a layer is decoded once for each wave."""
 
 Warn = Callable[[str], None]
 
@@ -253,39 +254,55 @@ class PrefixStates:
         """Samples that were found in the store."""
 
     def fill(self, samples: Iterable[npt.NDArray[np.int32]]) -> None:
-        """Computes and stores what is missing; one fsync for every 32 MiB."""
-        if self._store is None:
+        """Computes and stores what is missing, wave by wave; a wave is durable before the next one begins."""
+        if self._store is None or not self._store.usable:
             return
-        new: list[tuple[bytes, bytes]] = []
-        for ids in samples:
-            key = sample_key(ids)
-            if self._store.usable and key not in self._store:
-                new.append((key, self._compute(ids).cpu().numpy().tobytes()))
-                if sum(len(data) for _, data in new) >= _COMMIT_BYTES:
-                    self._store.put(new)
-                    new = []
-        self._store.put(new)
+        missing = {key: ids for ids in samples if (key := sample_key(ids)) not in self._store}
+        for wave in _waves(list(missing.items())):
+            states = self._compute([ids for _, ids in wave])
+            self._store.put((key, state.numpy().tobytes()) for (key, _), state in zip(wave, states, strict=True))
 
     def padded(self, samples: Sequence[npt.NDArray[np.int32]]) -> Tensor:
         """The samples' states, right-padded with zeros: (B, longest, H)."""
         hidden_size = self._model.shape.hidden_size
         longest = max(len(ids) for ids in samples)
-        batch = torch.zeros(len(samples), longest, hidden_size, dtype=self._model.dtype, device=self._model.device)
-        for row, ids in zip(batch, samples, strict=True):
-            row[: len(ids)] = self._state(ids)
+        batch = torch.zeros(len(samples), longest, hidden_size, dtype=self._model.dtype)
+        missing: list[int] = []
+        for i, ids in enumerate(samples):
+            data = self._store.get(sample_key(ids)) if self._store is not None else None
+            if data is None:
+                missing.append(i)
+            else:
+                batch[i, : len(ids)] = torch.frombuffer(bytearray(data), dtype=torch.float32).view(len(ids), -1)
+        for i, state in zip(missing, self._compute([samples[i] for i in missing]), strict=True):
+            batch[i, : len(state)] = state
+        self.read += len(samples) - len(missing)
         return batch
 
-    def _state(self, ids: npt.NDArray[np.int32]) -> Tensor:
-        data = self._store.get(sample_key(ids)) if self._store is not None else None
-        if data is None:
-            return self._compute(ids)
-        self.read += 1
-        return torch.frombuffer(bytearray(data), dtype=torch.float32).view(len(ids), -1).to(self._model.dtype)
+    @torch.no_grad()
+    def _compute(self, samples: Sequence[npt.NDArray[np.int32]]) -> list[Tensor]:
+        """The states (n, H) in fp32 of each sample, each computed by itself; layer by layer over all of them."""
+        self.computed += len(samples)
+        states = [self._model.embed(torch.from_numpy(ids.astype(np.int64)).unsqueeze(0)) for ids in samples]
+        for position in range(self._model.base_cut if samples else 0):
+            states = [self._model.forward(state, position, position + 1) for state in states]
+        return [state[0].float() for state in states]
 
-    def _compute(self, ids: npt.NDArray[np.int32]) -> Tensor:
-        self.computed += 1
-        batch = torch.from_numpy(ids.astype(np.int64)).unsqueeze(0).to(self._model.device)
-        return self._model.hidden_at(self._model.base_cut, batch)[0].float()
+
+def _waves(
+    items: Sequence[tuple[bytes, npt.NDArray[np.int32]]],
+) -> Iterator[list[tuple[bytes, npt.NDArray[np.int32]]]]:
+    """Consecutive parts of at most WAVE_TOKENS tokens, or of one sample."""
+    wave: list[tuple[bytes, npt.NDArray[np.int32]]] = []
+    tokens = 0
+    for item in items:
+        if wave and tokens + len(item[1]) > WAVE_TOKENS:
+            yield wave
+            wave, tokens = [], 0
+        wave.append(item)
+        tokens += len(item[1])
+    if wave:
+        yield wave
 
 
 def evict_others(folder: Path, keep: Iterable[str]) -> list[str]:

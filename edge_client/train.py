@@ -219,8 +219,8 @@ def run_steps(
             result.skipped += 1
             if skips == MAX_SKIPS:
                 raise NonFiniteError(
-                    f"the gradient was not finite in {MAX_SKIPS} steps in a row (steps {step - MAX_SKIPS + 2} to {step + 1} "
-                    f"of {hyper.steps}); a lower learning rate than {hyper.learning_rate:g} may help"
+                    f"the gradient was not finite in {MAX_SKIPS} steps in a row (steps {step - MAX_SKIPS + 2} to "
+                    f"{step + 1} of {hyper.steps}); a lower learning rate than {hyper.learning_rate:g} may help"
                 )
         optimizer.zero_grad(set_to_none=True)
         result.step_s.append(now() - began)
@@ -281,11 +281,10 @@ def task_batch(samples: Sequence[TokenisedSample], inputs: Tensor) -> TaskBatch:
         positions = np.flatnonzero(sample.label_mask)
         rows.append(positions - 1 + i * length)
         targets.append(sample.ids[positions])
-    device = inputs.device
     return TaskBatch(
         inputs=inputs,
-        rows=torch.from_numpy(np.concatenate(rows)).to(device),
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(device),
+        rows=torch.from_numpy(np.concatenate(rows)),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
     )
 
 
@@ -293,13 +292,12 @@ def anchor_batch(records: Sequence[TeacherRecord], inputs: Tensor) -> AnchorBatc
     """Rows and teacher of anchor sequences whose padded inputs are given: every position that predicts a token."""
     length = inputs.shape[1]
     rows = [torch.arange(len(record.log_tail)) + i * length for i, record in enumerate(records)]
-    device = inputs.device
     return AnchorBatch(
         inputs=inputs,
-        rows=torch.cat(rows).to(device),
-        ids=torch.cat([record.ids for record in records]).to(device),
-        logp=torch.cat([record.logp for record in records]).to(device),
-        log_tail=torch.cat([record.log_tail for record in records]).to(device),
+        rows=torch.cat(rows),
+        ids=torch.cat([record.ids for record in records]),
+        logp=torch.cat([record.logp for record in records]),
+        log_tail=torch.cat([record.log_tail for record in records]),
     )
 
 

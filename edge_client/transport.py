@@ -416,8 +416,8 @@ class Transport:
                 4,
                 "wrong_server_key",
                 f"what answers at {self._address} does not hold the server key in your config "
-                f"({self._server_key}): {self._wrong_key_failures} handshakes were cut; ask the operator for a new "
-                "site file, or check that the address leads to the aggregator itself",
+                f"({self._server_key}), or does not speak CURVE: {self._wrong_key_failures} handshakes were cut; ask "
+                "the operator for a new site file, or check that the address leads to the aggregator itself",
             )
             return
         self._lost(poller, "the handshake was cut")

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
-from fedblocks.edge_client.backbone import Backbone
+from fedblocks.edge_client.backbone import Backbone, default_quantiser
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
+from fedblocks.edge_client.decoder_block import Rotary
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel
 from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory
@@ -89,8 +90,7 @@ class Workbench:
         emulation: Emulation | None,
         say: Callable[[str], None],
     ) -> None:
-        import transformers  # noqa: F401 - its memory belongs to the imports, not to the first task
-
+        _import_all(checkpoint)
         give_back_freed_memory()
         self._after_imports_bytes = anonymous_bytes()
         self.store = store
@@ -310,6 +310,15 @@ class Workbench:
             anchor_tokens=max(1, anchors.num_tokens // len(anchors.sequences)),
             anchor_every=task.anchor_every,
         )
+
+
+def _import_all(checkpoint: Checkpoint) -> None:
+    """Import what a task would import on first use: that memory is the imports', not the first task's."""
+    from transformers import AutoConfig
+
+    fields = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
+    Rotary(AutoConfig.for_model(checkpoint.config["model_type"], **fields), torch.float32)
+    default_quantiser()
 
 
 def load_checkpoint(model: Path) -> Checkpoint:

@@ -158,15 +158,24 @@ def plan(
     device: Annotated[
         list[str] | None, typer.Option(help="plan for these catalog devices instead of the clients seen; repeatable")
     ] = None,
-    scale: Annotated[float, typer.Option(help="factor on the catalog devices' speed and memory")] = 1.0,
+    examples: Annotated[int, typer.Option(min=1, help="with --device: training examples per device")] = 1000,
+    tokens: Annotated[int, typer.Option(min=2, help="with --device: tokens per example")] = 256,
     as_json: JsonFlag = False,
     overrides: SetOption = None,
 ) -> None:
     """Explain who trains what and why: the last planned round, or a plan for catalog devices."""
-    from fedblocks.aggregator.explain import explain_run
+    from fedblocks.aggregator.plan_view import last_plan, plan_for_devices
 
-    content = explain_run(run, devices=device or (), scale=scale, overrides=overrides or ())
-    typer.echo(json.dumps(content, indent=2) if as_json else "\n".join(c["sentence"] for c in content))
+    if device:
+        content = plan_for_devices(run, device, num_examples=examples, tokens=tokens, overrides=tuple(overrides or ()))
+    else:
+        content = last_plan(run)
+    if as_json:
+        typer.echo(json.dumps(content, indent=2))
+        return
+    typer.echo(f"round {content['round']}: deadline {content['deadline']['seconds']:.1f} s")
+    for choice in content["choices"]:
+        typer.echo(choice["sentence"])
 
 
 @app.command(epilog="Example: fedblocks probe --json profile.json")

@@ -197,9 +197,10 @@ def _processes(
     """The aggregator and the clients, each its own process; none is left behind."""
     from fedblocks.aggregator.auth import Registry
     from fedblocks.aggregator.invitation import write_invitation
-    from fedblocks.edge_client.client import PROFILE_FILE
+    from fedblocks.edge_client.client import write_profile
     from fedblocks.edge_client.identity import load_or_create_identity
     from fedblocks.profiles.catalog_files import scale_factor
+    from fedblocks.profiles.probe import probe
     from fedblocks.protocol.expansion import ExpansionPlan
 
     started: dict[str, subprocess.Popen[bytes]] = {}
@@ -207,7 +208,7 @@ def _processes(
         started["aggregator"] = _start("aggregator", folder, "serve", str(run))
         registry = Registry(run)
         scale = scale_factor(ExpansionPlan.from_json((run / "plan.json").read_text()).shape)
-        profile = _probe_once(folder)
+        profile = probe(budget_s=PROBE_S, folder=folder).profile
         say(
             f"four devices of the catalog at {scale:.5f} of their speed and memory (docs/demo.md): {', '.join(devices)}"
         )
@@ -216,7 +217,7 @@ def _processes(
             invitation, home = folder / "sites" / f"{name}.toml", folder / "sites" / name
             write_invitation(run, name=name, out=invitation)
             identity = load_or_create_identity(home)
-            shutil.copyfile(profile, home / PROFILE_FILE)
+            write_profile(home, profile)
             registry.enrol(identity.public, name, now_unix_s=time.time())
             evaluate = ["--evaluate"] if i == len(devices) - 1 else []
             started[name] = _start(
@@ -233,15 +234,6 @@ def _processes(
                 process.wait(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
-
-
-def _probe_once(folder: Path) -> Path:
-    """This machine's profile; the four clients share it, since they are four processes of one machine."""
-    from fedblocks.profiles.probe import probe, to_json
-
-    path = folder / "profile.json"
-    path.write_text(to_json(probe(budget_s=PROBE_S, folder=folder)), encoding="utf-8")
-    return path
 
 
 def _start(name: str, folder: Path, *arguments: str) -> subprocess.Popen[bytes]:

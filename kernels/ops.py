@@ -1,7 +1,7 @@
 """Which tensor operations are there? This file is the only one of the room that others import.
 
-Every operation is registered with torch.library under ``fedblocks::`` with a shape-and-dtype check that runs without data,
-so that a wrong call is an error that names the value, on every backend.
+Every operation is registered with torch.library under ``fedblocks::`` with a shape-and-dtype check that runs without
+data, so that a wrong call is an error that names the value, on every backend.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def _(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    torch._check(len(shape) == 2, lambda: f"nf4_dequant: shape is {shape}, expected two sizes")
+    check = torch._check  # noqa: SLF001 - torch.library's documented way to check shapes under fake tensors
+    check(len(shape) == 2, lambda: f"nf4_dequant: shape is {shape}, expected two sizes")
     n = shape[0] * shape[1]
     groups = (n + _reference.BLOCKSIZE - 1) // _reference.BLOCKSIZE
     nested = (groups + _reference.NESTED_BLOCKSIZE - 1) // _reference.NESTED_BLOCKSIZE
@@ -69,20 +70,21 @@ def _(
         ("nested_absmax", nested_absmax, nested),
         ("code", code, 16),
     ):
-        torch._check(
+        check(
             part.dim() == 1 and part.shape[0] == length,
             lambda name=name, part=part, length=length: (
                 f"nf4_dequant: {name} has shape {tuple(part.shape)}, expected ({length},) for a weight of {shape}"
             ),
         )
-    torch._check(dtype in _FLOATS, lambda: f"nf4_dequant: dtype is {dtype}, expected one of {_FLOATS}")
+    check(dtype in _FLOATS, lambda: f"nf4_dequant: dtype is {dtype}, expected one of {_FLOATS}")
     return packed.new_empty(shape, dtype=dtype)
 
 
 def nf4_dequant(weight: Nf4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """Decodes ``weight`` to ``dtype`` (N, K): fp32 arithmetic, one cast; bit-equal to bitsandbytes where that is right.
 
-    With ``out`` (N, K), contiguous rows of a larger buffer for example, the result is written there and ``out`` returned.
+    With ``out`` (N, K), contiguous rows of a larger buffer for example, the result is written there and ``out``
+    returned.
 
     Raises:
         ValueError: ``dtype`` is not fp32, bf16 or fp16, or ``out`` has another shape or dtype.

@@ -21,7 +21,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal, cast, get_args
 
 from fedblocks.profiles.model_shape import ModelShape
 
@@ -428,12 +428,12 @@ def base_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     rope: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0)}
     for field in ("rope_scaling", "rope_parameters"):
-        settings = config.get(field) or {}
+        settings: Any = config.get(field) or {}
         if not isinstance(settings, Mapping):
             raise ExpansionError(
                 "E_EXPAND_CONFIG", f"{_model_name(config)}: {field} is {settings!r}, expected a map; check config.json"
             )
-        rope |= settings
+        rope |= cast("Mapping[str, Any]", settings)
     oldest_spelling = rope.pop("type", None)
     rope.setdefault("rope_type", oldest_spelling or "default")
     if rope["rope_type"] != "default":  # only the other types look at the trained length
@@ -568,7 +568,7 @@ class ExpansionPlan:
         if not isinstance(blocks, (list, tuple)):
             raise ExpansionError("E_EXPAND_PLAN", "expansion plan: blocks is no list")
         read: list[ExpandedBlock] = []
-        for item in blocks:  # pyright: ignore[reportUnknownVariableType]
+        for item in cast("list[object]", blocks):
             block = _exact_fields("expanded block", item, ExpandedBlock)
             for field, value in block.items():
                 if type(value) is not int:

@@ -10,7 +10,7 @@ import re
 import sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.errors import RemoteProtocolError
@@ -82,9 +82,11 @@ def load(path: Path) -> SiteFile:
         raise ConfigError(f"{path} does not exist; the operator makes it with: fedblocks invite RUN NAME") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    if set(content) != {"site", "data"} or not isinstance(content["site"], dict):
+    section = content.get("site")
+    if set(content) != {"site", "data"} or not isinstance(section, dict):
         raise ConfigError(f"{path}: has the sections {sorted(content)}, expected [site] and [data]")
+    plain = {**cast("dict[str, Any]", section), "data": content["data"]}
     try:
-        return from_plain(SiteFile, {**content["site"], "data": content["data"]}, where="site file")
+        return from_plain(SiteFile, plain, where="site file")
     except (ConfigError, RemoteProtocolError) as error:
         raise ConfigError(f"{path}: {error}; ask the operator for a new one") from error

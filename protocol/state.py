@@ -27,6 +27,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from typing_extensions import assert_never
 
 from fedblocks.profiles.model_shape import ModelShape, TensorSpec
 from fedblocks.protocol import codec
@@ -249,6 +250,8 @@ def apply_update(
             rest = _apply_difference(after, rest, shape, blocks)
         case "snapshot":
             rest = _add_step(after, rest, shape, blocks)
+        case _:
+            assert_never(update.encoding)
     if rest:
         raise RemoteProtocolError(f"{len(rest)} bytes follow the state update", code="length_mismatch")
     sha256 = state_sha256(shape, after.state)

@@ -100,7 +100,8 @@ class Rows:
 def rows_kept(spec: TensorSpec, density: float) -> int:
     """kr of methods.md 7.1: the largest number of rows that an int8 payload may hold of this tensor."""
     rows, _ = spec.rows_cols
-    return rows if len(spec.shape) == 1 else math.ceil(density * rows)
+    # The density may be a peer's claim that nothing has checked yet.
+    return rows if len(spec.shape) == 1 else math.ceil(min(max(density, 0.0), 1.0) * rows)
 
 
 def _has_bitmap(spec: TensorSpec, density: float) -> bool:

@@ -175,7 +175,8 @@ class Run:
             batch_size=training.batch_size,
             anchor_batch_size=training.anchor_batch_size if self.anchored else 0,
             anchor_tokens=self.anchor_tokens,
-            anchor_sequences=self.anchor_sequences * 7 // 8,  # the last eighth is kl_val (methods.md 5.2)
+            # The last eighth is kl_val (methods.md 5.2).
+            anchor_sequences=self.anchor_sequences - self.anchor_sequences // 8,
             anchor_every=training.anchor_every,
             delta_format=delta.format,
             delta_density=delta.density,

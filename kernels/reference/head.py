@@ -1,11 +1,11 @@
-"""What do the output head and its two losses compute? Only labelled rows, never a full logits tensor, gradient in the forward.
+"""What do the output head and its two losses compute? Labelled rows only, chunk by chunk, gradient in the forward pass.
 
-Both losses take hidden rows ``h`` (N, H) after the final norm and the head's matrix (V, H), and work in chunks of rows so that
-the logits buffer stays within :data:`LOGITS_BYTES`. Where ``h`` (or the matrix) requires a gradient it is computed in the
-same pass, times ``scale``; the backward pass only multiplies by the upstream number.
+Both losses take hidden rows ``h`` (N, H) after the final norm and the head's matrix (V, H), and work in chunks of rows
+so that the logits buffer stays within :data:`LOGITS_BYTES`. Where ``h`` (or the matrix) requires a gradient it is
+computed in the same pass, times ``scale``; the backward pass only multiplies by the upstream number.
 
-Numerics: the matrix product in the operands' dtype; maximum, exponential, sum and logarithm in fp32 (fp64 for fp64 input).
-Source: runtime.md 3, methods.md 5.1.
+Numerics: the matrix product in the operands' dtype; maximum, exponential, sum and logarithm in fp32 (fp64 for fp64
+input). Source: runtime.md 3, methods.md 5.1.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """``scale · sum of -log softmax(h Wᵀ)[target]`` over rows: a scalar."""
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, target: Tensor, scale: float) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, h: Tensor, weight: Tensor, target: Tensor, scale: float) -> Tensor:
         gradients = _Gradients(ctx, h, weight)
         total = h.new_zeros((), dtype=torch.float64 if h.dtype == torch.float64 else torch.float32)
         for start, stop in _chunks(len(h), len(weight), h.element_size()):
@@ -78,7 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: D102
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         return *_times(ctx.gradients, upstream), None, None
 
 
@@ -86,7 +86,7 @@ class LinearKlTopK(torch.autograd.Function):
     """``scale · sum over rows of KL_K(p || q)``: top-K terms and the tail as one outcome (methods.md 5.1)."""
 
     @staticmethod
-    def forward(  # noqa: D102
+    def forward(
         ctx: Any, h: Tensor, weight: Tensor, ids: Tensor, logp: Tensor, log_tail: Tensor, scale: float
     ) -> Tensor:
         gradients = _Gradients(ctx, h, weight)
@@ -103,8 +103,8 @@ class LinearKlTopK(torch.autograd.Function):
             tail = p_tail * (log_p_tail - log_q_tail.clamp(min=LOG_TAIL_FLOOR))
             total += (p * (log_p - log_q)).sum() + torch.where(kept, tail, 0.0).sum()
             if gradients.wanted:
-                # dz_j = q_j·(top mass + tail mass counted) - p_j in the top, q_j·(top mass + counted - counted/q_tail) elsewhere;
-                # the tail counts only where its term is kept and not at the floor.
+                # In the top dz_j = q_j·mass - p_j, elsewhere dz_j = q_j·(mass - counted/q_tail); mass is the top's plus
+                # what is counted of the tail: nothing where its term is dropped or lies at the floor.
                 counted = torch.where(kept & (log_q_tail > LOG_TAIL_FLOOR), p_tail, 0.0)
                 mass = p.sum(dim=1) + counted
                 outside = mass - counted * torch.exp(-log_q_tail.clamp(min=LOG_TAIL_FLOOR))
@@ -116,7 +116,7 @@ class LinearKlTopK(torch.autograd.Function):
         return total * scale
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:  # noqa: D102
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         return *_times(ctx.gradients, upstream), None, None, None, None
 
 

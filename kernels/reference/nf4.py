@@ -1,10 +1,10 @@
 """How are NF4 weights made and read? This is the specification: plain torch, bitsandbytes' layout, any device.
 
-Layout (runtime.md 5.1). A weight ``(N, K)`` is flattened row by row; 64 consecutive elements form a group. Byte ``j`` holds
-element ``2j`` in its high nibble and ``2j + 1`` in its low one. A value is ``code[nibble] · absmax[group]``; the group scales
-are themselves stored in 8 bits: ``absmax[g] = nested_code[absmax_u8[g]] · nested_absmax[g // 256] + offset``.
-The decoding is exact in any order of evaluation that rounds each fp32 product and sum once, so it is bit-equal between
-backends; the quantiser need not be (a value half-way between two codes may go either way).
+Layout (runtime.md 5.1). A weight ``(N, K)`` is flattened row by row; 64 consecutive elements form a group. Byte ``j``
+holds element ``2j`` in its high nibble and ``2j + 1`` in its low one. A value is ``code[nibble] · absmax[group]``; the
+group scales are themselves stored in 8 bits: ``absmax[g] = nested_code[absmax_u8[g]] · nested_absmax[g // 256] +
+offset``. The decoding is exact in any order of evaluation that rounds each fp32 product and sum once, so it is
+bit-equal between backends; the quantiser need not be (a value half-way between two codes may go either way).
 
 Source: Dettmers et al., QLoRA, arXiv 2305.14314 (NF4, double quantisation) and 2110.02861 (the 8-bit dynamic code).
 """
@@ -108,7 +108,7 @@ def _nearest(values: Tensor, code: Tensor) -> Tensor:
 
 
 def _scaled_groups(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Splits (n,) into groups of ``size`` and scales each into [-1, 1]: (n,) scaled, (ceil(n / size),) largest magnitudes."""
+    """Groups of ``size`` elements, each scaled into [-1, 1]: (n,) scaled and (ceil(n / size),) largest magnitudes."""
     groups = -(-flat.numel() // size)
     padded = torch.nn.functional.pad(flat, (0, groups * size - flat.numel())).view(groups, size)
     largest = padded.abs().amax(dim=1)  # (groups,)

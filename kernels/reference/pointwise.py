@@ -1,8 +1,8 @@
-"""What do the pointwise parts of a decoder block compute? Norm, rotation and gate, each with its own short backward pass.
+"""What do the pointwise parts of a decoder block compute? Norm, rotation and gate, each with a short backward pass.
 
-Written as autograd functions because each keeps only its input (and one number per row) and makes fewer passes over memory
-than the chain of single operations would. Statistics are taken in fp32 (fp64 for fp64 input).
-Source: runtime.md 5.2.
+Written as autograd functions because each keeps only its input (and one number per row) and makes fewer passes over
+memory than the chain of single operations would. Statistics are taken in fp32 (fp64 for fp64 input). Source: runtime.md
+5.2.
 """
 
 from __future__ import annotations

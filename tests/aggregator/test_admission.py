@@ -9,12 +9,14 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fedblocks.aggregator.admission import Limits, check_announcement, check_payload, largest_payload_bytes
 from fedblocks.aggregator.aggregation import AcceptedUpdate, fold, map_payload
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.errors import REFUSAL_CODES
-from fedblocks.protocol.messages import Assignment, Delta, StateUpdate, TrainReport
+from fedblocks.protocol.messages import Assignment, Delta, StateUpdate, TensorHeader, TrainReport
 from fedblocks.protocol.state import state_sha256
 from fedblocks.protocol.tensors import encode_delta
 
@@ -222,6 +224,32 @@ def test_a_report_about_other_blocks_than_the_assigned_ones_is_malformed():
     train = dataclasses.replace(delta.train, gradient_energy=(1.0,))
 
     assert announcement(dataclasses.replace(delta, train=train)) == "malformed"
+
+
+whole = st.integers(-(2**63), 2**64 - 1) | st.integers(-1, 20)
+real = st.floats(allow_nan=False, allow_infinity=False) | st.sampled_from([0.0, -1.0, 0.25, 1.0, 1e308])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    numbers=st.fixed_dictionaries(
+        {}, optional=dict.fromkeys(("round", "version", "num_examples", "steps", "payload_bytes"), whole)
+    ),
+    format=st.sampled_from(["int8", "bf16", "fp32"]),
+    density=real,
+    changes=st.lists(st.tuples(st.integers(0, 17), whole, st.text(max_size=5) | st.none(), whole | st.none())),
+)
+def test_whatever_a_client_announces_is_answered(numbers, format, density, changes):
+    delta, _ = update()
+    tensors = list(delta.tensors)
+    for place, rows_sent, name, block in changes:
+        old = tensors[place]
+        tensors[place] = TensorHeader(
+            block=old.block if block is None else block, name=old.name if name is None else name, rows_sent=rows_sent
+        )
+    claimed = dataclasses.replace(delta, **numbers, format=format, density=density, tensors=tuple(tensors))
+
+    assert announcement(claimed) in (None, *REFUSAL_CODES)
 
 
 @pytest.mark.parametrize(("version", "code"), [(4, None), (5, None), (6, "stale_round")])

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+
 from fedblocks.edge_client.checkpoint import initial_block
 from fedblocks.protocol.expansion import expand_config
 
@@ -112,9 +113,7 @@ def test_at_the_start_the_expanded_model_is_the_base_bit_for_bit(make_model, fam
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_after_training_strength_zero_is_the_base_bit_for_bit_and_strength_one_is_not(
-    make_model, random_state, dtype
-):
+def test_after_training_strength_zero_is_the_base_bit_for_bit_and_strength_one_is_not(make_model, random_state, dtype):
     model = make_model(dtype=dtype)
     model.load_state(random_state(model))
     ids = token_ids()

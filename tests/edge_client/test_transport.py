@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import random
 import socket
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 import zmq
@@ -30,6 +32,7 @@ from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.keys import KeyFileError, KeyPair
 from fedblocks.protocol.messages import (
+    DataFormat,
     Delta,
     Fetch,
     Goodbye,
@@ -66,6 +69,7 @@ def welcome(interval_s: float) -> Welcome:
         round=1,
         version=1,
         heartbeat_interval_s=interval_s,
+        data=DataFormat(max_tokens=128, append_eos=True, join=" "),
         resources=(),
     )
 
@@ -480,7 +484,7 @@ def test_pauses_between_attempts_grow_and_are_jittered(connect):
         aggregator.close()
         until(lambda: len(times) >= 6)
         server.shutdown(socket.SHUT_RDWR)
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert gaps[0] < 0.25
     assert all(0.19 <= gap < 0.6 for gap in gaps[2:5])
     assert len({round(gap, 3) for gap in gaps}) > 1
@@ -513,7 +517,9 @@ def test_a_wrong_server_key_ends_after_three_handshakes_with_exit_4(aggregator, 
 def test_a_peer_without_curve_ends_with_exit_4(stack, connect):
     aggregator = stack(FakeAggregator(curve=False))
     problem = wait_for(connect(aggregator.address, aggregator.keys.public), Problem)
-    assert (problem.exit_code, problem.reason) == (4, "other_mechanism")
+    # Which side notices first is a race; if it is the other one, all that is seen here is a cut handshake.
+    assert (problem.exit_code, problem.reason) in ((4, "other_mechanism"), (4, "wrong_server_key"))
+    assert "CURVE" in problem.text
 
 
 def test_nobody_there_ends_with_exit_3_and_other_words_than_a_refused_key(connect):
@@ -644,8 +650,6 @@ def test_what_no_client_sends_is_our_own_error(aggregator, connect):
     with pytest.raises(LocalProtocolError, match="payload_bytes says 1"):
         transport.send(delta(b"x"), b"xy")
     with pytest.raises(FileNotFoundError):
-        from pathlib import Path
-
         transport.send(delta(b"x"), Path("/nonexistent/update"))
     assert not transport.uploading
 

@@ -5,10 +5,11 @@ import warnings
 
 import pytest
 import torch
-from fedblocks.kernels import ops
-from fedblocks.kernels.reference import nf4
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fedblocks.kernels import ops
+from fedblocks.kernels.reference import nf4
 
 torch.set_num_threads(1)
 

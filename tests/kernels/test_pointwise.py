@@ -36,7 +36,10 @@ def test_norm_and_rotation_have_the_bits_of_transformers(dtype):
     norm.weight = torch.nn.Parameter(weight)
     assert torch.equal(ops.rms_norm(x, weight, 1e-5), norm(x))
     q = random(2, 3, 5, 16, dtype=torch.float32).to(dtype)
-    cos, sin = random(5, 16, seed=4, dtype=torch.float32).to(dtype), random(5, 16, seed=5, dtype=torch.float32).to(dtype)
+    cos, sin = (
+        random(5, 16, seed=4, dtype=torch.float32).to(dtype),
+        random(5, 16, seed=5, dtype=torch.float32).to(dtype),
+    )
     assert torch.equal(ops.rope(q, cos, sin), apply_rotary_pos_emb(q, q, cos[None], sin[None])[0])
 
 

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
-from fedblocks.protocol.messages import Fetch, Goodbye, Refused, Resource
+from fedblocks.protocol.messages import KINDS, Fetch, Goodbye, Refused, Resource
 from fedblocks.protocol.payloads import FileSink, FileSource, MemorySink, MemorySource, commit_file, open_source
 from fedblocks.protocol.transfer import (
+    ANNOUNCING,
     FROM_AGGREGATOR,
     FROM_CLIENT,
     MAX_CREDIT_CHUNKS,
@@ -428,3 +429,8 @@ def test_closing_discards_what_was_half_received(tmp_path):
     assert not (tmp_path / "a.part").exists()
     assert server.next_outbound() is None
     assert not server.open_outgoing
+
+
+def test_every_kind_has_a_direction_and_those_with_payload_bytes_announce():
+    assert set(KINDS) == FROM_CLIENT | FROM_AGGREGATOR
+    assert {kind for kind, cls in KINDS.items() if "payload_bytes" in cls.__dataclass_fields__} == ANNOUNCING

@@ -1,0 +1,102 @@
+"""Does the ledger alone lead to the published state? Fold every round again from the kept updates, and compare.
+
+Needs the payloads of all rounds (``server.keep_updates = true``); without them :func:`state_at` still leads from the
+published steps to any version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fedblocks.aggregator.aggregation import AcceptedUpdate, map_payload
+from fedblocks.aggregator.ledger import StoredUpdate, open_read_only
+from fedblocks.aggregator.methods import fedbe
+from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, read_run_folder
+from fedblocks.protocol.codec import from_plain
+from fedblocks.protocol.state import apply_step, state_sha256
+from fedblocks.protocol.tensors import State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayedVersion:
+    """One round of the ledger, folded again."""
+
+    round: int
+    version: int
+    num_updates: int
+    state_sha256: str
+    recorded_sha256: str
+
+    @property
+    def equal(self) -> bool:
+        """True if the replay gave the bits that were published."""
+        return self.state_sha256 == self.recorded_sha256
+
+
+def replay(run: Path) -> tuple[ReplayedVersion, ...]:
+    """All folded rounds of a run, folded again from version 0 in the ledger's order.
+
+    Raises:
+        RunFolderError: a kept update is missing (``server.keep_updates`` was false).
+        LedgerError: the run was never served.
+    """
+    folder = read_run_folder(run)
+    ledger = open_read_only(folder.ledger_path)
+    try:
+        published: State = {}
+        residual: State = {}
+        version = 0
+        method = fedbe.initial_state(folder.config)
+        found: list[ReplayedVersion] = []
+        for record in ledger.rounds():
+            if record.kind != "train" or record.phase != "folded":
+                continue
+            updates = [accepted_update(folder, u, version=version) for u in ledger.updates_of(record.round)]
+            folded = fedbe.aggregate(updates, shape=folder.plan.shape, state=method)
+            method = fedbe.after_fold(method, updates, folded)
+            settings = from_plain(fedbe.PublishSettings, record.settings, where="ledger.rounds")
+            publication = fedbe.publish(
+                published, folded.aggregate, residual, shape=folder.plan.shape, settings=settings
+            )
+            if publication is not None:
+                published, residual, version = publication.published, publication.residual, version + 1
+            found.append(
+                ReplayedVersion(
+                    round=record.round,
+                    version=version,
+                    num_updates=len(updates),
+                    state_sha256=state_sha256(folder.plan.shape, published),
+                    recorded_sha256=record.state_sha256 or "",
+                )
+            )
+        return tuple(found)
+    finally:
+        ledger.close()
+
+
+def accepted_update(folder: RunFolder, stored: StoredUpdate, *, version: int) -> AcceptedUpdate:
+    """A ledger row and its payload as the fold takes them.
+
+    Raises:
+        RunFolderError: the payload is gone.
+    """
+    path = folder.update_path(stored.folded_in, stored.delta.attempt_id)
+    if not path.is_file():
+        raise RunFolderError(f"{path} is missing; folded updates are kept only with --set server.keep_updates=true")
+    return AcceptedUpdate.of(stored.client_key, stored.delta, version=version, read_payload=partial(map_payload, path))
+
+
+def state_at(folder: RunFolder, version: int) -> State:
+    """The published state at ``version``, from the steps alone.
+
+    Raises:
+        RunFolderError: a step is missing.
+    """
+    published: State = {}
+    for from_version in range(version):
+        published = apply_step(
+            published, folder.read_step(from_version), shape=folder.plan.shape, blocks=folder.plan.block_ids
+        )
+    return published

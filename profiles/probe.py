@@ -1,0 +1,529 @@
+"""What can this machine do? Measured within a time budget, with the spread of every figure.
+
+Each item has a share of the budget and is the median of at least five runs after a warm-up, on random data; what could
+not be measured is recorded with its reason, and the profile then holds a cautious prior.
+torch is imported only here and only inside functions; without it the matrix rate comes from numpy, and the item says so.
+What may crash or hang (CUDA's first call, a 4-bit library on hardware it was not built for) runs in a child process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final, cast
+
+import numpy as np
+import psutil
+
+from fedblocks.profiles.device import Accelerator, ComputeDtype, DeviceProfile
+
+#: Fewest runs of which a median counts.
+MIN_RUNS: Final = 5
+MIB: Final = 2**20
+COPY_BYTES: Final = 256 * MIB
+DISK_BYTES: Final = 64 * MIB
+GEMM_SIZES: Final = (2048, 1024, 512)
+#: Seconds that a child process may take to import its libraries and say one line.
+CHILD_TIMEOUT_S: Final = 10.0
+#: An assumption, said to be one: a domestic line (tier A of methods.md 12.4), until the link to the aggregator is known.
+PRIOR_LINK: Final = (5e6 / 8, 20e6 / 8)
+PRIOR_DISK_BYTES_PER_S: Final = 100e6
+PRIOR_STEP_OVERHEAD_S: Final = 0.02
+PRIOR_RUNTIME_BYTES: Final[dict[Accelerator, int]] = {"cpu": 16 * MIB, "cuda": 1_200_000_000}
+#: cgroup files that bound this process's memory, version 2 and 1.
+CGROUP_LIMITS: Final = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpeed:
+    """Measured speed between this client and the aggregator, as the transport saw it."""
+
+    uplink_bytes_per_s: float
+    downlink_bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeItem:
+    """One figure: the median, its spread, and how it came about."""
+
+    name: str
+    """The unit is the end of the name."""
+    value: float | None
+    """None: not measured."""
+    low: float | None = None
+    """Slowest or smallest of the runs."""
+    high: float | None = None
+    runs: int = 0
+    note: str = ""
+    """Why it was not measured, or with what."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """The profile and the figures it was made of."""
+
+    profile: DeviceProfile
+    items: tuple[ProbeItem, ...]
+    seconds: float
+    """What the probe took."""
+
+    def item(self, name: str) -> ProbeItem:
+        """The item of this name.
+
+        Raises:
+            KeyError: there is none.
+        """
+        for item in self.items:
+            if item.name == name:
+                return item
+        raise KeyError(name)
+
+
+def probe(*, budget_s: float = 15.0, folder: Path, link: LinkSpeed | None = None) -> ProbeResult:
+    """Measures this machine.
+
+    Args:
+        budget_s: seconds to spend; starting child processes may add a few. Less than about 6 leaves items unmeasured.
+        folder: a folder on the disk that will hold the client's caches; a 64 MiB file is written and deleted there.
+        link: speed to the aggregator where it is known; otherwise a prior, and the item says so.
+    """
+    began = time.monotonic()
+    torch = _torch()
+    accelerator: Accelerator = "cuda" if torch is not None and _cuda_works(torch) else "cpu"
+    items: list[ProbeItem] = [_memory_item(accelerator, torch), *_runtime_and_four_bit(accelerator, torch)]
+    child_s = time.monotonic() - began
+    left_s = max(1.0, budget_s - child_s)
+    items += _gemm_items(accelerator, torch, budget_s=0.4 * left_s)
+    items.append(_copy_item(accelerator, torch, budget_s=0.15 * left_s))
+    items.append(_step_item(accelerator, torch, budget_s=0.15 * left_s))
+    items += _disk_items(folder, budget_s=0.3 * left_s)
+    items += _link_items(link)
+    seconds = time.monotonic() - began
+    return ProbeResult(profile=_profile(accelerator, torch, items, folder), items=tuple(items), seconds=seconds)
+
+
+def to_json(result: ProbeResult) -> str:
+    """The result as JSON; :func:`load_profile` reads the profile back."""
+    content = {
+        "profile": asdict(result.profile),
+        "items": [asdict(item) for item in result.items],
+        "probe_s": result.seconds,
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
+def load_profile(path: Path) -> DeviceProfile | None:
+    """The profile in a file that :func:`to_json` wrote; None if it is unreadable or from another release."""
+    try:
+        return DeviceProfile(**json.loads(path.read_text(encoding="utf-8"))["profile"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def describe(result: ProbeResult) -> str:
+    """The figures as lines for people."""
+    p = result.profile
+    lines = [
+        f"device             {p.device} ({p.accelerator}, {p.cpu_cores} cores), trains in {p.compute_dtype}",
+        f"usable memory      {p.memory_usable_bytes / 2**30:.2f} GiB, of which {p.runtime_memory_bytes / MIB:.0f} MiB "
+        "for libraries",
+        f"matrix products    {p.gemm_flops_per_s / 1e9:.1f} GFLOP/s",
+        f"memory copy        {p.memory_bytes_per_s / 1e9:.1f} GB/s",
+        f"step overhead      {p.step_overhead_s * 1e3:.1f} ms",
+        f"disk read          {p.disk_read_bytes_per_s / 1e6:.0f} MB/s, {p.disk_free_bytes / 2**30:.1f} GiB free",
+        f"link               {p.uplink_bytes_per_s / 1e6:.2f} MB/s up, {p.downlink_bytes_per_s / 1e6:.2f} MB/s down",
+        f"4-bit              {p.four_bit}",
+    ]
+    lines += [f"not measured       {item.name}: {item.note}" for item in result.items if item.value is None]
+    return "\n".join([*lines, f"took               {result.seconds:.1f} s"])
+
+
+def _profile(accelerator: Accelerator, torch: Any, items: Sequence[ProbeItem], folder: Path) -> DeviceProfile:
+    values = {item.name: item.value for item in items}
+
+    def measured(name: str, prior: float) -> float:
+        value = values.get(name)
+        return prior if value is None else value
+
+    rates: dict[ComputeDtype, float | None] = {
+        "float32": values["gemm_float32_flops_per_s"],
+        "bfloat16": values["gemm_bfloat16_flops_per_s"],
+    }
+    # A CPU client computes in fp32 in this release; a GPU in whatever is faster.
+    dtype: ComputeDtype = "float32"
+    if accelerator == "cuda" and (rates["bfloat16"] or 0.0) > (rates["float32"] or 0.0):
+        dtype = "bfloat16"
+    four_bit = next(item for item in items if item.name == "four_bit_health_count")
+    return DeviceProfile(
+        device=_device_name(accelerator, torch),
+        source="measured",
+        accelerator=accelerator,
+        compute_dtype=dtype,
+        cpu_cores=_cores(),
+        memory_usable_bytes=int(measured("memory_usable_bytes", 0.0)),
+        runtime_memory_bytes=int(measured("runtime_memory_bytes", PRIOR_RUNTIME_BYTES[accelerator])),
+        gemm_flops_per_s=rates[dtype] or 1e9 * _cores(),
+        memory_bytes_per_s=measured("copy_bytes_per_s", 1e9),
+        step_overhead_s=measured("step_overhead_s", PRIOR_STEP_OVERHEAD_S),
+        uplink_bytes_per_s=measured("uplink_bytes_per_s", PRIOR_LINK[0]),
+        downlink_bytes_per_s=measured("downlink_bytes_per_s", PRIOR_LINK[1]),
+        disk_read_bytes_per_s=measured("disk_read_bytes_per_s", PRIOR_DISK_BYTES_PER_S),
+        disk_free_bytes=shutil.disk_usage(folder).free if folder.is_dir() else 0,
+        four_bit="ok" if four_bit.value else four_bit.note,
+        measured_unix_s=time.time(),
+    )
+
+
+def _torch() -> Any:
+    """torch, or None where it is not installed or does not load."""
+    try:
+        import torch
+    except (ImportError, OSError):
+        return None
+    return cast("Any", torch)
+
+
+def _cuda_works(torch: Any) -> bool:
+    """True if a product on the GPU gives a number; a driver that is too old says no here instead of later."""
+    try:
+        return bool(torch.cuda.is_available()) and float((torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum()) == 512.0
+    except (RuntimeError, AssertionError):
+        return False
+
+
+def _device_name(accelerator: Accelerator, torch: Any) -> str:
+    if accelerator == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (sm_{major}{minor})"
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine() or "unknown processor"
+
+
+def _cores() -> int:
+    """Cores that this process may use, at least one."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, psutil.cpu_count() or 1)
+
+
+def _memory_item(accelerator: Accelerator, torch: Any) -> ProbeItem:
+    """Memory that may still be taken: the device's own if it has one, else the machine's, within the cgroup's limit."""
+    available = int(psutil.virtual_memory().available)
+    note = "available on this machine"
+    for limit_file, used_file in CGROUP_LIMITS:
+        free = cgroup_free_bytes(Path(limit_file), Path(used_file))
+        if free is not None and free < available:
+            available, note = free, f"limit of this control group ({limit_file})"
+    if accelerator == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
+        # On unified memory the driver counts page cache as used, so there the machine's own figure stands (runtime.md 4.1).
+        available, note = int(torch.cuda.mem_get_info()[0]), "free on the GPU"
+    return ProbeItem(name="memory_usable_bytes", value=float(available), runs=1, note=note)
+
+
+def cgroup_free_bytes(limit_file: Path, used_file: Path) -> int | None:
+    """Bytes left under a control group's memory limit; None where there is no limit."""
+    try:
+        limit, used = limit_file.read_text(encoding="ascii").strip(), used_file.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    # Version 2 writes "max" for no limit, version 1 a number near 2^63.
+    if not limit.isdigit() or not used.isdigit() or int(limit) > 2**60:
+        return None
+    return max(0, int(limit) - int(used))
+
+
+RUNTIME_CHILD: Final = """
+import sys, torch
+torch.set_num_threads(1)
+def held():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("no RssAnon in /proc/self/status")
+before = held()
+layer = torch.nn.Linear(64, 64, device=sys.argv[1])
+optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+layer(torch.randn(8, 64, device=sys.argv[1])).sum().backward()
+optimizer.step()
+after = held() - before
+if sys.argv[1] == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
+    free, total = torch.cuda.mem_get_info()
+    after = total - free
+print(after)
+"""
+"""First product, backward pass and optimizer step of a fresh process: what they leave in memory is R."""
+
+FOUR_BIT_CHILD: Final = """
+import os, sys
+os.environ["HF_HUB_OFFLINE"] = "1"
+import torch
+import bitsandbytes.functional as f
+weight = torch.randn(16, 64, device=sys.argv[1])
+packed, state = f.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+back = f.dequantize_4bit(packed, state)
+error = float((back - weight).norm() / weight.norm())
+print("ok" if error < 0.2 else f"wrong values: relative error {error:.2f}")
+"""
+"""16 x 64: bitsandbytes decodes wrongly on CPU where the width is no multiple of 64 (docs/runtime.md 5.1)."""
+
+
+def _runtime_and_four_bit(accelerator: Accelerator, torch: Any) -> list[ProbeItem]:
+    if torch is None:
+        why = "torch is not installed"
+        return [_missing("runtime_memory_bytes", why), _missing("four_bit_health_count", why)]
+    found: list[ProbeItem] = []
+    text, why = _child(RUNTIME_CHILD, accelerator)
+    if text.lstrip("-").isdigit():
+        found.append(ProbeItem(name="runtime_memory_bytes", value=float(max(0, int(text))), runs=1, note="fresh process"))
+    else:
+        found.append(_missing("runtime_memory_bytes", why or text))
+    if importlib.util.find_spec("bitsandbytes") is None:
+        found.append(_missing("four_bit_health_count", "bitsandbytes is not installed; our own decoder is used"))
+        return found
+    text, why = _child(FOUR_BIT_CHILD, accelerator)
+    if text == "ok":
+        found.append(ProbeItem(name="four_bit_health_count", value=1.0, runs=1, note="quantised and decoded 16 x 64"))
+    else:
+        found.append(_missing("four_bit_health_count", f"bitsandbytes: {why or text}; our own decoder is used"))
+    return found
+
+
+def _child(code: str, accelerator: Accelerator) -> tuple[str, str]:
+    """Last line of a child's output, and why it failed (empty if it did not)."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code, accelerator],
+            capture_output=True,
+            text=True,
+            timeout=CHILD_TIMEOUT_S,
+            check=False,
+            env={**os.environ, "PYTHONSAFEPATH": "1"},
+        )
+    except subprocess.TimeoutExpired:
+        return "", f"no answer within {CHILD_TIMEOUT_S:.0f} s"
+    except OSError as error:
+        return "", str(error)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        return lines[-1].strip(), ""
+    errors = done.stderr.strip().splitlines()
+    return "", f"exit code {done.returncode}" + (f": {errors[-1][:200]}" if errors else "")
+
+
+def _gemm_items(accelerator: Accelerator, torch: Any, *, budget_s: float) -> list[ProbeItem]:
+    if torch is None:
+        return [
+            _gemm_numpy(budget_s=budget_s),
+            _missing("gemm_bfloat16_flops_per_s", "torch is not installed"),
+        ]
+    items: list[ProbeItem] = []
+    for dtype in ("float32", "bfloat16"):
+        with torch.no_grad():
+            items.append(_gemm_torch(accelerator, torch, dtype, budget_s=budget_s / 2))
+    return items
+
+
+def _gemm_torch(accelerator: Accelerator, torch: Any, dtype: str, *, budget_s: float) -> ProbeItem:
+    name = f"gemm_{dtype}_flops_per_s"
+
+    def runner(size: int) -> Callable[[], None]:
+        a, b = (torch.randn(size, size, device=accelerator).to(getattr(torch, dtype)) for _ in range(2))
+
+        def run() -> None:
+            torch.matmul(a, b)
+            if accelerator == "cuda":
+                torch.cuda.synchronize()
+
+        return run
+
+    try:
+        return _gemm(name, runner, budget_s=budget_s, note=f"torch, {torch.get_num_threads()} threads")
+    except (RuntimeError, MemoryError) as error:
+        return _missing(name, str(error).splitlines()[0][:200])
+
+
+def _gemm_numpy(*, budget_s: float) -> ProbeItem:
+    generator = np.random.default_rng(0)
+
+    def runner(size: int) -> Callable[[], None]:
+        a, b = (generator.standard_normal((size, size), dtype=np.float32) for _ in range(2))
+
+        def run() -> None:
+            np.matmul(a, b)
+
+        return run
+
+    return _gemm("gemm_float32_flops_per_s", runner, budget_s=budget_s, note="numpy: torch is not installed")
+
+
+def _gemm(name: str, runner: Callable[[int], Callable[[], None]], *, budget_s: float, note: str) -> ProbeItem:
+    """The largest square product of which five runs fit into the budget."""
+    began = time.monotonic()
+    for size in GEMM_SIZES[::-1]:
+        run = runner(size)
+        run()
+        once_s = _seconds(run)
+        larger = size * 2
+        left_s = budget_s - (time.monotonic() - began)
+        if larger in GEMM_SIZES and 8 * once_s * (MIN_RUNS + 2) < left_s:
+            continue
+        times = _times(run, budget_s=left_s)
+        return _rate(name, 2.0 * size**3, times, note=f"{size} x {size}, {note}")
+    raise AssertionError("GEMM_SIZES is empty")
+
+
+def _copy_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> ProbeItem:
+    """Bytes read and written per second by a plain copy of 256 MiB (less where memory is short)."""
+    size = min(COPY_BYTES, int(psutil.virtual_memory().available) // 8)
+    if accelerator == "cuda":
+        source = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
+        target = torch.empty_like(source)
+
+        def run() -> None:
+            target.copy_(source)
+            torch.cuda.synchronize()
+    else:
+        array = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
+        copy = np.empty_like(array)
+
+        def run() -> None:
+            np.copyto(copy, array)
+
+    run()
+    return _rate("copy_bytes_per_s", 2.0 * size, _times(run, budget_s=budget_s), note=f"{size // MIB} MiB, read and write")
+
+
+def _step_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> ProbeItem:
+    """Seconds of a training step so small that only its overhead is left: eight layers of width 8, AdamW."""
+    if torch is None:
+        return _missing("step_overhead_s", "torch is not installed")
+    layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(56))).to(accelerator)
+    optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
+    x = torch.randn(2, 8, device=accelerator)
+
+    def run() -> None:
+        layers(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if accelerator == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    times = _times(run, budget_s=budget_s)
+    return ProbeItem(
+        name="step_overhead_s",
+        value=statistics.median(times),
+        low=min(times),
+        high=max(times),
+        runs=len(times),
+        note="56 layers of width 8: as many products as eight blocks have",
+    )
+
+
+def _disk_items(folder: Path, *, budget_s: float) -> list[ProbeItem]:
+    """Sequential read and fsynced write of a 64 MiB file, in pieces, as far as the budget reaches."""
+    names = ("disk_write_bytes_per_s", "disk_read_bytes_per_s")
+    data = np.random.default_rng(0).bytes(DISK_BYTES // 8)
+    began = time.monotonic()
+    writes: list[float] = []
+    reads: list[float] = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedblocks-probe-", dir=folder) as made:
+            for i in range(DISK_BYTES // len(data)):
+                path = Path(made) / f"{i}.bin"
+                writes.append(_seconds(lambda path=path: _write(path, data)))
+                reads.append(_seconds(lambda path=path: _read(path)))
+                if time.monotonic() - began > budget_s and len(writes) >= MIN_RUNS:
+                    break
+    except OSError as error:
+        why = f"{folder}: {error.strerror or error}"
+        return [_missing(name, why) for name in names]
+    note = f"{len(data) // MIB} MiB files"
+    return [
+        _rate(names[0], float(len(data)), writes, note=f"{note}, fsync"),
+        _rate(names[1], float(len(data)), reads, note=f"{note}, page cache dropped where the system allows it"),
+    ]
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path) -> None:
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while file.read(4 * MIB):
+            pass
+
+
+def _link_items(link: LinkSpeed | None) -> list[ProbeItem]:
+    names = ("uplink_bytes_per_s", "downlink_bytes_per_s")
+    if link is None:
+        why = "no aggregator was named; the profile holds 5 Mbit/s up, 20 down"
+        return [_missing(name, why) for name in names]
+    values = (link.uplink_bytes_per_s, link.downlink_bytes_per_s)
+    return [
+        ProbeItem(name=name, value=value, runs=1, note="to the aggregator") for name, value in zip(names, values, strict=True)
+    ]
+
+
+def _missing(name: str, why: str) -> ProbeItem:
+    return ProbeItem(name=name, value=None, note=why)
+
+
+def _rate(name: str, amount: float, times: Sequence[float], *, note: str) -> ProbeItem:
+    """Amount per second: of the median time, and of the slowest and fastest."""
+    return ProbeItem(
+        name=name,
+        value=amount / statistics.median(times),
+        low=amount / max(times),
+        high=amount / min(times),
+        runs=len(times),
+        note=note,
+    )
+
+
+def _times(run: Callable[[], None], *, budget_s: float) -> list[float]:
+    """Seconds of each run: at least five, then as many as fit into the budget, at most fifty."""
+    began = time.monotonic()
+    times: list[float] = []
+    while len(times) < MIN_RUNS or (len(times) < 50 and time.monotonic() - began < budget_s):
+        times.append(_seconds(run))
+    return times
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    # A clock tick is the shortest time there is: a rate must stay finite.
+    return max(time.perf_counter() - began, math.ulp(1.0))
+
+
+def with_link(profile: DeviceProfile, link: LinkSpeed) -> DeviceProfile:
+    """The profile with the measured speed to the aggregator."""
+    return replace(
+        profile, uplink_bytes_per_s=link.uplink_bytes_per_s, downlink_bytes_per_s=link.downlink_bytes_per_s
+    )

@@ -1,0 +1,670 @@
+"""The aggregator as a whole, without sockets: what it promises, through refusals, restarts and late comers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedblocks.aggregator.server as server_module
+from fedblocks.aggregator.ledger import Ledger
+from fedblocks.aggregator.replay import replay, state_at
+from fedblocks.aggregator.run_folder import RunFolder, RunFolderError
+from fedblocks.protocol.messages import (
+    Ack,
+    Assignment,
+    AttemptId,
+    Evaluate,
+    Fetch,
+    Goodbye,
+    HeartbeatReply,
+    Refused,
+    Resource,
+)
+from fedblocks.protocol.state import state_sha256
+
+THREE_ROUNDS = ("run.max_rounds=3", "server.keep_updates=true")
+
+
+def final(world: Any) -> dict[str, Any]:
+    return json.loads((world.path / "state" / "final.json").read_text())
+
+
+def metrics(world: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (world.path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_three_rounds_of_two_clients_end_in_a_final_state_that_a_replay_confirms(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", "bob", overrides=THREE_ROUNDS)
+    world.join()
+    world.finish()
+    assert [m["round"] for m in metrics(world)] == [1, 2, 3]
+    assert [m["num_accepted"] for m in metrics(world)] == [2, 2, 2]
+    assert final(world)["stop_reason"] == "max_rounds"
+    assert final(world)["version"] == 3
+    assert all(site.goodbye is not None and site.goodbye.finished for site in world.sites.values())
+    replayed = replay(world.path)
+    assert [r.num_updates for r in replayed] == [2, 2, 2]
+    assert all(r.equal for r in replayed)
+    assert replayed[-1].state_sha256 == final(world)["state_sha256"]
+
+
+def test_the_published_steps_alone_lead_to_the_final_state(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=THREE_ROUNDS)
+    world.join()
+    world.finish()
+    assert state_sha256(world.plan.shape, state_at(world.folder, 3)) == final(world)["state_sha256"]
+    assert all(s.held_version == 3 for s in world.sites.values())
+
+
+def test_payloads_are_deleted_once_folded_unless_they_are_to_be_kept(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
+    world.join()
+    world.finish()
+    assert list((world.path / "updates").rglob("*.delta")) == []
+    with pytest.raises(RunFolderError, match="keep_updates=true"):
+        replay(world.path)
+
+
+def test_the_order_of_arrival_does_not_change_a_bit(make_world: Callable[..., Any]) -> None:
+    names = ("ann", "bob", "cid", "dan")
+    hashes: set[str] = set()
+    for number, order in enumerate((names, names[::-1], ("cid", "ann", "dan", "bob"))):
+        world = make_world(*names, folder=f"run-{number}", overrides=THREE_ROUNDS)
+        world.join(*order)
+        for _ in range(3):
+            world.round(*order)
+        world.finish()
+        hashes.add(final(world)["state_sha256"])
+    assert len(hashes) == 1
+
+
+def test_ten_resends_in_any_order_count_once_and_each_is_acknowledged(make_world: Callable[..., Any]) -> None:
+    undisturbed = make_world("ann", "bob", folder="undisturbed", overrides=THREE_ROUNDS)
+    undisturbed.join()
+    undisturbed.finish()
+    world = make_world("ann", "bob", overrides=THREE_ROUNDS)
+    world.join()
+    ann = world.sites["ann"]
+    task = ann.tasks[-1]
+    delta, payload = ann.train(task)
+    for _ in range(10):
+        world.endpoint.announce(ann.key, delta, payload)
+    world.step()
+    ann.receive()
+    assert ann.acked == [task.attempt_id] * 10
+    assert world.ledger.num_updates() == 1
+    world.finish()
+    assert final(world)["state_sha256"] == final(undisturbed)["state_sha256"]
+    assert world.ledger.refusals() == {}
+
+
+def test_the_same_attempt_with_other_content_is_a_conflict(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    ann = world.sites["ann"]
+    delta, payload = ann.train(ann.tasks[-1])
+    world.endpoint.announce(ann.key, delta, payload)
+    world.step()
+    world.endpoint.announce(ann.key, replace(delta, payload_sha256="0" * 64), payload)
+    world.step()
+    ann.receive()
+    assert [r.code for r in ann.refused] == ["conflict"]
+    assert world.ledger.num_updates() == 1
+
+
+def test_an_attempt_of_another_client_is_unknown_and_closes_nothing(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    ann, bob = world.sites["ann"], world.sites["bob"]
+    delta, payload = ann.train(ann.tasks[-1])
+    world.endpoint.announce(bob.key, delta, payload)
+    world.step()
+    bob.receive()
+    assert [r.code for r in bob.refused] == ["unknown_attempt"]
+    assert world.aggregator.state.tasks[ann.key].outcome == "open"
+
+
+def bad(kind: str, site: Any) -> tuple[Any, bytes]:
+    """An update with one thing wrong."""
+    delta, payload = site.train(site.tasks[-1])
+    match kind:
+        case "non_finite":
+            # The first tensor is a vector: its scale is the first fp32 of the payload.
+            payload = np.float32(np.nan).tobytes() + payload[4:]
+        case "over_norm":
+            payload = np.float32(1e6).tobytes() + payload[4:]
+        case "bad_weight":
+            return replace(delta, num_examples=10**12), payload
+        case "bad_steps":
+            return replace(delta, steps=delta.steps + 1), payload
+        case "not_assigned":
+            first = replace(delta.tensors[0], block=7)
+            return replace(delta, tensors=(*delta.tensors[1:], first)), payload
+        case "incomplete":
+            return replace(delta, tensors=delta.tensors[1:]), payload
+        case "checksum_mismatch":
+            return delta, payload[:-1] + bytes([payload[-1] ^ 1])
+        case _:
+            raise AssertionError(kind)
+    return replace(delta, payload_sha256=hashlib.sha256(payload).hexdigest()), payload
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["non_finite", "over_norm", "bad_weight", "bad_steps", "not_assigned", "incomplete", "checksum_mismatch"],
+)
+def test_a_bad_update_is_refused_by_its_code_and_the_round_folds_as_if_it_were_absent(
+    make_world: Callable[..., Any], kind: str
+) -> None:
+    absent = make_world("ann", "bob", "eve", folder="absent", overrides=THREE_ROUNDS)
+    absent.join()
+    absent.sites["eve"].fail("internal")
+    absent.round("ann", "bob")
+    world = make_world("ann", "bob", "eve", overrides=THREE_ROUNDS)
+    world.join()
+    eve = world.sites["eve"]
+    world.endpoint.announce(eve.key, *bad(kind, eve))
+    world.round("ann", "bob")
+    assert [r.code for r in eve.refused] == [kind]
+    assert world.ledger.refusals() == {eve.key: {kind: 1}}
+    assert metrics(world)[0]["num_accepted"] == 2
+    assert metrics(world)[0]["state_sha256"] == metrics(absent)[0]["state_sha256"]
+
+
+def test_after_three_bad_updates_a_client_gets_no_task_until_it_is_let_back(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "eve")
+    world.join()
+    eve = world.sites["eve"]
+    for _ in range(3):
+        world.endpoint.announce(eve.key, *bad("non_finite", eve))
+        world.round("ann")
+    assert len(eve.tasks) == 3
+    assert any("eve gets no task any more" in line for line in world.lines)
+    world.round("ann")
+    assert len(eve.tasks) == 3
+    world.ledger.let_back(eve.key)
+    world.round("ann")
+    assert len(eve.tasks) == 4
+
+
+def test_a_refused_attempt_cannot_be_mended_under_the_same_id(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "eve")
+    world.join()
+    eve = world.sites["eve"]
+    good = eve.train(eve.tasks[-1])
+    world.endpoint.announce(eve.key, *bad("non_finite", eve))
+    world.step()
+    world.endpoint.announce(eve.key, *good)
+    world.step()
+    eve.receive()
+    assert [r.code for r in eve.refused] == ["non_finite", "conflict"]
+    assert world.ledger.num_updates() == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "both"),
+    [
+        ({"base_hash": "ff" * 32}, "model_mismatch", ("ff" * 32, "ab" * 32)),
+        ({"run_id": "other-run"}, "model_mismatch", ("other-run", "tiny-run")),
+        ({"protocol_version": 99}, "version_skew", ("99", "1")),
+    ],
+)
+def test_a_client_of_another_base_run_or_version_is_refused_with_both_values(
+    make_world: Callable[..., Any], changes: dict[str, Any], code: str, both: tuple[str, str]
+) -> None:
+    world = make_world("ann")
+    ann = world.sites["ann"]
+    ann.hello(**changes)
+    world.step(20.0)
+    ann.receive()
+    assert ann.welcome is None
+    assert ann.tasks == []
+    assert [r.code for r in ann.refused] == [code]
+    assert all(value in ann.refused[0].text for value in both)
+
+
+def test_nothing_is_believed_of_a_key_that_never_said_hello(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    world.sites["ann"].heartbeat()
+    world.step()
+    world.receive()
+    assert "say Hello first" in world.sites["ann"].refused[0].text
+
+
+def test_a_client_fetches_the_files_of_the_run_and_no_other(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    ann = world.sites["ann"]
+    world.join()
+    ann.say(Fetch(name="anchor.bin"))
+    ann.say(Fetch(name="../server.key.json"))
+    world.step()
+    answers = [(m, p) for _, m, p in world.endpoint.sent if isinstance(m, (Resource, Refused))]
+    assert isinstance(answers[0][0], Resource)
+    assert answers[0][1] == b"anchor texts"
+    assert isinstance(answers[1][0], Refused)
+
+
+def test_a_heartbeat_is_answered_with_what_the_run_waits_for(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join("ann")
+    world.sites["ann"].heartbeat()
+    world.step(1.0)
+    reply = next(m for _, m, _ in world.endpoint.sent if isinstance(m, HeartbeatReply))
+    assert reply.round == 1
+    assert "bob" in reply.waiting_for
+
+
+def test_a_task_that_was_lost_on_the_way_is_sent_again_to_an_idle_client(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    world.sites["ann"].hello()
+    world.step(11.0)
+    world.endpoint.sent.clear()  # the connection broke before anything arrived
+    for _ in range(12):
+        world.sites["ann"].heartbeat()
+        world.step(5.0)
+    sent = [m for _, m, _ in world.endpoint.sent if isinstance(m, Assignment)]
+    assert len(sent) == 1
+    assert sent[0].deadline_s < 30.0
+
+
+def test_a_busy_client_is_not_sent_its_task_again(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    world.join()
+    for _ in range(11):
+        world.sites["ann"].heartbeat(world.sites["ann"].tasks[-1].attempt_id, "training")
+        world.step(5.0)
+    assert not [m for _, m, _ in world.endpoint.sent if isinstance(m, Assignment)]
+
+
+def test_a_client_that_reconnects_in_mid_round_gets_the_same_attempt_with_the_time_that_is_left(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    first = world.sites["ann"].tasks[-1]
+    world.step(20.0)
+    world.sites["ann"].tasks.clear()
+    world.sites["ann"].hello()
+    world.step()
+    world.receive()
+    again = world.sites["ann"].tasks[-1]
+    assert again.attempt_id == first.attempt_id
+    assert again.deadline_s == pytest.approx(40.0)
+
+
+def test_a_late_update_counts_in_the_next_round_at_a_lower_weight(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", "cid", "dan", overrides=("run.max_rounds=9", "server.keep_updates=true"))
+    world.join()
+    world.round("ann", "bob", "cid")
+    for name in ("ann", "bob", "cid"):
+        world.sites[name].heartbeat()
+    dan = world.sites["dan"]
+    late = dan.tasks[-1]
+    dan.heartbeat(late.attempt_id, "training")
+    world.step(60.0)
+    world.receive()
+    assert metrics(world)[0]["late"] == ["dan"]
+    assert world.aggregator.state.round == 2
+    assert dan.tasks[-1] is late  # left in peace
+    dan.work()
+    world.round("ann", "bob", "cid")
+    assert dan.acked == [late.attempt_id]
+    assert metrics(world)[1]["num_accepted"] == 4
+    assert metrics(world)[1]["num_stale"] == 1
+    assert all(r.equal for r in replay(world.path))
+
+
+def test_an_update_that_is_two_versions_late_is_refused(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", "cid", "dan")
+    world.join()
+    dan = world.sites["dan"]
+    late = dan.train(dan.tasks[-1])
+    for _ in range(2):
+        world.round("ann", "bob", "cid")
+        for name in ("ann", "bob", "cid"):
+            world.sites[name].heartbeat()
+        world.step(60.0)
+        world.receive()
+    world.endpoint.announce(dan.key, *late)
+    world.step()
+    dan.receive()
+    assert [r.code for r in dan.refused] == ["stale_round"]
+
+
+def test_a_client_that_never_answered_a_task_gets_the_whole_state_with_the_next(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", "cid", "dan")
+    world.join()
+    world.round()
+    assert {s.held_version for s in world.sites.values()} == {1}
+    # dan takes version 1 in with round 2, and says nothing; then it is planned for round 4 at version 3.
+    for _ in range(2):
+        world.round("ann", "bob", "cid")
+        for name in ("ann", "bob", "cid"):
+            world.sites[name].heartbeat()
+        world.step(60.0)
+        world.receive()
+    dan = world.sites["dan"]
+    dan.heartbeat()
+    world.step()
+    world.round("ann", "bob", "cid")
+    assert dan.tasks[-1].round == 5
+    assert dan.tasks[-1].state.encoding == "snapshot"
+    assert dan.held_version == world.aggregator.state.version
+
+
+def test_an_empty_round_leaves_the_state_and_the_version_unchanged_and_the_next_one_opens(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    before = world.aggregator.published_sha256
+    for site in world.sites.values():
+        site.fail("internal")
+    world.step()
+    world.receive()
+    (record,) = metrics(world)
+    assert (record["num_accepted"], record["num_failed"], record["version"]) == (0, 2, 0)
+    assert record["coverage"] == {"0": 0, "1": 0, "2": 0}
+    assert world.aggregator.published_sha256 == before
+    assert world.aggregator.state.round == 2
+    world.round()
+    assert metrics(world)[1]["version"] == 1
+
+
+def test_a_client_that_ran_out_of_memory_gets_a_smaller_task_in_the_same_round(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    ann = world.sites["ann"]
+    ann.hello()
+    world.sites["bob"].hello()
+    world.step()
+    world.receive()
+    first = ann.tasks[-1]
+    # A device on which the first task just fits: a quarter more memory is too much for it.
+    usable = int(first.predicted_peak_bytes / 0.9) + 2
+    other = make_world("ann", "bob", folder="tight")
+    ann = other.sites["ann"]
+    ann.memory_bytes = usable
+    other.join()
+    first = ann.tasks[-1]
+    ann.fail("oom")
+    other.step()
+    other.receive()
+    second = ann.tasks[-1]
+    assert second.attempt_id != first.attempt_id
+    assert (len(second.blocks), second.micro_batch_size) < (len(first.blocks), first.micro_batch_size)
+    assert second.round == first.round
+    ann.fail("oom")
+    other.round("bob")
+    assert metrics(other)[0]["num_accepted"] == 1
+    assert metrics(other)[0]["num_failed"] == 2
+
+
+def test_the_run_stops_when_the_mean_of_three_scores_reaches_the_target(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.target_score=0.79",))
+    for site in world.sites.values():
+        site.accuracy = lambda version: min(1.0, 0.2 * version)
+    world.join()
+    world.finish()
+    assert final(world)["stop_reason"] == "target_score"
+    # Scores 0, .2, .4, .6, .8, 1.0: the mean of the last three first reaches 0.79 in round 6.
+    assert final(world)["rounds"] == 6
+
+
+def test_a_run_that_diverges_falls_back_to_its_best_version(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("forgetting.max_kl=0.01",))
+    for site in world.sites.values():
+        site.accuracy = lambda version: 0.1 * version
+        site.kl = lambda version: 0.005 * version if version < 3 else 1.0
+    world.join()
+    world.finish()
+    assert final(world)["stop_reason"] == "diverged"
+    assert final(world)["version"] == 2
+    assert final(world)["state_sha256"] == state_sha256(world.plan.shape, state_at(world.folder, 2))
+    assert all(site.held_version == 2 for site in world.sites.values())
+
+
+def test_the_last_version_is_dense_so_that_no_residual_waits(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=THREE_ROUNDS)
+    world.join()
+    world.finish()
+    assert world.folder.load_version(2)[1] != {}
+    assert world.folder.load_version(3)[1] == {}
+
+
+def test_a_lone_client_in_fp32_gives_its_delta_exactly(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", overrides=("delta.format=fp32", "run.max_rounds=5"))
+    world.join()
+    world.step(11.0)
+    world.receive()
+    ann = world.sites["ann"]
+    task = ann.tasks[-1]
+    _, payload = ann.train(task)
+    world.round()
+    published, _ = world.folder.load_version(1)
+    shape = world.plan.shape
+    flat = np.concatenate([published[b][s.name].ravel() for b in task.blocks for s in shape.block_tensors()])
+    assert flat.tobytes() == payload
+
+
+def test_the_final_measurement_covers_everything_and_is_kept(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
+    world.sites["bob"].can_evaluate_general = True
+    world.join()
+    world.finish()
+    assert isinstance(world.sites["ann"].tasks[-1], Evaluate)
+    assert world.sites["bob"].tasks[-1].measure == ("anchor", "validation", "general")
+    record = final(world)
+    assert record["num_clients_measured"] == 2
+    assert record["kl"] == pytest.approx(0.002)
+    assert record["retention"] == pytest.approx(88 / 90)
+
+
+def test_a_finished_run_says_goodbye_to_whoever_comes_back(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", overrides=("run.max_rounds=1",))
+    world.join()
+    world.step(11.0)
+    world.receive()
+    world.finish()
+    world.kill()
+    world.start()
+    assert world.aggregator.finished
+    world.sites["ann"].goodbye = None
+    world.join()
+    assert world.sites["ann"].goodbye == Goodbye(reason="the run is finished", finished=True)
+
+
+class Killed(BaseException):
+    """kill -9, as far as this process can act it."""
+
+
+def before(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, nth: int) -> None:
+    """Kill before the nth call."""
+    original, calls = getattr(owner, name), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == nth:
+            raise Killed
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def after(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch, *, nth: int) -> None:
+    """Kill after the nth call."""
+    original, calls = getattr(owner, name), [0]
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        calls[0] += 1
+        if calls[0] == nth:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def join_and_finish(world: Any) -> None:
+    world.join()
+    world.finish()
+
+
+JOURNAL = [
+    ("before an upload is let in", before, RunFolder, "part_path", 4),
+    ("before the payload is durable", before, server_module, "commit_file", 3),
+    ("after the payload is durable", after, server_module, "commit_file", 3),
+    ("before the row of the update", before, Ledger, "add_update", 4),
+    ("in the transaction of the update", after, Ledger, "add_update", 4),
+    ("before the round is closing", before, Ledger, "start_closing", 2),
+    ("after the round is closing", after, Ledger, "start_closing", 2),
+    ("before the state files", before, RunFolder, "save_version", 2),
+    ("after the state files", after, RunFolder, "save_version", 2),
+    ("before the row of the round", before, Ledger, "commit_round", 2),
+    ("after the row of the round", after, Ledger, "commit_round", 2),
+    ("before the next assignments are durable", before, Ledger, "open_round", 3),
+    ("after the next assignments are durable", after, Ledger, "open_round", 3),
+    ("before the last state files", before, RunFolder, "save_version", 3),
+    ("before the result", before, RunFolder, "save_final", 1),
+    ("after the result", after, RunFolder, "save_final", 1),
+    ("before the run's last row", before, Ledger, "commit_round", 4),
+]
+
+
+@pytest.mark.parametrize(
+    ("cut", "owner", "name", "nth"), [j[1:] for j in JOURNAL], ids=[j[0].replace(" ", "-") for j in JOURNAL]
+)
+def test_killed_at_any_point_of_the_journal_the_run_ends_in_the_same_bits(
+    make_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, cut: Any, owner: Any, name: str, nth: int
+) -> None:
+    undisturbed = make_world("ann", "bob", folder="undisturbed", overrides=THREE_ROUNDS)
+    undisturbed.join()
+    undisturbed.finish()
+
+    world = make_world("ann", "bob", overrides=THREE_ROUNDS)
+    with monkeypatch.context() as patched:
+        cut(owner, name, patched, nth=nth)
+        with pytest.raises(Killed):
+            join_and_finish(world)
+    round_then = world.aggregator.state.round
+    world.kill()
+    world.start()
+    assert world.aggregator.state.round in (round_then, round_then + 1)
+    world.join()
+    world.finish()
+    assert [m["num_accepted"] for m in metrics(world)] == [2, 2, 2]
+    assert world.ledger.num_updates() == 6
+    assert final(world)["state_sha256"] == final(undisturbed)["state_sha256"]
+    assert all(r.equal for r in replay(world.path))
+
+
+def test_killed_between_commit_and_ack_the_resent_update_is_acknowledged_and_not_counted_twice(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    ann = world.sites["ann"]
+    task = ann.tasks[-1]
+
+    def kill_at_ack(message: Any) -> None:
+        if isinstance(message, Ack):
+            raise Killed
+
+    world.endpoint.before_send = kill_at_ack
+    ann.work()
+    with pytest.raises(Killed):
+        world.step()
+    world.kill()
+    world.start()
+    assert world.ledger.num_updates() == 1
+    world.join()
+    assert [t.attempt_id for t in ann.tasks] == [task.attempt_id]
+    world.endpoint.announce(ann.key, *ann.train(task))
+    world.step()
+    ann.receive()
+    assert ann.acked == [task.attempt_id]
+    assert world.ledger.num_updates() == 1
+
+
+def test_after_a_restart_the_same_round_goes_on_with_the_same_attempts_and_the_rest_of_its_deadline(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    attempts = {site.tasks[-1].attempt_id for site in world.sites.values()}
+    world.step(25.0)
+    world.step(1.5)
+    world.kill()
+    world.now_s -= 86_400.0  # another boot: the monotonic clock starts anywhere
+    world.start()
+    state = world.aggregator.state
+    assert (state.phase, state.round) == ("open", 1)
+    assert {t.attempt_id for t in state.tasks.values()} == attempts
+    assert state.elapsed_s == pytest.approx(26.5)
+    world.step(33.0)
+    assert world.aggregator.state.phase == "open"
+    world.step(1.0)
+    assert world.aggregator.state.extended
+
+
+def test_a_client_that_never_noticed_the_restart_delivers_without_a_new_hello(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    world.kill()
+    world.start()
+    for site in world.sites.values():
+        site.heartbeat(site.tasks[-1].attempt_id, "training")
+    world.round()
+    assert metrics(world)[0]["num_accepted"] == 2
+
+
+def test_metrics_lost_by_a_kill_are_written_again_from_the_ledger(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    world.round()
+    (world.path / "metrics.jsonl").write_text('{"round": 1, "ver')
+    world.kill()
+    world.start()
+    assert [m["round"] for m in metrics(world)] == [1]
+
+
+def test_a_state_file_that_is_not_what_the_ledger_names_is_not_served(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    world.round()
+    world.kill()
+    world.folder.save_version(1, step=b"", published={}, residual={})
+    with pytest.raises(RunFolderError, match="restore the folder from a backup"):
+        world.start()
+
+
+def test_the_same_run_gives_the_same_attempt_ids_and_seeds(make_world: Callable[..., Any]) -> None:
+    ids: list[list[tuple[AttemptId, int]]] = []
+    for folder in ("one", "two"):
+        world = make_world("ann", "bob", folder=folder)
+        world.join()
+        ids.append([(s.tasks[-1].attempt_id, s.tasks[-1].seed) for s in world.sites.values()])
+    assert ids[0] == ids[1]
+
+
+def test_bytes_are_counted_per_client_and_round(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    world.round()
+    (record,) = metrics(world)
+    assert record["bytes_up"] == sum(c["bytes_up"] for c in record["clients"]) > 0
+    assert record["bytes_down"] == sum(c["bytes_down"] for c in record["clients"]) > 0
+
+
+def test_the_folder_tells_no_names_outside_its_owner(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    assert world.path.stat().st_mode & 0o777 == 0o700
+    assert Path(world.folder.ledger_path).stat().st_mode & 0o777 == 0o600
