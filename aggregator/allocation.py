@@ -138,9 +138,7 @@ class Coverage:
         for blocks, num_examples in accepted:
             total = total.adding(blocks, num_examples)
         blocks_known = sorted({*self.seen, *total.seen})
-        return Coverage(
-            seen={b: COVERAGE_DECAY * self.seen.get(b, 0.0) + total.seen.get(b, 0.0) for b in blocks_known}
-        )
+        return Coverage(seen={b: COVERAGE_DECAY * self.seen.get(b, 0.0) + total.seen.get(b, 0.0) for b in blocks_known})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -628,9 +626,7 @@ class _Problem:
             why = "it is worth the same, but costs more to send or to compute"
         return _runner_up(second.blocks, second.steps, second.micro_batch_size, second.value, why, "none")
 
-    def _in_the_way(
-        self, client: AllocationClient, blocks: tuple[int, ...], steps: int, limits: Limits
-    ) -> Refused:
+    def _in_the_way(self, client: AllocationClient, blocks: tuple[int, ...], steps: int, limits: Limits) -> Refused:
         """Which limit keeps a set of blocks out.
 
         Memory, if not even one sequence at a time fits; else the deadline, if even whole batches are too slow; else
@@ -702,7 +698,9 @@ def _excess_text(refusal: Refused) -> str:
 
 def _refused_text(refusal: Refused) -> str:
     blocks = ", ".join(map(str, refusal.blocks))
-    return f"block{'s' if len(refusal.blocks) > 1 else ''} {blocks} for {refusal.steps} steps is {_excess_text(refusal)}"
+    return (
+        f"block{'s' if len(refusal.blocks) > 1 else ''} {blocks} for {refusal.steps} steps is {_excess_text(refusal)}"
+    )
 
 
 def _nearest_miss(choices: Sequence[Choice]) -> str:

@@ -35,6 +35,8 @@ Standing = Literal["enrolled", "revoked", "unknown"]
 class RegistryError(ValueError):
     """The operator asked for something that the list of clients does not allow, or the list cannot be read."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Enrolment:

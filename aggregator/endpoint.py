@@ -63,6 +63,8 @@ SELF_TEST_S: Final = 10.0
 class EndpointError(RuntimeError):
     """The endpoint cannot start here; the text says what to do."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MessageReceived:

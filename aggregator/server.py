@@ -77,6 +77,7 @@ from fedblocks.protocol.messages import (
     Hello,
     Measurement,
     Message,
+    Ready,
     Refused,
     Report,
     Resource,
@@ -177,6 +178,8 @@ class Aggregator:
         self._clients: dict[ClientKey, KnownClient] = {
             c.client_key: registry.client_from_record(c.record) for c in ledger.clients()
         }
+        self._loading: set[ClientKey] = set()
+        """Clients that said Hello to this process and are not Ready yet: not planned for."""
         self._tasks: dict[ClientKey, Assignment | Evaluate] = {}
         self._sent_s: dict[ClientKey, float] = {}
         self._unanswered: set[ClientKey] = set()
@@ -307,7 +310,9 @@ class Aggregator:
 
     def _restore_plan(self, plan: Any) -> None:
         """What planning left in memory for the open round."""
-        self._method = replace(self._method, deadline=from_plain(Deadline, plan["deadline"], where="ledger.rounds"))
+        if plan["keep_deadline"]:
+            deadline = from_plain(Deadline, plan["deadline"], where="ledger.rounds")
+            self._method = replace(self._method, deadline=deadline)
         for choice in plan["choices"]:
             task = self._tasks.get(choice["client"])
             if task is not None and choice["predicted"] is not None:
@@ -350,8 +355,12 @@ class Aggregator:
         if client is None:
             self._refuse(key, Refused(code="malformed", text="no Hello came from this key yet: say Hello first"))
             return
+        if isinstance(message, Ready):
+            self._loading.discard(key)
+            self._feed(rounds.ClientJoined(key=key, name=client.name, now_s=self._clock()))
+            return
         busy_with = message.attempt_id if isinstance(message, Heartbeat) else None
-        if not isinstance(message, Goodbye):
+        if not isinstance(message, Goodbye) and key not in self._loading:
             heard = rounds.ClientHeard(key=key, name=client.name, now_s=self._clock(), busy_with=busy_with)
             self._feed(heard)
         match message:
@@ -393,7 +402,7 @@ class Aggregator:
         if self._state.phase == "finished":
             self._send(key, Goodbye(reason="the run is finished", finished=True))
             return
-        self._feed(rounds.ClientJoined(key=key, name=client.name, now_s=self._clock()))
+        self._loading.add(key)
 
     def _check_hello(self, hello: Hello) -> Refused | None:
         info = self._folder.info
@@ -447,14 +456,14 @@ class Aggregator:
             self._on_failure(client, stored.message, report)
         elif stored.outcome in ("open", "late") and isinstance(stored.message, Evaluate):
             self._ledger.add_report(client.key, report.attempt_id, _asked_for(stored.message, report.measurements))
-            self._unanswered.discard(client.key)
+            self._answered(client.key, report.attempt_id)
             self._save_client(replace(client, held_version=stored.message.state.to_version))
             self._feed(rounds.ReportReceived(key=client.key, attempt_id=report.attempt_id))
 
     def _on_failure(self, client: KnownClient, message: Assignment | Evaluate, report: Report) -> None:
         assert report.failure is not None
         task = self._state.tasks.get(client.key)
-        self._unanswered.discard(client.key)
+        self._answered(client.key, report.attempt_id)
         client = registry.after_failure(client, message.state.to_version, report.failure)
         self._save_client(client)
         detail = f"{report.failure}: {report.text}"
@@ -580,7 +589,7 @@ class Aggregator:
         self._ledger.add_update(
             key, delta, measurements=measured, folded_in=self._state.round, unix_s=self._wall_clock()
         )
-        self._unanswered.discard(key)
+        self._answered(key, delta.attempt_id)
         client = registry.after_update(client, assignment, delta, self._planned_step_s.get(delta.attempt_id, 0.0))
         asked = {m.measure for m in measured}
         self._save_client(
@@ -668,7 +677,7 @@ class Aggregator:
         if not planned.tasks:
             self._feed(rounds.PlanFailed(text=planned.plan.no_client_fits))
             return
-        self._method = replace(self._method, deadline=planned.plan.deadline)
+        self._method = replace(self._method, deadline=planned.deadline)
         deadline_s = planned.plan.deadline.seconds
         self._ledger.open_round(
             round=start.round,
@@ -677,6 +686,7 @@ class Aggregator:
             deadline_s=deadline_s,
             plan={
                 "deadline": to_plain(planned.plan.deadline),
+                "keep_deadline": planned.deadline is not None,
                 "choices": [explain.record(choice) for choice in planned.plan.choices],
             },
             tasks=planned.tasks.items(),
@@ -965,6 +975,12 @@ class Aggregator:
         waiting, self._after_commit = self._after_commit, []
         for send in waiting:
             send()
+
+    def _answered(self, key: ClientKey, attempt_id: AttemptId) -> None:
+        """The client has carried out its newest task, so it holds that task's state."""
+        task = self._tasks.get(key)
+        if task is not None and task.attempt_id == attempt_id:
+            self._unanswered.discard(key)
 
     def _save_client(self, client: KnownClient) -> None:
         self._clients[client.key] = client

@@ -38,6 +38,8 @@ MAX_SEQUENCES: Final = 1 << 20
 class AnchorError(ValueError):
     """These bytes are no anchor set, or this base cannot be sampled from."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class AnchorSet:

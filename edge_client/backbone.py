@@ -37,6 +37,8 @@ Quantiser = Callable[[Tensor], Nf4Weight]
 class BackboneError(RuntimeError):
     """The backbone's files cannot be made or read; the text says which file and what to do."""
 
+    exit_code = 2
+
 
 class LayerSource(Protocol):
     """What a backbone needs of a checkpoint (``edge_client/checkpoint.py`` has one)."""
@@ -168,11 +170,6 @@ class Backbone:
     def quantiser(self) -> str:
         """Which quantiser made the files."""
         return self._meta["quantiser"]
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of all layer files."""
-        return sum(_file(self._folder, layer).stat().st_size for layer in range(self.shape.num_layers))
 
     def block(self, layer: int, dtype: torch.dtype = torch.float32) -> BlockWeights:
         """One layer decoded to ``dtype``, from memory if it is resident.

@@ -44,6 +44,7 @@ from fedblocks.protocol.messages import (
     Fetch,
     Goodbye,
     Hello,
+    Ready,
     Report,
     Welcome,
 )
@@ -312,6 +313,8 @@ class _Shell:
                 self.store.put_resource(info, payload)
             case s.Prepare(welcome=welcome):
                 self._prepare(welcome)
+            case s.SendReady():
+                self.transport.send(Ready())
             case s.StartTask(task=task, payload=payload):
                 return self._start(task, payload)
             case s.AnnounceUpdate():

@@ -77,13 +77,35 @@ class Judge:
         self.texts = sample_anchor(base, num_sequences=KL_SEQUENCES, num_tokens=KL_TOKENS, seed=KL_SEED).sequences
         self.dense_base = ExpandedModel(backbone=DenseBackbone(base), checkpoint=base)
 
-    def figures(self, model: ExpandedModel, *, reference: ExpandedModel, reference_is_base_of_model: bool) -> Figures:
+    def base_figures(self) -> Figures:
+        """The base's own figures: KL 0 and retention 1 by definition."""
+        downstream, general = _scores(self.dense_base, self.downstream), _scores(self.dense_base, self.general)
+        return Figures(
+            downstream_accuracy=_accuracy(downstream),
+            downstream_nll=_nll(downstream),
+            general_accuracy=_accuracy(general),
+            general_nll=_nll(general),
+            retention=_retention(general, general),
+            kl_nats_per_token=0.0,
+            kl_standard_error=0.0,
+            agreement=1.0,
+        )
+
+    def figures(
+        self,
+        model: ExpandedModel,
+        *,
+        reference: ExpandedModel,
+        reference_is_base_of_model: bool,
+        kl: tuple[float, float, float] | None = None,
+    ) -> Figures:
         """Measure ``model``; ``reference`` is the base on the same stack.
 
         Args:
             reference_is_base_of_model: the reference is ``model`` itself with its expanded blocks skipped.
+            kl: what :meth:`kl` gave for this model at this strength, if it is known.
         """
-        kl, kl_se, agreement = self.kl(model, reference, base_of_model=reference_is_base_of_model)
+        mean_kl, kl_se, agreement = kl or self.kl(model, reference, base_of_model=reference_is_base_of_model)
         downstream, general = _scores(model, self.downstream), _scores(model, self.general)
         before = _scores(reference, self.general) if not reference_is_base_of_model else self._base_general(model)
         return Figures(
@@ -92,7 +114,7 @@ class Judge:
             general_accuracy=_accuracy(general),
             general_nll=_nll(general),
             retention=_retention(general, before),
-            kl_nats_per_token=kl,
+            kl_nats_per_token=mean_kl,
             kl_standard_error=kl_se,
             agreement=agreement,
         )
@@ -137,7 +159,7 @@ def evaluate_target(
     judge = Judge(
         base=checkpoint, encoder=TextEncoder(checkpoint.folder, data_format), downstream=downstream, general=general
     )
-    base_figures = judge.figures(judge.dense_base, reference=judge.dense_base, reference_is_base_of_model=False)
+    base_figures = judge.base_figures()
     if is_run:
         plan, state = load_final(target)
         with tempfile.TemporaryDirectory(prefix="fedblocks-") as folder:
@@ -193,13 +215,13 @@ def prove_run(run: Path, *, model: Path, out: Path, downstream: Path, general: P
     dense = ExpandedModel(backbone=DenseBackbone(checkpoint), checkpoint=checkpoint, plan=plan, state=state)
     with tempfile.TemporaryDirectory(prefix="fedblocks-") as folder:
         four_bit = four_bit_model(checkpoint, plan, state, Path(folder))
-        strength = _strength_within_budget(judge, (dense, four_bit), config.forgetting.max_kl)
+        strength, four_bit_kl = _strength_within_budget(judge, dense, four_bit, config.forgetting.max_kl)
         four_bit.set_strength(strength)
-        four_bit_figures = judge.figures(four_bit, reference=four_bit, reference_is_base_of_model=True)
+        four_bit_figures = judge.figures(four_bit, reference=four_bit, reference_is_base_of_model=True, kl=four_bit_kl)
         four_bit_logits = _first_logits(four_bit, judge.texts)
         four_bit.set_strength(0.0)
         four_bit_base_kl = judge.kl(four_bit, judge.dense_base, base_of_model=False)[0]
-    base_figures = judge.figures(judge.dense_base, reference=judge.dense_base, reference_is_base_of_model=False)
+    base_figures = judge.base_figures()
     summary = export_hf(
         checkpoint=checkpoint,
         plan=plan,
@@ -228,15 +250,19 @@ def prove_run(run: Path, *, model: Path, out: Path, downstream: Path, general: P
     }
 
 
-def _strength_within_budget(judge: Judge, models: Sequence[ExpandedModel], max_kl: float) -> float:
+def _strength_within_budget(
+    judge: Judge, dense: ExpandedModel, four_bit: ExpandedModel, max_kl: float
+) -> tuple[float, tuple[float, float, float]]:
+    """The highest strength at which both stacks hold the budget, and the KL of the 4-bit stack there."""
     for strength in STRENGTHS:
-        upper: list[float] = []
-        for model in models:
-            model.set_strength(strength)
-            kl, se, _ = judge.kl(model, model, base_of_model=True)
-            upper.append(kl + MARGIN_SE * se)
-        if max(upper) <= max_kl:
-            return strength
+        four_bit.set_strength(strength)
+        on_four_bit = judge.kl(four_bit, four_bit, base_of_model=True)
+        if on_four_bit[0] + MARGIN_SE * on_four_bit[1] > max_kl:
+            continue
+        dense.set_strength(strength)
+        kl, se, _ = judge.kl(dense, dense, base_of_model=True)
+        if kl + MARGIN_SE * se <= max_kl:
+            return strength, on_four_bit
     raise AssertionError("strength 0 is the base: its KL is 0")
 
 

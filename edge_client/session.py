@@ -131,6 +131,11 @@ class Prepare:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SendReady:
+    """Tell the aggregator that tasks may come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StartTask:
     """Carry out this assignment or evaluation."""
 
@@ -180,6 +185,7 @@ Action: TypeAlias = (
     | SendFetch
     | StoreResource
     | Prepare
+    | SendReady
     | StartTask
     | AnnounceUpdate
     | CommitUpdate
@@ -287,6 +293,7 @@ def _fetch_or_prepare(state: SessionState, now_s: float) -> tuple[SessionState, 
         return state, [SendFetch(name=state.missing[0].name)]
     assert state.welcome is not None
     actions: list[Action] = [] if state.prepared else [Prepare(welcome=state.welcome)]
+    actions.append(SendReady())
     state, more = _proceed(replace(state, phase=Phase.READY, prepared=True), now_s)
     return state, actions + more
 

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
-from fedblocks.edge_client.backbone import Backbone, default_quantiser
+from fedblocks.edge_client.backbone import Backbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
-from fedblocks.edge_client.decoder_block import Rotary
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
-from fedblocks.edge_client.expanded_model import ExpandedModel
+from fedblocks.edge_client.expanded_model import ExpandedModel, load_libraries
 from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
@@ -50,10 +49,6 @@ from fedblocks.protocol.tensors import encode_delta
 KL_VAL_SEQUENCES = 8
 
 Status = Callable[[str, int], None]
-
-
-class InterruptedTaskError(Exception):
-    """The person at the client asked to stop; nothing of the task is sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,9 +85,6 @@ class Workbench:
         emulation: Emulation | None,
         say: Callable[[str], None],
     ) -> None:
-        _import_all(checkpoint)
-        give_back_freed_memory()
-        self._after_imports_bytes = anonymous_bytes()
         self.store = store
         self.data = data
         self.client = client
@@ -105,7 +97,13 @@ class Workbench:
         content_hash = base_hash(checkpoint.folder, store.cache_folder)
         self.held_version, state = store.held_state()
         self.state = state
-        backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash)
+        load_libraries(checkpoint.config)
+        # Below the base cut the layers run once per sample, from the cache then on: they need not stay decoded.
+        resident = self.plan.shape.num_layers - self.plan.base_cut
+        backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash, resident=resident)
+        # What a task holds is counted from here: libraries are imported, nothing of the model is in memory yet.
+        give_back_freed_memory()
+        self._after_imports_bytes = anonymous_bytes()
         self.model = ExpandedModel(backbone=backbone, checkpoint=checkpoint, plan=self.plan, state=state)
         key = cut_key(self.model, content_hash, cut=self.model.base_cut)
         prefix_folder = store.cache_folder / "prefix"
@@ -310,15 +308,6 @@ class Workbench:
             anchor_tokens=max(1, anchors.num_tokens // len(anchors.sequences)),
             anchor_every=task.anchor_every,
         )
-
-
-def _import_all(checkpoint: Checkpoint) -> None:
-    """Import what a task would import on first use: that memory is the imports', not the first task's."""
-    from transformers import AutoConfig
-
-    fields = {key: value for key, value in checkpoint.config.items() if key != "model_type"}
-    Rotary(AutoConfig.for_model(checkpoint.config["model_type"], **fields), torch.float32)
-    default_quantiser()
 
 
 def load_checkpoint(model: Path) -> Checkpoint:

@@ -53,6 +53,8 @@ QWEN2_5_0_5B: Final = ModelShape(
 class CatalogError(ValueError):
     """A catalog file that cannot be used; the text names the file, the key and what is expected."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fact:

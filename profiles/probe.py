@@ -36,8 +36,8 @@ MIB: Final = 2**20
 COPY_BYTES: Final = 256 * MIB
 DISK_BYTES: Final = 64 * MIB
 GEMM_SIZES: Final = (2048, 1024, 512)
-#: Seconds that a child process may take to import its libraries and say one line.
-CHILD_TIMEOUT_S: Final = 10.0
+#: Share of the budget within which the child process must have imported its libraries and answered.
+CHILD_SHARE: Final = 0.6
 #: An assumption, said to be one: a domestic line (tier A of methods.md 12.4), until the link to the aggregator is known.
 PRIOR_LINK: Final = (5e6 / 8, 20e6 / 8)
 PRIOR_DISK_BYTES_PER_S: Final = 100e6
@@ -99,16 +99,16 @@ def probe(*, budget_s: float = 15.0, folder: Path, link: LinkSpeed | None = None
     """Measures this machine.
 
     Args:
-        budget_s: seconds to spend; starting child processes may add a few. Less than about 6 leaves items unmeasured.
+        budget_s: seconds to spend once torch is imported. Less than about 10 may leave items unmeasured on a busy machine.
         folder: a folder on the disk that will hold the client's caches; a 64 MiB file is written and deleted there.
         link: speed to the aggregator where it is known; otherwise a prior, and the item says so.
     """
-    began = time.monotonic()
     torch = _torch()
+    began = time.monotonic()
     accelerator: Accelerator = "cuda" if torch is not None and _cuda_works(torch) else "cpu"
-    items: list[ProbeItem] = [_memory_item(accelerator, torch), *_runtime_and_four_bit(accelerator, torch)]
-    child_s = time.monotonic() - began
-    left_s = max(1.0, budget_s - child_s)
+    items: list[ProbeItem] = [_memory_item(accelerator, torch)]
+    items += _child_items(accelerator, torch, timeout_s=CHILD_SHARE * budget_s)
+    left_s = max(1.0, budget_s - (time.monotonic() - began))
     items += _gemm_items(accelerator, torch, budget_s=0.4 * left_s)
     items.append(_copy_item(accelerator, torch, budget_s=0.15 * left_s))
     items.append(_step_item(accelerator, torch, budget_s=0.15 * left_s))
@@ -169,7 +169,7 @@ def _profile(accelerator: Accelerator, torch: Any, items: Sequence[ProbeItem], f
     dtype: ComputeDtype = "float32"
     if accelerator == "cuda" and (rates["bfloat16"] or 0.0) > (rates["float32"] or 0.0):
         dtype = "bfloat16"
-    four_bit = next(item for item in items if item.name == "four_bit_health_count")
+    four_bit = next(item for item in items if item.name == "four_bit_ok_count")
     return DeviceProfile(
         device=_device_name(accelerator, torch),
         source="measured",
@@ -251,82 +251,86 @@ def cgroup_free_bytes(limit_file: Path, used_file: Path) -> int | None:
     return max(0, int(limit) - int(used))
 
 
-RUNTIME_CHILD: Final = """
-import sys, torch
-torch.set_num_threads(1)
-def held():
-    for line in open("/proc/self/status"):
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("no RssAnon in /proc/self/status")
-before = held()
-layer = torch.nn.Linear(64, 64, device=sys.argv[1])
-optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
-layer(torch.randn(8, 64, device=sys.argv[1])).sum().backward()
-optimizer.step()
-after = held() - before
-if sys.argv[1] == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
-    free, total = torch.cuda.mem_get_info()
-    after = total - free
-print(after)
-"""
-"""First product, backward pass and optimizer step of a fresh process: what they leave in memory is R."""
-
-FOUR_BIT_CHILD: Final = """
-import os, sys
-os.environ["HF_HUB_OFFLINE"] = "1"
+CHILD: Final = """
+import sys, warnings
 import torch
+torch.set_num_threads(1)
+device = sys.argv[1]
+def held():
+    if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
+        free, total = torch.cuda.mem_get_info()
+        return total - free
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon")
+def step(width, where):
+    layer = torch.nn.Linear(width, width, device=where)
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    layer(torch.randn(width, width, device=where)).sum().backward()
+    optimizer.step()
+try:
+    step(8, "cpu")  # what the libraries import at their first step is part of the imports, not of R
+    before = 0 if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated else held()
+    step(256, device)
+    print("runtime", max(0, held() - before), flush=True)
+except (OSError, RuntimeError) as error:
+    print("runtime_failed", str(error).splitlines()[0], flush=True)
+import os
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.simplefilter("ignore")
 import bitsandbytes.functional as f
-weight = torch.randn(16, 64, device=sys.argv[1])
+weight = torch.randn(16, 64, device=device)
 packed, state = f.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
 back = f.dequantize_4bit(packed, state)
 error = float((back - weight).norm() / weight.norm())
-print("ok" if error < 0.2 else f"wrong values: relative error {error:.2f}")
+print("four_bit", "ok" if error < 0.2 else f"wrong values, relative error {error:.2f}", flush=True)
 """
-"""16 x 64: bitsandbytes decodes wrongly on CPU where the width is no multiple of 64 (docs/runtime.md 5.1)."""
+"""One fresh process says two lines: R (a first product, backward pass and optimizer step), and whether a real 4-bit
+operation gives right values. 16 x 64: bitsandbytes decodes wrongly on CPU where the width is no multiple of 64
+(docs/runtime.md 5.1), and its CUDA builds may look healthy until the first operation."""
 
 
-def _runtime_and_four_bit(accelerator: Accelerator, torch: Any) -> list[ProbeItem]:
+def _child_items(accelerator: Accelerator, torch: Any, *, timeout_s: float) -> list[ProbeItem]:
+    names = ("runtime_memory_bytes", "four_bit_ok_count")
     if torch is None:
-        why = "torch is not installed"
-        return [_missing("runtime_memory_bytes", why), _missing("four_bit_health_count", why)]
-    found: list[ProbeItem] = []
-    text, why = _child(RUNTIME_CHILD, accelerator)
-    if text.lstrip("-").isdigit():
-        found.append(ProbeItem(name="runtime_memory_bytes", value=float(max(0, int(text))), runs=1, note="fresh process"))
+        return [_missing(name, "torch is not installed") for name in names]
+    said, why = _child(CHILD, accelerator, timeout_s=timeout_s)
+    runtime, four_bit = said.get("runtime"), said.get("four_bit")
+    items: list[ProbeItem] = []
+    if runtime is not None:
+        items.append(ProbeItem(name=names[0], value=float(runtime), runs=1, note="in a process of its own"))
     else:
-        found.append(_missing("runtime_memory_bytes", why or text))
-    if importlib.util.find_spec("bitsandbytes") is None:
-        found.append(_missing("four_bit_health_count", "bitsandbytes is not installed; our own decoder is used"))
-        return found
-    text, why = _child(FOUR_BIT_CHILD, accelerator)
-    if text == "ok":
-        found.append(ProbeItem(name="four_bit_health_count", value=1.0, runs=1, note="quantised and decoded 16 x 64"))
+        items.append(_missing(names[0], said.get("runtime_failed", why)))
+    if four_bit == "ok":
+        items.append(ProbeItem(name=names[1], value=1.0, runs=1, note="16 x 64 quantised and decoded by bitsandbytes"))
+    elif importlib.util.find_spec("bitsandbytes") is None:
+        items.append(_missing(names[1], "bitsandbytes is not installed; our own decoder is used"))
     else:
-        found.append(_missing("four_bit_health_count", f"bitsandbytes: {why or text}; our own decoder is used"))
-    return found
+        items.append(_missing(names[1], f"bitsandbytes: {four_bit or why}; our own decoder is used"))
+    return items
 
 
-def _child(code: str, accelerator: Accelerator) -> tuple[str, str]:
-    """Last line of a child's output, and why it failed (empty if it did not)."""
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code, accelerator],
-            capture_output=True,
-            text=True,
-            timeout=CHILD_TIMEOUT_S,
-            check=False,
-            env={**os.environ, "PYTHONSAFEPATH": "1"},
-        )
-    except subprocess.TimeoutExpired:
-        return "", f"no answer within {CHILD_TIMEOUT_S:.0f} s"
-    except OSError as error:
-        return "", str(error)
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return lines[-1].strip(), ""
-    errors = done.stderr.strip().splitlines()
-    return "", f"exit code {done.returncode}" + (f": {errors[-1][:200]}" if errors else "")
+def _child(code: str, accelerator: Accelerator, *, timeout_s: float) -> tuple[dict[str, str], str]:
+    """First word -> rest of each line that a child said, and why it went wrong (empty if it did not)."""
+    command = [sys.executable, "-c", code, accelerator]
+    why = ""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        try:
+            code_s = subprocess.run(
+                command, stdout=out, stderr=err, timeout=timeout_s, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"}
+            ).returncode
+            if code_s:
+                err.seek(0)
+                why = f"exit code {code_s}" + "".join(f": {line[:200]}" for line in err.read().strip().splitlines()[-1:])
+        except subprocess.TimeoutExpired:
+            why = f"no answer within {timeout_s:.0f} s"
+        except OSError as error:
+            why = str(error)
+        out.seek(0)
+        lines = [line.strip().partition(" ") for line in out.read().splitlines()]
+    return {word: rest for word, _, rest in lines}, why
 
 
 def _gemm_items(accelerator: Accelerator, torch: Any, *, budget_s: float) -> list[ProbeItem]:

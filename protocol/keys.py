@@ -25,6 +25,8 @@ MIN_ZMQ_VERSION: Final = (4, 3, 3)
 class KeyFileError(ValueError):
     """A key or a key file that cannot be used; the text says what to do."""
 
+    exit_code = 2
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyPair:

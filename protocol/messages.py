@@ -161,6 +161,14 @@ class Resource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ready:
+    """Client to aggregator: the run's files are here and the model is loaded; tasks may come.
+
+    Until then the client is not planned for, so that no round waits for a model to load.
+    """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Assignment:
     """Aggregator to client: train these blocks from this state; the state update follows as payload.
 
@@ -350,6 +358,7 @@ Message = (
     | Welcome
     | Fetch
     | Resource
+    | Ready
     | Assignment
     | Evaluate
     | Delta
@@ -367,6 +376,7 @@ KINDS: Final[dict[str, type]] = {
     "welcome": Welcome,
     "fetch": Fetch,
     "resource": Resource,
+    "ready": Ready,
     "assignment": Assignment,
     "evaluate": Evaluate,
     "delta": Delta,

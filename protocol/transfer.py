@@ -46,7 +46,7 @@ MAX_FRAMES: Final = 3
 MAX_OUTBOX: Final = 256
 MAX_OUTGOING: Final = 64
 
-FROM_CLIENT: Final = frozenset({"hello", "fetch", "delta", "report", "heartbeat", "refused", "goodbye"})
+FROM_CLIENT: Final = frozenset({"hello", "fetch", "ready", "delta", "report", "heartbeat", "refused", "goodbye"})
 FROM_AGGREGATOR: Final = frozenset(
     {"welcome", "resource", "assignment", "evaluate", "ack", "heartbeat_reply", "refused", "goodbye"}
 )

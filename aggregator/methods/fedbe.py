@@ -108,7 +108,8 @@ class MethodState:
     """lambda."""
     armed: bool = False
     deadline: Deadline | None = None
-    """The last round's; it changes slowly (methods.md 6.5)."""
+    """The last round's, from which the next one departs slowly (methods.md 6.5); None while it rests on speeds that
+    clients declared and nobody has measured."""
     seen: tuple[SeenBlock, ...] = ()
     norms: tuple[BlockNorms, ...] = ()
     base_general_accuracy: float | None = None
@@ -201,6 +202,8 @@ class PlannedRound:
 
     tasks: Mapping[ClientKey, Assignment | Evaluate]
     plan: RoundPlan
+    deadline: Deadline | None
+    """To be kept in the method's state."""
 
 
 def plan(clients: Sequence[KnownClient], run: Run, state: MethodState, start: Start) -> PlannedRound:
@@ -214,8 +217,10 @@ def plan(clients: Sequence[KnownClient], run: Run, state: MethodState, start: St
         round=start.round,
         deadline=state.deadline,
     )
+    measured = all(c.time_scale is not None for c in clients if c.statistics.num_examples > 0)
+    deadline = found.deadline if measured or state.deadline is not None else None
     if found.no_client_fits:
-        return PlannedRound(tasks={}, plan=found)
+        return PlannedRound(tasks={}, plan=found, deadline=deadline)
     by_key = {client.key: client for client in clients}
     trainers = [by_key[c.client] for c in found.choices if c.role == "train"]
     evaluators = [by_key[c.client] for c in found.choices if c.role == "evaluate"]
@@ -238,7 +243,7 @@ def plan(clients: Sequence[KnownClient], run: Run, state: MethodState, start: St
             tasks[client.key] = evaluation(
                 client, run, start, deadline_s=found.deadline.seconds, measure=wanted[client.key]
             )
-    return PlannedRound(tasks=tasks, plan=found)
+    return PlannedRound(tasks=tasks, plan=found, deadline=deadline)
 
 
 def smaller_assignment(
@@ -456,14 +461,15 @@ def _accuracy_and_nll(reports: Sequence[Measurement]) -> tuple[float | None, flo
 
 
 def retention(pooled: Pooled, state: MethodState) -> float | None:
-    """How much of the base's ability on the general file is left: the ratio of accuracies, or of perplexities.
+    """How much of the base's ability on the general file is left: the ratio of accuracies, or of perplexities where the
+    base gets nothing right.
 
     None until both this version and version 0 were measured.
     """
     base_accuracy, base_nll = state.base_general_accuracy, state.base_general_nll
     if pooled.general_accuracy is not None and base_accuracy:
         return pooled.general_accuracy / base_accuracy
-    if pooled.general_nll is not None and base_nll is not None and base_accuracy is None:
+    if pooled.general_nll is not None and base_nll is not None:
         return math.exp(base_nll - pooled.general_nll)
     return None
 

@@ -98,7 +98,7 @@ class LinearKlTopK(torch.autograd.Function):
             log_q = logq.gather(1, top)
             log_p_tail = log_tail[start:stop].to(logq.dtype)
             p_tail = log_p_tail.exp()
-            log_q_tail = log1mexp(torch.logsumexp(log_q, dim=1))
+            log_q_tail = _log_rest(logq, top)
             kept = p_tail >= TAIL_MIN
             tail = p_tail * (log_p_tail - log_q_tail.clamp(min=LOG_TAIL_FLOOR))
             total += (p * (log_p - log_q)).sum() + torch.where(kept, tail, 0.0).sum()
@@ -120,10 +120,13 @@ class LinearKlTopK(torch.autograd.Function):
         return *_times(ctx.gradients, upstream), None, None, None, None
 
 
-def log1mexp(x: Tensor) -> Tensor:
-    """``log(1 - exp(x))`` for x ≤ 0 without cancellation; -inf at 0 (Mächler, 2012)."""
-    x = x.clamp(max=0.0)
-    return torch.where(x > -0.6931471805599453, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))
+def _log_rest(log_q: Tensor, top: Tensor) -> Tensor:
+    """Log of the mass outside ``top``, (R,); -inf where nothing is outside.
+
+    Summed over the rest itself: one minus the mass of the top loses a small rest to rounding, and with it the bound
+    KL_K ≤ KL.
+    """
+    return torch.logsumexp(log_q.scatter(1, top, -torch.inf), dim=1)
 
 
 @torch.no_grad()
@@ -140,5 +143,5 @@ def top_k(h: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         every = torch.log_softmax(_wide(h[start:stop] @ weight.T), dim=-1)
         values, ids[start:stop] = every.topk(k, dim=1)
         logp[start:stop] = values
-        tail[start:stop] = log1mexp(torch.logsumexp(values, dim=1)) if k < len(weight) else -torch.inf
+        tail[start:stop] = _log_rest(every, ids[start:stop])
     return ids, logp, tail

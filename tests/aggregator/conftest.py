@@ -46,6 +46,7 @@ from fedblocks.protocol.messages import (
     Hello,
     Measurement,
     Message,
+    Ready,
     Refused,
     Report,
     ResourceInfo,
@@ -213,6 +214,7 @@ class Site:
             match message:
                 case Welcome():
                     self.welcome = message
+                    self.say(Ready())
                     for delta, data, _ in self.staged.values():
                         self.world.endpoint.announce(self.key, delta, data)
                 case Assignment() | Evaluate():
@@ -406,3 +408,12 @@ def make_world(tmp_path: Path) -> Callable[..., World]:
         return World(tmp_path / folder, *names, overrides=overrides, gather_s=gather_s)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Final state of ann's and bob's three rounds when nothing goes wrong."""
+    world = World(tmp_path_factory.mktemp("undisturbed") / "run", "ann", "bob", overrides=("run.max_rounds=3",))
+    world.join()
+    world.finish()
+    return world.aggregator.published_sha256

@@ -24,6 +24,7 @@ from fedblocks.protocol.messages import (
     Fetch,
     Goodbye,
     HeartbeatReply,
+    Ready,
     Refused,
     Resource,
 )
@@ -87,10 +88,9 @@ def test_the_order_of_arrival_does_not_change_a_bit(make_world: Callable[..., An
     assert len(hashes) == 1
 
 
-def test_ten_resends_in_any_order_count_once_and_each_is_acknowledged(make_world: Callable[..., Any]) -> None:
-    undisturbed = make_world("ann", "bob", folder="undisturbed", overrides=THREE_ROUNDS)
-    undisturbed.join()
-    undisturbed.finish()
+def test_ten_resends_in_any_order_count_once_and_each_is_acknowledged(
+    make_world: Callable[..., Any], undisturbed_sha256: str
+) -> None:
     world = make_world("ann", "bob", overrides=THREE_ROUNDS)
     world.join()
     ann = world.sites["ann"]
@@ -103,7 +103,7 @@ def test_ten_resends_in_any_order_count_once_and_each_is_acknowledged(make_world
     assert ann.acked == [task.attempt_id] * 10
     assert world.ledger.num_updates() == 1
     world.finish()
-    assert final(world)["state_sha256"] == final(undisturbed)["state_sha256"]
+    assert final(world)["state_sha256"] == undisturbed_sha256
     assert world.ledger.refusals() == {}
 
 
@@ -232,6 +232,26 @@ def test_a_client_of_another_base_run_or_version_is_refused_with_both_values(
     assert all(value in ann.refused[0].text for value in both)
 
 
+def test_a_client_whose_model_is_still_loading_is_not_planned_for(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join("ann")
+    bob = world.sites["bob"]
+    bob.hello()
+    world.step(11.0)
+    for _ in range(3):
+        bob.heartbeat(phase="loading")
+        world.step(1.0)
+    assert not any(isinstance(m, Assignment) for k, m, _ in world.endpoint.sent if k == bob.key)
+
+    bob.say(Ready())
+    world.sites["ann"].receive()
+    world.round("ann")
+    world.step(11.0)
+    bob.receive()
+
+    assert bob.tasks
+
+
 def test_nothing_is_believed_of_a_key_that_never_said_hello(make_world: Callable[..., Any]) -> None:
     world = make_world("ann")
     world.sites["ann"].heartbeat()
@@ -266,6 +286,8 @@ def test_a_heartbeat_is_answered_with_what_the_run_waits_for(make_world: Callabl
 def test_a_task_that_was_lost_on_the_way_is_sent_again_to_an_idle_client(make_world: Callable[..., Any]) -> None:
     world = make_world("ann")
     world.sites["ann"].hello()
+    world.step()
+    world.receive()
     world.step(11.0)
     world.endpoint.sent.clear()  # the connection broke before anything arrived
     for _ in range(12):
@@ -293,9 +315,7 @@ def test_a_client_that_reconnects_in_mid_round_gets_the_same_attempt_with_the_ti
     first = world.sites["ann"].tasks[-1]
     world.step(20.0)
     world.sites["ann"].tasks.clear()
-    world.sites["ann"].hello()
-    world.step()
-    world.receive()
+    world.join("ann")
     again = world.sites["ann"].tasks[-1]
     assert again.attempt_id == first.attempt_id
     assert again.deadline_s == pytest.approx(40.0)
@@ -383,10 +403,7 @@ def test_an_empty_round_leaves_the_state_and_the_version_unchanged_and_the_next_
 def test_a_client_that_ran_out_of_memory_gets_a_smaller_task_in_the_same_round(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "bob")
     ann = world.sites["ann"]
-    ann.hello()
-    world.sites["bob"].hello()
-    world.step()
-    world.receive()
+    world.join()
     first = ann.tasks[-1]
     # A device on which the first task just fits: a quarter more memory is too much for it.
     usable = int(first.predicted_peak_bytes / 0.9) + 2
@@ -543,12 +560,14 @@ JOURNAL = [
     ("cut", "owner", "name", "nth"), [j[1:] for j in JOURNAL], ids=[j[0].replace(" ", "-") for j in JOURNAL]
 )
 def test_killed_at_any_point_of_the_journal_the_run_ends_in_the_same_bits(
-    make_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, cut: Any, owner: Any, name: str, nth: int
+    make_world: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed_sha256: str,
+    cut: Any,
+    owner: Any,
+    name: str,
+    nth: int,
 ) -> None:
-    undisturbed = make_world("ann", "bob", folder="undisturbed", overrides=THREE_ROUNDS)
-    undisturbed.join()
-    undisturbed.finish()
-
     world = make_world("ann", "bob", overrides=THREE_ROUNDS)
     with monkeypatch.context() as patched:
         cut(owner, name, patched, nth=nth)
@@ -562,7 +581,7 @@ def test_killed_at_any_point_of_the_journal_the_run_ends_in_the_same_bits(
     world.finish()
     assert [m["num_accepted"] for m in metrics(world)] == [2, 2, 2]
     assert world.ledger.num_updates() == 6
-    assert final(world)["state_sha256"] == final(undisturbed)["state_sha256"]
+    assert final(world)["state_sha256"] == undisturbed_sha256
     assert all(r.equal for r in replay(world.path))
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedblocks.edge_client import prefix_cache
+from fedblocks.edge_client.backbone import Backbone
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_key, evict_others, sample_key
 from fedblocks.edge_client.train import stack_losses, task_batch
 
@@ -282,6 +283,21 @@ def test_a_record_does_not_depend_on_its_neighbours_or_on_the_order_of_filling(m
         states.append(prefix.padded(samples))
     assert torch.equal(states[0], states[1])
     assert torch.equal(states[0], PrefixStates(model, None).padded(samples))
+
+
+def test_waves_and_streamed_layers_change_no_bit_of_a_record(make_model, make_samples, tmp_path, monkeypatch):
+    samples = [sample.ids for sample in make_samples(7)]
+    model = make_model(layers=6)
+    expected = PrefixStates(model, None).padded(samples)
+    model.backbone = Backbone.open(model.checkpoint, tmp_path / "other", base_hash="0" * 64, resident=0)
+    for tokens in (1, 25, 10_000):
+        monkeypatch.setattr(prefix_cache, "WAVE_TOKENS", tokens)
+        store = RecordStore(tmp_path / str(tokens), warn=pytest.fail)
+        prefix = PrefixStates(model, store)
+        prefix.fill(iter([*samples, samples[0]]))
+        assert prefix.computed == len(store) == 7
+        assert torch.equal(prefix.padded(samples), expected)
+        store.close()
 
 
 def test_a_flipped_record_is_computed_again(make_model, make_samples, tmp_path):

@@ -81,14 +81,14 @@ def test_missing_files_are_fetched_one_by_one_before_the_first_task():
     assert actions == [s.StoreResource(info=FILE, payload=b"1234"), s.SendFetch(name="anchor.bin")]
 
     state, actions = run(state, received(Resource(name="anchor.bin", payload_bytes=4, payload_sha256="bb"), b"1234"))
-    assert [type(a) for a in actions] == [s.StoreResource, s.Prepare]
+    assert [type(a) for a in actions] == [s.StoreResource, s.Prepare, s.SendReady]
     assert state.phase is s.Phase.READY
 
 
 def test_files_that_are_on_disk_are_not_fetched():
     state, actions = run(s.SessionState(have=frozenset({"aa"})), s.Connected(), received(welcome(FILE)))
 
-    assert [type(a) for a in actions] == [s.Prepare]
+    assert [type(a) for a in actions] == [s.Prepare, s.SendReady]
 
 
 def test_a_file_with_another_hash_than_welcomed_is_not_stored():
@@ -122,12 +122,12 @@ def test_an_unanswered_update_is_announced_again_after_every_reconnection():
 
     _, actions = run(state, s.Disconnected(), s.Connected(), received(welcome()))
 
-    assert actions == [s.AnnounceUpdate(attempt_id=AttemptId("a"))]
+    assert actions == [s.SendReady(), s.AnnounceUpdate(attempt_id=AttemptId("a"))]
 
 
 def test_an_update_left_by_a_killed_process_is_announced_before_any_task():
     state, actions = run(s.SessionState(outbox=AttemptId("old")), s.Connected(), received(welcome()))
-    assert [type(a) for a in actions] == [s.Prepare, s.AnnounceUpdate]
+    assert [type(a) for a in actions] == [s.Prepare, s.SendReady, s.AnnounceUpdate]
 
     state, actions = run(state, received(task("new")))
     assert actions == []

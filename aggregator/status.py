@@ -1,0 +1,189 @@
+"""Where does a run stand? Read from the ledger, beside a running aggregator or without one; nothing is written.
+
+``run_status`` gives the JSON of ``fedblocks status --json`` (keys: docs/cli.md):
+
+``run_id, base_name, base_hash, method``; ``phase`` (never_served, running, stopped, finished), ``round``,
+``max_rounds, version, state_sha256, stop_reason, waiting_for``; the newest round's ``score, accuracy, nll_per_token,
+retention, kl, kl_budget, kl_over_budget, anchor_weight, coverage, coverage_weight, eta_s``; ``clients`` (one record
+each, see :func:`_client`), ``rounds`` (the records of metrics.jsonl), ``notes`` (``unix_s, text``), ``final`` (null or
+the record of final.json) and ``strangers`` (refusals of keys that never were members, by code).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from fedblocks.aggregator.ledger import MAX_CONTENT_REFUSALS, Ledger, StoredClient, StoredRound, open_read_only
+from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
+from fedblocks.protocol.messages import Assignment, ClientKey
+
+_OF_LAST_ROUND: Final = (
+    "score",
+    "accuracy",
+    "nll_per_token",
+    "retention",
+    "kl",
+    "kl_over_budget",
+    "anchor_weight",
+    "coverage",
+    "coverage_weight",
+    "eta_s",
+)
+
+
+def run_status(run: Path) -> dict[str, Any]:
+    """The state of the run as JSON values.
+
+    Raises:
+        RunFolderError, ConfigError: ``run`` is no run folder.
+        LedgerError: the ledger was written by another release.
+    """
+    folder = read_run_folder(run)
+    status: dict[str, Any] = {
+        "run_id": folder.info.run_id,
+        "base_name": folder.info.base_name,
+        "base_hash": folder.info.base_hash,
+        "method": folder.config.run.method,
+        "max_rounds": folder.config.run.max_rounds,
+        "kl_budget": folder.config.forgetting.max_kl,
+    }
+    if not folder.ledger_path.exists():
+        nothing = dict.fromkeys(_OF_LAST_ROUND)
+        never = {"phase": "never_served", "round": 0, "version": 0, "state_sha256": None, "stop_reason": None}
+        rest: dict[str, Any] = {
+            "waiting_for": "",
+            "clients": [],
+            "rounds": [],
+            "notes": [],
+            "final": None,
+            "strangers": {},
+        }
+        return {**status, **never, **nothing, **rest}
+    ledger = open_read_only(folder.ledger_path)
+    try:
+        return {**status, **_served(folder, ledger)}
+    finally:
+        ledger.close()
+
+
+def _served(folder: RunFolder, ledger: Ledger) -> dict[str, Any]:
+    rounds = ledger.rounds()
+    last = rounds[-1] if rounds else None
+    folded = [r for r in rounds if r.kind == "train" and r.phase == "folded"]
+    final = ledger.get_run("final")
+    newest: dict[str, Any] = folded[-1].metrics if folded else {}
+    refusals = ledger.refusals()
+    said = ledger.last_refusals()
+    if final is not None:
+        phase = "finished"
+    else:
+        phase = "running" if is_served(folder.path) else "stopped"
+    return {
+        "phase": phase,
+        "round": last.round if last is not None and last.kind == "train" else len(folded),
+        "version": final["version"] if final is not None else (folded[-1].new_version if folded else 0),
+        "state_sha256": final["state_sha256"] if final is not None else newest.get("state_sha256"),
+        "stop_reason": folded[-1].stop_reason if folded else None,
+        "waiting_for": (ledger.get_run("waiting_for") or "") if phase == "running" else "",
+        **{name: newest.get(name) for name in _OF_LAST_ROUND},
+        "clients": [
+            _client(client, last, ledger, newest, refusals.get(client.client_key, {}), said.get(client.client_key))
+            for client in ledger.clients()
+        ],
+        "rounds": [r.metrics for r in folded],
+        "notes": [{"unix_s": unix_s, "text": text} for unix_s, text in ledger.notes()],
+        "final": final,
+        "strangers": refusals.get(ClientKey(""), {}),
+    }
+
+
+def _client(
+    client: StoredClient,
+    last: StoredRound | None,
+    ledger: Ledger,
+    newest: Mapping[str, Any],
+    refusals: Mapping[str, int],
+    last_refusal: str | None,
+) -> dict[str, Any]:
+    """One client: who it is, its task in the newest round, how its last finished round went, its refusals."""
+    record = client.record
+    tasks = [] if last is None else [a for a in ledger.assignments(last.round) if a.client_key == client.client_key]
+    task = tasks[-1] if tasks else None
+    train = task.message if task is not None and isinstance(task.message, Assignment) else None
+    planned: list[dict[str, Any]] = last.plan["choices"] if last is not None and last.plan is not None else []
+    choice = next((c for c in planned if c["client"] == client.client_key), None)
+    finished = next((c for c in newest.get("clients", []) if c["key"] == client.client_key), None)
+    return {
+        "name": client.name,
+        "key": client.client_key,
+        "device": record["profile"]["device"],
+        "num_examples": record["statistics"]["num_examples"],
+        "joined_unix_s": client.joined_unix_s,
+        "held_version": record["held_version"],
+        "time_scale": record["time_scale"],
+        "memory_scale": record["memory_scale"],
+        "role": choice["role"] if choice is not None else None,
+        "outcome": task.outcome if task is not None else None,
+        "detail": task.detail if task is not None else "",
+        "blocks": list(train.blocks) if train is not None else [],
+        "steps": train.steps if train is not None else 0,
+        "predicted_seconds": train.predicted_seconds if train is not None else None,
+        "predicted_peak_bytes": train.predicted_peak_bytes if train is not None else None,
+        "binding": choice["binding"] if choice is not None else None,
+        "reason": choice["reason"] if choice is not None else "not in this round's cohort",
+        "last_round": finished,
+        "bytes_up": record["received_bytes"],
+        "bytes_down": record["sent_bytes"],
+        "refusals": dict(refusals),
+        "last_refusal": last_refusal,
+        "shelved": client.content_refusals >= MAX_CONTENT_REFUSALS,
+    }
+
+
+def is_served(run: Path) -> bool:
+    """True while a process serves the folder."""
+    try:
+        descriptor = os.open(run / "serve.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def describe(status: Mapping[str, Any]) -> str:
+    """The status as lines for people."""
+    lines = [f"run {status['run_id']} on {status['base_name']}: {status['phase'].replace('_', ' ')}"]
+    if status["phase"] == "never_served":
+        return "\n".join([*lines, "start it with: fedblocks serve RUN"])
+    values = [f"round {status['round']}/{status['max_rounds']}", f"version {status['version']}"]
+    for name, form in (("accuracy", ".3f"), ("nll_per_token", ".3f"), ("retention", ".3f")):
+        if status[name] is not None:
+            values.append(f"{name.replace('_', ' ')} {status[name]:{form}}")
+    if status["kl"] is not None:
+        values.append(f"kl {status['kl']:.4f}/{status['kl_budget']:g}")
+    lines.append("  ".join(values))
+    for client in status["clients"]:
+        what = f"trains {client['blocks']} for {client['steps']} steps" if client["steps"] else client["role"] or "-"
+        parts = [f"  {client['name']:20} {client['device']:24} {what}"]
+        if client["outcome"] is not None:
+            parts.append(client["outcome"])
+        if client["refusals"]:
+            counts = ", ".join(f"{code} {count}" for code, count in client["refusals"].items())
+            parts.append(f"refused: {counts}")
+        if client["shelved"]:
+            parts.append("gets no task until it is let back")
+        lines.append("  ".join(parts))
+    if status["stop_reason"] is not None:
+        lines.append(f"stop reason: {status['stop_reason']}")
+    if status["waiting_for"]:
+        lines.append(f"waiting for {status['waiting_for']}")
+    return "\n".join(lines)

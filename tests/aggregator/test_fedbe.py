@@ -1,0 +1,381 @@
+"""The rules of the method between rounds: controller, learning rate, warm-up, who measures, when it stops."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedblocks.aggregator.methods import fedbe
+from fedblocks.aggregator.registry import KnownClient, after_failure, after_update, client_from_hello
+from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol import run_config
+from fedblocks.protocol.codec import from_plain, to_plain
+from fedblocks.protocol.expansion import plan_expansion
+from fedblocks.protocol.messages import Assignment, ClientKey, DataStatistics, Hello, Measure, Measurement
+
+PLAN = plan_expansion(
+    base_hash="ab" * 32,
+    config={
+        "model_type": "llama",
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    },
+    placement="thirds",
+    num_blocks=3,
+)
+START = fedbe.Start(round=1, version=0, state_sha256="0" * 64)
+
+
+def config(*overrides: str) -> run_config.RunConfig:
+    return run_config.from_mapping({}, overrides)
+
+
+def run_of(*overrides: str) -> fedbe.Run:
+    return fedbe.Run(run_id="tiny", config=config(*overrides), plan=PLAN, anchor_sequences=512, anchor_tokens=256)
+
+
+def device(memory_bytes: int = 1 << 30, flops_per_s: float = 1e9, name: str = "device") -> DeviceProfile:
+    return DeviceProfile(
+        device=name,
+        source="catalog",
+        accelerator="cpu",
+        compute_dtype="float32",
+        cpu_cores=1,
+        memory_usable_bytes=memory_bytes,
+        runtime_memory_bytes=0,
+        gemm_flops_per_s=flops_per_s,
+        memory_bytes_per_s=1e9,
+        step_overhead_s=0.001,
+        uplink_bytes_per_s=1e6,
+        downlink_bytes_per_s=1e6,
+        disk_read_bytes_per_s=1e8,
+        disk_free_bytes=1 << 30,
+        four_bit="ok",
+    )
+
+
+def client(name: str, **changes: Any) -> KnownClient:
+    known = KnownClient(
+        key=ClientKey((name * 40)[:40]),
+        name=name,
+        software="test",
+        profile=device(),
+        statistics=DataStatistics(num_examples=100, num_target_tokens=500, mean_tokens=10.0, max_tokens=16),
+        can_evaluate_general=False,
+        held_version=0,
+    )
+    return replace(known, **changes)
+
+
+def pooled(version: int, **values: float | None) -> fedbe.Pooled:
+    empty = dict.fromkeys(("kl", "accuracy", "nll", "general_accuracy", "general_nll"))
+    return fedbe.Pooled(version=version, **{**empty, **values})
+
+
+def test_lambda_waits_until_the_kl_first_comes_near_the_set_point() -> None:
+    forgetting = config("forgetting.max_kl=0.1").forgetting
+    assert fedbe.next_anchor_weight(1.0, False, 0.0, forgetting) == (1.0, False)
+    assert fedbe.next_anchor_weight(1.0, False, 0.0719, forgetting) == (1.0, False)
+    weight, armed = fedbe.next_anchor_weight(1.0, False, 0.0721, forgetting)
+    assert armed
+    assert weight == pytest.approx(1.0 + 0.25 * (0.0721 / 0.09 - 1))
+
+
+def test_lambda_rises_above_the_set_point_and_falls_below_it_once_armed() -> None:
+    forgetting = config("forgetting.max_kl=0.1").forgetting
+    assert fedbe.next_anchor_weight(1.0, True, 0.18, forgetting)[0] == pytest.approx(1.25)
+    assert fedbe.next_anchor_weight(1.0, True, 0.045, forgetting)[0] == pytest.approx(0.875)
+    assert fedbe.next_anchor_weight(1.0, True, 9.0, forgetting)[0] == pytest.approx(1.5)
+
+
+@given(st.floats(0, 20), st.booleans(), st.none() | st.floats(-1e-5, 1e3, allow_nan=False), st.floats(1e-6, 1e3))
+def test_lambda_never_leaves_its_bounds_and_rises_exactly_when_the_kl_is_above_the_set_point(
+    weight: float, armed: bool, kl: float | None, budget: float
+) -> None:
+    forgetting = replace(config().forgetting, max_kl=budget)
+    after, armed_after = fedbe.next_anchor_weight(weight, armed, kl, forgetting)
+    assert 0 <= after <= 20
+    assert armed_after or not armed
+    if kl is not None and kl > 0.9 * budget:
+        assert after > weight or weight == 20 or after == pytest.approx(weight)
+        assert armed_after
+    if kl is None:
+        assert after == weight
+
+
+def test_nobody_measured_so_lambda_stays() -> None:
+    assert fedbe.next_anchor_weight(3.0, True, None, config().forgetting) == (3.0, True)
+
+
+def test_an_infinite_budget_means_no_anchor_at_all() -> None:
+    run = run_of("forgetting.max_kl=inf")
+    state = fedbe.initial_state(run.config)
+    assert state.anchor_weight == 0.0
+    planned = fedbe.plan([client("ann")], run, state, START)
+    (task,) = planned.tasks.values()
+    assert isinstance(task, Assignment)
+    assert (task.anchor_weight, task.anchor_batch_size) == (0.0, 0)
+    assert fedbe.observe(state, pooled(0, kl=5.0), run.config).anchor_weight == 0.0
+
+
+def test_the_learning_rate_falls_in_a_line_to_a_tenth_beyond_the_last_round() -> None:
+    linear = config("training.learning_rate=1e-3", "run.max_rounds=10")
+    rates = [fedbe.learning_rate(linear, number) for number in range(1, 12)]
+    assert rates[0] == 1e-3
+    assert rates[10] == pytest.approx(1e-4)
+    assert rates == sorted(rates, reverse=True)
+    constant = config("training.learning_rate=1e-3", "training.round_decay=constant")
+    assert fedbe.learning_rate(constant, 99) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("steps", "blocks", "expected"),
+    [(16, (0, 1), 8), (16, (0,), 2), (8, (0, 1), 4), (4, (0,), 2), (2, (0, 1), 1), (1, (0, 1), 1), (40, (1,), 8)],
+)
+def test_a_block_that_nobody_has_trained_gets_the_long_warm_up(
+    steps: int, blocks: tuple[int, ...], expected: int
+) -> None:
+    seen = (fedbe.SeenBlock(block=0, weight=10.0), fedbe.SeenBlock(block=1, weight=0.0))
+    assert fedbe.warmup_steps(steps, blocks, seen) == expected
+
+
+def test_a_quarter_of_the_cohort_but_at_least_two_measure_their_validation_part_in_turn() -> None:
+    clients = [client(name, last_validation_round=i) for i, name in enumerate("abcdefghijkl")]
+    chosen = fedbe.measures(clients, [], round=20, seed=1)
+    validating = [c.name for c in clients if "validation" in chosen[c.key]]
+    assert validating == ["a", "b", "c"]
+    few = fedbe.measures(clients[:3], [], round=20, seed=1)
+    assert sum("validation" in m for m in few.values()) == 2
+    assert all("anchor" in m for m in chosen.values())
+
+
+def test_over_the_rounds_everybody_has_a_turn() -> None:
+    clients = [client(name) for name in "abcd"]
+    seen: set[str] = set()
+    for number in (1, 2):
+        chosen = fedbe.measures(clients, [], round=number, seed=1)
+        validating = {c.name for c in clients if "validation" in chosen[c.key]}
+        clients = [replace(c, last_validation_round=number) if c.name in validating else c for c in clients]
+        seen |= validating
+    assert seen == set("abcd")
+
+
+def test_general_ability_is_measured_by_the_evaluators_or_else_by_one_client_that_can() -> None:
+    able = [client(name, can_evaluate_general=True) for name in "ab"]
+    chosen = fedbe.measures(able, [], round=1, seed=1)
+    assert sum("general" in m for m in chosen.values()) == 1
+    evaluator = client("eve", can_evaluate_general=True)
+    chosen = fedbe.measures(able, [evaluator], round=1, seed=1)
+    assert [key for key, m in chosen.items() if "general" in m] == [evaluator.key]
+    assert chosen[evaluator.key] == ("anchor", "validation", "general")
+
+
+def measured(name: str, measure: Measure, *, version: int = 1, **sums: Any) -> tuple[ClientKey, Measurement]:
+    return client(name).key, Measurement(measure=measure, version=version, **sums)
+
+
+def test_reports_are_pooled_by_sums_and_the_kl_by_its_median() -> None:
+    reports = [
+        measured("a", "anchor", num_tokens=100, kl_sum=1.0),
+        measured("b", "anchor", num_tokens=100, kl_sum=2.0),
+        measured("c", "anchor", num_tokens=100, kl_sum=900.0),
+        measured("a", "validation", num_items=10, num_correct=1, num_tokens=10, nll_sum=20.0),
+        measured("b", "validation", num_items=30, num_correct=30, num_tokens=30, nll_sum=20.0),
+        measured("b", "general", num_items=5, num_correct=4),
+        measured("d", "validation", version=0, num_items=1000, num_correct=0),
+    ]
+    found = fedbe.pool(reports, version=1)
+    assert found.kl == pytest.approx(0.02)
+    assert found.accuracy == pytest.approx(31 / 40)
+    assert found.nll == pytest.approx(1.0)
+    assert found.general_accuracy == 0.8
+    two = fedbe.pool(reports[:2], version=1)
+    assert two.kl == pytest.approx(0.015)
+    assert fedbe.pool([], version=1) == pooled(1)
+
+
+def test_retention_is_the_ratio_to_version_0_of_accuracies_or_of_perplexities() -> None:
+    settings = config()
+    state = fedbe.observe(fedbe.initial_state(settings), pooled(0, general_accuracy=0.8, general_nll=1.0), settings)
+    assert fedbe.retention(pooled(5, general_accuracy=0.76), state) == pytest.approx(0.95)
+    text = fedbe.observe(fedbe.initial_state(settings), pooled(0, general_nll=1.0), settings)
+    assert fedbe.retention(pooled(5, general_nll=1.1), text) == pytest.approx(math.exp(-0.1))
+    hopeless = fedbe.observe(fedbe.initial_state(settings), pooled(0, general_accuracy=0.0, general_nll=5.0), settings)
+    assert fedbe.retention(pooled(5, general_accuracy=0.0, general_nll=5.0), hopeless) == 1.0
+    assert fedbe.retention(pooled(5), state) is None
+    assert fedbe.retention(pooled(5, general_accuracy=0.5), fedbe.initial_state(settings)) is None
+
+
+def after_scores(settings: run_config.RunConfig, scores: list[fedbe.Pooled]) -> list[str | None]:
+    """The stop reason after each round."""
+    state, reasons = fedbe.initial_state(settings), list[str | None]()
+    for number, found in enumerate(scores, start=1):
+        state = fedbe.observe(state, found, settings)
+        reasons.append(fedbe.stop_reason(state, settings, round=number))
+    return reasons
+
+
+def test_the_run_ends_with_its_last_round() -> None:
+    assert after_scores(config("run.max_rounds=3"), [pooled(v) for v in range(3)]) == [None, None, "max_rounds"]
+
+
+def test_the_target_is_reached_by_the_mean_of_three_measured_rounds() -> None:
+    settings = config("run.target_score=0.5")
+    scores = [pooled(0, accuracy=0.9), pooled(1, accuracy=0.2), pooled(1), pooled(2, accuracy=0.4)]
+    assert after_scores(settings, scores) == [None, None, None, "target_score"]
+
+
+def test_ten_rounds_without_a_better_mean_end_the_run() -> None:
+    flat = [pooled(v, accuracy=0.5) for v in range(13)]
+    reasons = after_scores(config(), flat)
+    # Round 3 brings the first mean; rounds 4 to 13 bring no better one.
+    assert reasons == [None] * 12 + ["no_improvement"]
+
+
+def test_a_falling_nll_is_an_improvement_even_where_nothing_is_right_yet() -> None:
+    falling = [pooled(v, accuracy=0.0, nll=5.0 - 0.02 * v) for v in range(60)]
+    assert set(after_scores(config(), falling)) == {None}
+    stuck = [pooled(v, accuracy=0.0, nll=5.0 - 0.0004 * v) for v in range(14)]
+    assert "no_improvement" in after_scores(config(), stuck)
+
+
+def test_five_rounds_in_a_row_above_three_budgets_are_a_divergence() -> None:
+    settings = config("forgetting.max_kl=0.01")
+    over = [pooled(v, kl=0.031) for v in range(4)]
+    assert after_scores(settings, [*over, pooled(4, kl=0.029), *over])[-1] is None
+    assert after_scores(settings, [*over, pooled(4, kl=0.031)])[-1] == "diverged"
+
+
+def test_the_best_version_is_the_best_within_one_and_a_half_budgets() -> None:
+    settings = config("forgetting.max_kl=0.01")
+    state = fedbe.initial_state(settings)
+    for version, accuracy, kl in ((0, 0.1, 0.0), (1, 0.5, 0.014), (2, 0.9, 0.016), (3, 0.5, 0.01)):
+        state = fedbe.observe(state, pooled(version, accuracy=accuracy, kl=kl), settings)
+    assert state.best_version == 1
+
+
+def test_what_the_method_carries_survives_the_ledger_and_does_not_grow() -> None:
+    settings = config()
+    state = replace(
+        fedbe.initial_state(settings),
+        seen=(fedbe.SeenBlock(block=1, weight=2.5),),
+        norms=(fedbe.BlockNorms(block=0, rounds=((1.0, 2.0), ())),),
+    )
+    for version in range(50):
+        state = fedbe.observe(state, pooled(version, accuracy=0.1, kl=0.02, nll=1.0), settings)
+    kept = json.loads(json.dumps(to_plain(state)))
+    assert from_plain(fedbe.MethodState, kept, where="test") == state
+    assert len(state.recent) == 3
+
+
+def test_a_plan_gives_every_fitting_client_a_task_and_leaves_out_the_one_without_data() -> None:
+    run = run_of("allocation.deadline_s=60.0")
+    nobody = client("nob", statistics=DataStatistics(num_examples=0, num_target_tokens=0, mean_tokens=1, max_tokens=1))
+    planned = fedbe.plan([client("ann"), nobody], run, fedbe.initial_state(run.config), START)
+    task = planned.tasks[client("ann").key]
+    assert isinstance(task, Assignment)
+    assert task.blocks == (0, 1, 2)
+    assert task.warmup_steps == 8
+    assert not isinstance(planned.tasks.get(nobody.key), Assignment)
+    assert {c.name for c in planned.plan.choices} == {"ann", "nob"}
+
+
+def test_the_plan_does_not_depend_on_the_order_of_the_clients() -> None:
+    run = run_of()
+    clients = [client("ann"), client("bob", profile=device(flops_per_s=1e8)), client("cid")]
+    state = fedbe.initial_state(run.config)
+    assert fedbe.plan(clients, run, state, START) == fedbe.plan(clients[::-1], run, state, START)
+
+
+def test_nobody_fits_so_the_plan_has_no_task_and_says_what_came_nearest() -> None:
+    run = run_of()
+    tiny = client("ann", profile=device(memory_bytes=1000))
+    planned = fedbe.plan([tiny], run, fedbe.initial_state(run.config), START)
+    assert not planned.tasks
+    assert "ann" in planned.plan.no_client_fits
+
+
+def test_a_deadline_from_declared_speeds_is_forgotten_and_one_from_measured_speeds_is_kept() -> None:
+    run = run_of()
+    state = fedbe.initial_state(run.config)
+    declared = fedbe.plan([client("ann"), client("bob", time_scale=30.0)], run, state, START)
+    assert declared.deadline is None
+    both = [client("ann", time_scale=30.0), client("bob", time_scale=30.0)]
+    measured_plan = fedbe.plan(both, run, state, START)
+    assert measured_plan.deadline is not None
+    assert measured_plan.deadline.seconds > declared.plan.deadline.seconds
+    kept = replace(state, deadline=measured_plan.deadline)
+    with_a_newcomer = fedbe.plan([*both, client("cid")], run, kept, replace(START, round=2))
+    assert with_a_newcomer.deadline == measured_plan.deadline
+
+
+def test_a_client_that_is_slower_than_it_said_gets_less_next_time() -> None:
+    run = run_of("allocation.deadline_s=3.0", "training.steps=16")
+    state = fedbe.initial_state(run.config)
+    honest = fedbe.plan([client("ann")], run, state, START).tasks[client("ann").key]
+    slow = fedbe.plan([client("ann", time_scale=6.0)], run, state, START).tasks[client("ann").key]
+    assert isinstance(honest, Assignment)
+    assert isinstance(slow, Assignment)
+    assert (len(slow.blocks), slow.steps) < (len(honest.blocks), honest.steps)
+
+
+def test_the_first_measured_speed_replaces_the_declared_one_and_later_ones_are_averaged(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann")
+    world.join()
+    world.step(11.0)
+    world.receive()
+    ann = world.sites["ann"]
+    task = ann.tasks[-1]
+    delta, _ = ann.train(task)
+    known = after_update(client("ann"), task, replace(delta, train=replace(delta.train, step_s=0.4)), 0.1)
+    assert known.time_scale == pytest.approx(4.0)
+    assert known.gradient_energy[0].energy == 1.0
+    assert known.trained_sequences == 16 * 8
+    # Planned with the scale of 4, the same measured pace confirms it.
+    again = after_update(known, task, replace(delta, train=replace(delta.train, step_s=0.4)), 0.4)
+    assert again.time_scale == pytest.approx(4.0)
+    twice = after_update(known, task, replace(delta, train=replace(delta.train, step_s=0.8)), 0.4)
+    assert twice.time_scale == pytest.approx(0.7 * 4.0 + 0.3 * 8.0)
+
+
+def test_out_of_memory_raises_the_predicted_memory_by_a_quarter() -> None:
+    known = after_failure(client("ann"), 3, "oom")
+    assert (known.memory_scale, known.held_version) == (1.25, 3)
+    unsure = after_failure(client("ann", held_version=2), 3, "internal")
+    assert (unsure.memory_scale, unsure.held_version) == (1.0, -1)
+
+
+def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_new_one() -> None:
+    known = client("ann", time_scale=2.0, memory_scale=1.25, received_bytes=7, trained_sequences=50)
+    hello = Hello(
+        protocol_version=1,
+        run_id="tiny",
+        base_hash="ab" * 32,
+        client_name="ann",
+        software="test",
+        profile=known.profile,
+        statistics=known.statistics,
+        held_version=4,
+        can_evaluate_general=True,
+    )
+    back = client_from_hello(known.key, hello, known)
+    assert (back.time_scale, back.memory_scale, back.trained_sequences) == (2.0, 1.25, 50)
+    assert (back.held_version, back.received_bytes, back.can_evaluate_general) == (4, 7, True)
+    moved = client_from_hello(known.key, replace(hello, profile=device(name="other")), known)
+    assert (moved.time_scale, moved.memory_scale, moved.received_bytes) == (None, 1.0, 7)

@@ -1,0 +1,96 @@
+"""What ``fedblocks status`` reads from a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedblocks.aggregator.run_folder import RunFolderError
+from fedblocks.aggregator.status import describe, is_served, run_status
+
+
+def test_a_run_that_was_never_served_says_how_to_start_it(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    world.kill()
+    for file in world.path.glob("ledger.sqlite*"):
+        file.unlink()
+    status = run_status(world.path)
+    assert status["phase"] == "never_served"
+    assert "fedblocks serve" in describe(status)
+
+
+def test_every_phase_has_the_same_keys(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
+    keys = [set(run_status(world.path))]
+    world.join()
+    keys.append(set(run_status(world.path)))
+    world.finish()
+    keys.append(set(run_status(world.path)))
+    world.kill()
+    for file in world.path.glob("ledger.sqlite*"):
+        file.unlink()
+    keys.append(set(run_status(world.path)))
+    assert all(k == keys[0] for k in keys)
+
+
+def test_an_open_round_shows_each_clients_task_and_why(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    world.step(1.5)
+    status = run_status(world.path)
+    assert (status["round"], status["version"], status["phase"]) == (1, 0, "stopped")
+    ann = next(c for c in status["clients"] if c["name"] == "ann")
+    assert (ann["role"], ann["outcome"], ann["device"]) == ("train", "open", "test-device")
+    assert ann["blocks"] == [0, 1, 2]
+    assert ann["predicted_peak_bytes"] > 0
+    assert json.loads(json.dumps(status)) == status
+
+
+def test_a_served_folder_shows_what_is_waited_for(make_world: Callable[..., Any]) -> None:
+    import os
+
+    world = make_world("ann", "bob")
+    descriptor = world.folder.lock()
+    world.join()
+    world.step(1.5)
+    assert is_served(world.path)
+    status = run_status(world.path)
+    assert status["phase"] == "running"
+    assert "ann, bob" in status["waiting_for"]
+    assert "waiting for round 1: ann, bob" in describe(status)
+    os.close(descriptor)
+    assert not is_served(world.path)
+
+
+def test_refusals_and_shelved_clients_are_shown(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    ann = world.sites["ann"]
+    for _ in range(3):
+        world.ledger.add_refusal(ann.key, "non_finite", "a NaN", unix_s=1.0)
+    shown = next(c for c in run_status(world.path)["clients"] if c["name"] == "ann")
+    assert shown["refusals"] == {"non_finite": 3}
+    assert shown["shelved"] is True
+    assert shown["last_refusal"] == "non_finite: a NaN"
+    assert "let back" in describe(run_status(world.path))
+
+
+def test_a_finished_run_shows_its_result_and_all_rounds(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
+    world.join()
+    world.finish()
+    status = run_status(world.path)
+    assert status["phase"] == "finished"
+    assert status["final"]["stop_reason"] == "max_rounds"
+    assert [r["round"] for r in status["rounds"]] == [1, 2]
+    assert status["state_sha256"] == status["final"]["state_sha256"]
+    assert all(c["last_round"]["outcome"] == "stored" for c in status["clients"])
+
+
+def test_a_folder_that_is_no_run_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises((RunFolderError, ValueError), match="fedblocks init"):
+        run_status(tmp_path)
