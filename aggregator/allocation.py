@@ -1,7 +1,7 @@
 """Which client trains which blocks in this round, for how many steps, and why?
 
-``plan_round`` is pure and deterministic: measured profiles, the shape of the model, what has been covered so far in; one
-:class:`Choice` per client out, with its prediction, its limits and what was refused.
+``plan_round`` is pure and deterministic: measured profiles, the shape of the model and what has been covered so far in;
+one :class:`Choice` per client out, with its prediction, its limits and what was refused.
 
 Clients are served weakest first. For each one the search enumerates the lowest block ``a`` and adds the blocks above
 it in the order of their value: for a fixed ``a`` every further block costs the same, so taking the most valuable first
@@ -133,7 +133,7 @@ class Coverage:
         return Coverage(seen=seen)
 
     def after_round(self, accepted: Iterable[tuple[Iterable[int], int]]) -> Coverage:
-        """After a closed round: what there was decays, the accepted (blocks, n_k) are added; their order is no matter."""
+        """After a closed round: what there was decays, the accepted (blocks, n_k) are added, in any order."""
         total = Coverage(seen={})
         for blocks, num_examples in accepted:
             total = total.adding(blocks, num_examples)

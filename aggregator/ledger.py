@@ -87,6 +87,9 @@ CONTENT_CODES: Final[frozenset[RefusalCode]] = frozenset(
     }
 )
 MAX_CONTENT_REFUSALS: Final = 3
+STRANGERS: Final = ClientKey("")
+"""The books of refusals of keys that never said Hello: one line for all of them, so that nobody can fill the disk."""
+MAX_NOTES: Final = 1000
 MAX_REFUSAL_TEXT: Final = 500
 
 
@@ -418,17 +421,17 @@ class Ledger:
             for key, sums in rows
         ]
 
-    def add_refusal(self, key: ClientKey, code: RefusalCode, text: str, *, unix_s: float) -> int:
-        """Count a refusal; returns the client's content refusals so far."""
+    def add_refusal(self, key: ClientKey, code: RefusalCode, text: str, *, unix_s: float, count: int = 1) -> int:
+        """Count a refusal, or several alike; returns the client's content refusals so far."""
         with self.transaction():
             self._db.execute(
-                "INSERT INTO refusals VALUES (?, ?, 1, ?, ?) ON CONFLICT (client_key, code) DO UPDATE SET "
-                "count = count + 1, last_text = excluded.last_text, last_unix_s = excluded.last_unix_s",
-                (key, code, text[:MAX_REFUSAL_TEXT], unix_s),
+                "INSERT INTO refusals VALUES (?, ?, ?, ?, ?) ON CONFLICT (client_key, code) DO UPDATE SET "
+                "count = count + excluded.count, last_text = excluded.last_text, last_unix_s = excluded.last_unix_s",
+                (key, code, count, text[:MAX_REFUSAL_TEXT], unix_s),
             )
             if code in CONTENT_CODES:
                 self._db.execute(
-                    "UPDATE clients SET content_refusals = content_refusals + 1 WHERE client_key = ?", (key,)
+                    "UPDATE clients SET content_refusals = content_refusals + ? WHERE client_key = ?", (count, key)
                 )
         row = self._one("SELECT content_refusals FROM clients WHERE client_key = ?", key)
         return 0 if row is None else int(row[0])
@@ -448,9 +451,10 @@ class Ledger:
         return {ClientKey(key): f"{code}: {text}" for key, code, text in rows}
 
     def add_note(self, text: str, *, unix_s: float) -> None:
-        """One line about something unusual."""
+        """One line about something unusual; the newest thousand are kept."""
         with self.transaction():
             self._db.execute("INSERT INTO notes (unix_s, text) VALUES (?, ?)", (unix_s, text))
+            self._db.execute("DELETE FROM notes WHERE id <= (SELECT max(id) FROM notes) - ?", (MAX_NOTES,))
 
     def notes(self, *, last: int = 20) -> list[tuple[float, str]]:
         """The newest lines, oldest first."""
@@ -546,4 +550,28 @@ def open_read_only(path: Path) -> Ledger:
     if not path.exists():
         raise LedgerError(f"{path} does not exist: this run was never served; start it with: fedblocks serve RUN")
     db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
+    (version,) = db.execute("PRAGMA user_version").fetchone()
+    if version != len(MIGRATIONS):
+        db.close()
+        raise LedgerError(
+            f"{path}: schema version {version}, this release reads {len(MIGRATIONS)}; serve the run with this release, "
+            "or read it with the one that wrote it"
+        )
     return Ledger(db)
+
+
+def let_back(path: Path, name: str) -> None:
+    """Give the client of this name tasks again after its refusals; works while the run is served.
+
+    Raises:
+        LedgerError: there is no ledger, or no client of this name.
+    """
+    reader = open_read_only(path)
+    keys = [client.client_key for client in reader.clients() if client.name == name]
+    reader.close()
+    if not keys:
+        raise LedgerError(f"{path}: no client called {name[:60]!r} ever joined this run")
+    ledger = Ledger(sqlite3.connect(path, isolation_level=None, timeout=10.0))
+    for key in keys:
+        ledger.let_back(key)
+    ledger.close()

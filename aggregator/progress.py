@@ -2,26 +2,42 @@
 
 Keys of the record, units in their names (stable; docs/cli.md):
 
-``round, version, state_sha256, stop_reason``; ``loss`` (weighted mean of the clients' last quarter, nats per target
-token); ``score, accuracy, nll_per_token`` (pooled validation of the version that the round started from);
-``general_accuracy, general_nll_per_token, retention``; ``kl, kl_budget, kl_over_budget, anchor_weight, learning_rate``;
+``round, version, state_sha256, stop_reason``;
+``loss`` (weighted mean of the clients' last quarter, nats per target token);
+``score, accuracy, nll_per_token`` (pooled validation of the version that the round started from), ``general_accuracy,
+general_nll_per_token, retention``; ``kl, kl_budget, kl_over_budget``;
+``anchor_weight`` (of this round), ``next_anchor_weight, learning_rate``;
 ``coverage`` (block id -> number of clients that trained it), ``coverage_weight`` (block id -> share of the accepted
-weight); ``num_accepted, num_stale, num_refused, num_failed, late`` (names); ``bytes_up, bytes_down`` (at the socket,
-since the last record, from the clients' side); ``round_s, fold_s, deadline_s, extended, eta_s``; ``clients``, one
-record per assigned client (see :class:`ClientRecord`).
+weight);
+``num_assigned, num_accepted, num_stale, num_refused, num_failed, late`` (names);
+``bytes_up, bytes_down`` (at the socket, since the last record, from the clients' side);
+``round_s, fold_s, deadline_s, extended, eta_s``;
+``clients``, one record per assigned client (see :class:`ClientRecord`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from fedblocks.aggregator.ledger import StoredAssignment, StoredUpdate
-from fedblocks.aggregator.methods.fedbe import Pooled, score
+from fedblocks.aggregator.ledger import StoredAssignment, StoredRound, StoredUpdate
+from fedblocks.aggregator.methods.fedbe import (
+    ClosedRound,
+    GlobalState,
+    MethodState,
+    Pooled,
+    learning_rate,
+    pool,
+    retention,
+    score,
+)
 from fedblocks.aggregator.registry import KnownClient
+from fedblocks.aggregator.run_folder import RunInfo
 from fedblocks.protocol.codec import to_plain
-from fedblocks.protocol.messages import Assignment
+from fedblocks.protocol.messages import Assignment, ClientKey, Measurement
+from fedblocks.protocol.run_config import RunConfig
 
 ETA_ROUNDS: Final = 5
 
@@ -102,7 +118,7 @@ def contributors(updates: Sequence[StoredUpdate], blocks: Sequence[int]) -> dict
     return {str(block): sum(block in found for found in trained) for block in blocks}
 
 
-def measured_values(pooled: Pooled, retention: float | None, budget: float) -> dict[str, Any]:
+def measured_values(pooled: Pooled, kept: float | None, budget: float) -> dict[str, Any]:
     """The measured part of a record; None where nobody measured."""
     return {
         "score": score(pooled),
@@ -110,10 +126,105 @@ def measured_values(pooled: Pooled, retention: float | None, budget: float) -> d
         "nll_per_token": pooled.nll,
         "general_accuracy": pooled.general_accuracy,
         "general_nll_per_token": pooled.general_nll,
-        "retention": retention,
+        "retention": kept,
         "kl": pooled.kl,
         "kl_budget": budget,
         "kl_over_budget": None if pooled.kl is None else pooled.kl / budget,
+    }
+
+
+def round_record(
+    record: StoredRound,
+    closed: ClosedRound,
+    *,
+    before: MethodState,
+    config: RunConfig,
+    blocks: Sequence[int],
+    assigned: Sequence[StoredAssignment],
+    updates: Sequence[StoredUpdate],
+    clients: Mapping[ClientKey, KnownClient],
+    bytes_by_key: Mapping[ClientKey, tuple[int, int]],
+    earlier_s: Sequence[float],
+    open_s: float,
+    fold_s: float,
+) -> dict[str, Any]:
+    """The record of a round that is about to be committed.
+
+    Args:
+        before: the method's state that the round was planned with.
+        bytes_by_key: (up, down) of each client since the last record.
+        earlier_s: durations of the last rounds.
+        open_s: seconds from the assignments to the close.
+    """
+    by_attempt = {u.delta.attempt_id: u for u in updates}
+    outcomes = Counter(a.outcome for a in assigned)
+    round_s = open_s + fold_s
+    return {
+        "round": record.round,
+        "version": closed.model.version,
+        "state_sha256": closed.model.sha256,
+        "stop_reason": closed.stop_reason,
+        "loss": weighted_loss(updates),
+        **measured_values(closed.pooled, retention(closed.pooled, closed.state), config.forgetting.max_kl),
+        "anchor_weight": before.anchor_weight,
+        "next_anchor_weight": closed.state.anchor_weight,
+        "learning_rate": learning_rate(config, record.round),
+        "coverage": contributors(updates, blocks),
+        "coverage_weight": {str(block): closed.folded.coverage.get(block, 0.0) for block in blocks},
+        "num_assigned": len(assigned),
+        "num_accepted": len(updates),
+        "num_stale": sum(u.delta.round != record.round for u in updates),
+        "num_refused": outcomes["refused"],
+        "num_failed": outcomes["failed"],
+        "late": sorted(clients[a.client_key].name for a in assigned if a.outcome == "late"),
+        "bytes_up": sum(up for up, _ in bytes_by_key.values()),
+        "bytes_down": sum(down for _, down in bytes_by_key.values()),
+        "round_s": round_s,
+        "fold_s": fold_s,
+        "deadline_s": record.deadline_s,
+        "extended": record.extended,
+        "eta_s": eta_s([*earlier_s, round_s], config.run.max_rounds - record.round),
+        "clients": [
+            to_plain(
+                client_record(
+                    clients[a.client_key],
+                    a,
+                    by_attempt.get(a.attempt_id),
+                    bytes_up=bytes_by_key.get(a.client_key, (0, 0))[0],
+                    bytes_down=bytes_by_key.get(a.client_key, (0, 0))[1],
+                )
+            )
+            for a in assigned
+        ],
+    }
+
+
+def final_record(
+    info: RunInfo,
+    model: GlobalState,
+    method: MethodState,
+    *,
+    config: RunConfig,
+    stop_reason: str | None,
+    rounds: int,
+    measured: Sequence[tuple[ClientKey, Measurement]],
+    clients: Iterable[KnownClient],
+) -> dict[str, Any]:
+    """The result of the run, for final.json: what it ended with and what the clients measured of it."""
+    pooled = pool(measured, version=model.version)
+    known = list(clients)
+    return {
+        "run_id": info.run_id,
+        "base_name": info.base_name,
+        "base_hash": info.base_hash,
+        "version": model.version,
+        "state_sha256": model.sha256,
+        "stop_reason": stop_reason,
+        "rounds": rounds,
+        **measured_values(pooled, retention(pooled, method), config.forgetting.max_kl),
+        "num_clients_measured": len({key for key, _ in measured}),
+        "bytes_up": sum(c.received_bytes for c in known),
+        "bytes_down": sum(c.sent_bytes for c in known),
     }
 
 
@@ -121,11 +232,6 @@ def eta_s(seconds: Sequence[float], rounds_left: int) -> float:
     """Expected seconds until the last round, from the newest rounds' durations."""
     newest = list(seconds)[-ETA_ROUNDS:]
     return rounds_left * sum(newest) / len(newest) if newest else 0.0
-
-
-def plain_clients(records: Sequence[ClientRecord]) -> list[Any]:
-    """The records as JSON values."""
-    return [to_plain(record) for record in records]
 
 
 def round_line(record: Mapping[str, Any], max_rounds: int) -> str:

@@ -45,29 +45,25 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
     folder = read_run_folder(run)
     ledger = open_read_only(folder.ledger_path)
     try:
-        published: State = {}
-        residual: State = {}
-        version = 0
+        shape = folder.plan.shape
+        model = fedbe.GlobalState.zero(shape)
         method = fedbe.initial_state(folder.config)
         found: list[ReplayedVersion] = []
         for record in ledger.rounds():
             if record.kind != "train" or record.phase != "folded":
                 continue
-            updates = [accepted_update(folder, u, version=version) for u in ledger.updates_of(record.round)]
-            folded = fedbe.aggregate(updates, shape=folder.plan.shape, state=method)
+            updates = [accepted_update(folder, u, version=model.version) for u in ledger.updates_of(record.round)]
+            folded = fedbe.aggregate(updates, shape=shape, state=method)
             method = fedbe.after_fold(method, updates, folded)
             settings = from_plain(fedbe.PublishSettings, record.settings, where="ledger.rounds")
-            publication = fedbe.publish(
-                published, folded.aggregate, residual, shape=folder.plan.shape, settings=settings
-            )
-            if publication is not None:
-                published, residual, version = publication.published, publication.residual, version + 1
+            published = fedbe.publish(model, folded.aggregate, shape=shape, settings=settings)
+            model = model if published is None else published[0]
             found.append(
                 ReplayedVersion(
                     round=record.round,
-                    version=version,
+                    version=model.version,
                     num_updates=len(updates),
-                    state_sha256=state_sha256(folder.plan.shape, published),
+                    state_sha256=model.sha256,
                     recorded_sha256=record.state_sha256 or "",
                 )
             )
@@ -88,15 +84,15 @@ def accepted_update(folder: RunFolder, stored: StoredUpdate, *, version: int) ->
     return AcceptedUpdate.of(stored.client_key, stored.delta, version=version, read_payload=partial(map_payload, path))
 
 
-def state_at(folder: RunFolder, version: int) -> State:
-    """The published state at ``version``, from the steps alone.
+def state_at(folder: RunFolder, version: int) -> fedbe.GlobalState:
+    """The published state at ``version``, from the steps alone; without a residual.
 
     Raises:
         RunFolderError: a step is missing.
     """
+    shape = folder.plan.shape
     published: State = {}
     for from_version in range(version):
-        published = apply_step(
-            published, folder.read_step(from_version), shape=folder.plan.shape, blocks=folder.plan.block_ids
-        )
-    return published
+        step = folder.read_step(from_version)
+        published = apply_step(published, step, shape=shape, blocks=folder.plan.block_ids)
+    return fedbe.GlobalState(version=version, published=published, residual={}, sha256=state_sha256(shape, published))

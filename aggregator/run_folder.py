@@ -4,7 +4,8 @@
     RUN/effective.toml    the configuration in force, written at each start
     RUN/serve.lock        held by the one aggregator that serves the folder
     RUN/ledger.sqlite     see ``ledger.py``; it decides what counts, the files below only hold bytes
-    RUN/updates/<round>/<attempt_id>.delta       accepted payloads by the round that folds them (``.part`` on arrival)
+    RUN/incoming/<attempt_id>.<n>.part           an upload while it arrives
+    RUN/updates/<round>/<attempt_id>.delta       accepted payloads, by the round that folds them
     RUN/state/v00007.qdown                       the step from version 6 to version 7 (``protocol/state.py``)
     RUN/state/v00007.safetensors                 the published state at version 7
     RUN/state/v00007.residual.safetensors        what the published steps still owe
@@ -97,18 +98,16 @@ class RunFolder:
 
     # updates
 
-    def part_path(self, round: int, attempt_id: AttemptId, upload: int) -> Path:
+    def part_path(self, attempt_id: AttemptId, upload: int) -> Path:
         """Where an upload is written while it arrives; two of one attempt never share a file."""
-        return self.update_path(round, attempt_id).with_suffix(f".{upload}.part")
+        return self.path / "incoming" / f"{_file_name(attempt_id)}.{upload}.part"
 
     def update_path(self, round: int, attempt_id: AttemptId) -> Path:
         """The payload of an accepted update, in the folder of the round whose fold counts it."""
-        if not _ATTEMPT.fullmatch(attempt_id):
-            raise ValueError(f"attempt id {attempt_id[:80]!r} is no file name")
-        return self.path / "updates" / f"{round:05d}" / f"{attempt_id}.delta"
+        return self.path / "updates" / f"{round:05d}" / f"{_file_name(attempt_id)}.delta"
 
     def make_room_for(self, update: Path) -> None:
-        """The folder for an upload, durable before anything is renamed in it."""
+        """The folder for a payload, durable before anything is renamed into it."""
         if not update.parent.exists():
             update.parent.mkdir(mode=0o700)
             sync_folder(update.parent.parent)
@@ -119,7 +118,7 @@ class RunFolder:
 
     def drop_parts(self) -> None:
         """Delete what half-finished uploads of an earlier process left behind."""
-        for part in (self.path / "updates").glob("*/*.part"):
+        for part in (self.path / "incoming").glob("*.part"):
             part.unlink(missing_ok=True)
 
     # states
@@ -224,7 +223,7 @@ def open_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
                 f"{info.sha256[:12]}…); copy the whole folder that fedblocks init made"
             )
     path.chmod(0o700)
-    for name in ("updates", "state"):
+    for name in ("incoming", "updates", "state"):
         (path / name).mkdir(mode=0o700, exist_ok=True)
     sync_folder(path)
     return folder
@@ -251,6 +250,12 @@ def read_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
     if plan.base_hash != info.base_hash:
         raise RunFolderError(f"{path}: plan.json is of base {plan.base_hash}, run.json of base {info.base_hash}")
     return RunFolder(path=path, info=info, plan=plan, config=config)
+
+
+def _file_name(attempt_id: AttemptId) -> str:
+    if not _ATTEMPT.fullmatch(attempt_id):
+        raise ValueError(f"attempt id {attempt_id[:80]!r} is no file name")
+    return attempt_id
 
 
 def _to_safetensors(state: State) -> bytes:

@@ -21,18 +21,18 @@ import signal
 import sqlite3
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from typing_extensions import assert_never
 
-from fedblocks.aggregator import admission, explain, progress, registry, rounds
-from fedblocks.aggregator.aggregation import FoldResult, map_payload
+from fedblocks.aggregator import explain, progress, registry, rounds
 from fedblocks.aggregator.allocation import Deadline
 from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
+from fedblocks.aggregator.books import Books
 from fedblocks.aggregator.endpoint import (
     ByteCount,
     EndpointEvent,
@@ -46,12 +46,10 @@ from fedblocks.aggregator.endpoint import (
     UploadFinished,
     UploadId,
 )
+from fedblocks.aggregator.intake import Counted, Intake, Moment, asked_for
 from fedblocks.aggregator.ledger import (
-    CONTENT_CODES,
-    MAX_CONTENT_REFUSALS,
     Ledger,
     StoredRound,
-    StoredUpdate,
     open_ledger,
 )
 from fedblocks.aggregator.methods import fedbe
@@ -60,7 +58,7 @@ from fedblocks.aggregator.replay import accepted_update, state_at
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
 from fedblocks.protocol.codec import from_plain, to_plain
-from fedblocks.protocol.errors import RETRY_CODES, RefusalCode
+from fedblocks.protocol.errors import RETRY_CODES
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -75,7 +73,7 @@ from fedblocks.protocol.messages import (
     Heartbeat,
     HeartbeatReply,
     Hello,
-    Measurement,
+    Measure,
     Message,
     Ready,
     Refused,
@@ -84,7 +82,7 @@ from fedblocks.protocol.messages import (
     StateUpdate,
     Welcome,
 )
-from fedblocks.protocol.payloads import Bytes, commit_file
+from fedblocks.protocol.payloads import Bytes
 from fedblocks.protocol.state import make_update, state_sha256
 
 EXIT_DONE: Final = 0
@@ -94,11 +92,9 @@ POLL_S: Final = 0.25
 HOUSEKEEPING_S: Final = 1.0
 #: A client that says it is idle although it has a task is sent the task again after this and its download's time.
 RESEND_S: Final = 30.0
-#: Silent heartbeat intervals until a client is not planned for.
+#: A client is not planned for after so many silent heartbeat intervals, and at least so many seconds.
 SILENT_INTERVALS: Final = 3
-MAX_NUM_EXAMPLES: Final = 10_000_000
-#: A client may upload so many of the largest payloads in one round.
-QUOTA_PAYLOADS: Final = 4
+MIN_SILENT_S: Final = 5.0
 MIN_FINAL_MEASURE_S: Final = 60.0
 #: State updates that are kept ready, by the version that they start from.
 MAX_CACHED_UPDATES: Final = 8
@@ -106,8 +102,6 @@ MAX_CACHED_UPDATES: Final = 8
 QUIET_S: Final = 10.0
 #: Goodbyes leave before the socket closes.
 FAREWELL_S: Final = 0.5
-STRANGERS: Final = ClientKey("")
-"""Books of refusals of keys that were never enrolled: one line for all of them."""
 
 
 class Endpoint(Protocol):
@@ -151,16 +145,10 @@ class Aggregator:
         self._ledger = ledger
         self._endpoint = endpoint
         self._clock = clock
-        self._wall_clock = wall_clock
-        self._on_event = on_event or _say_nothing
         self._config = folder.config
         self._shape = folder.plan.shape
-        self._limits = admission.Limits(
-            max_payload_bytes=admission.largest_payload_bytes(self._shape, len(folder.plan.block_ids)),
-            max_num_examples=MAX_NUM_EXAMPLES,
-            max_learning_rate=self._config.training.learning_rate,
-        )
-        allocation = self._config.allocation
+        self._books = Books(ledger, clock=clock, wall_clock=wall_clock, on_event=on_event or _say_nothing)
+        self._intake = Intake(folder, ledger)
         self._run = fedbe.Run(
             run_id=folder.info.run_id,
             config=self._config,
@@ -168,16 +156,14 @@ class Aggregator:
             anchor_sequences=folder.info.anchor_sequences,
             anchor_tokens=folder.info.anchor_tokens,
         )
+        allocation = self._config.allocation
         self._rules = Rules(
             min_cohort=allocation.min_cohort,
             quorum=allocation.quorum,
             rejoin_grace_s=allocation.rejoin_grace_s,
             gather_s=gather_s,
-            silent_after_s=SILENT_INTERVALS * self._config.server.heartbeat_interval_s,
+            silent_after_s=max(MIN_SILENT_S, SILENT_INTERVALS * self._config.server.heartbeat_interval_s),
         )
-        self._clients: dict[ClientKey, KnownClient] = {
-            c.client_key: registry.client_from_record(c.record) for c in ledger.clients()
-        }
         self._loading: set[ClientKey] = set()
         """Clients that said Hello to this process and are not Ready yet: not planned for."""
         self._tasks: dict[ClientKey, Assignment | Evaluate] = {}
@@ -185,18 +171,11 @@ class Aggregator:
         self._unanswered: set[ClientKey] = set()
         """Clients that were sent a task and have not answered it: they may hold its state, or the one before."""
         self._uploads: dict[UploadId, ClientKey] = {}
-        self._uploaded_bytes: Counter[ClientKey] = Counter()
-        self._counted: dict[ClientKey, ByteCount] = {}
-        """What of the endpoint's byte counts is in the records already."""
-        self._round_bytes: dict[ClientKey, tuple[int, int]] = {}
-        self._refusals: Counter[tuple[ClientKey, RefusalCode]] = Counter()
-        self._refusal_texts: dict[tuple[ClientKey, RefusalCode], str] = {}
         self._updates_to: dict[int, tuple[StateUpdate, bytes]] = {}
         self._planned_step_s: dict[AttemptId, float] = {}
         self._told: dict[ClientKey, object] = {}
         """The gist of the last plan that the operator was told of each client."""
-        self._round_s = 0.0
-        self._said_s = clock()
+        self._open_s = 0.0
         self._actions: deque[rounds.Action] = deque()
         self._after_commit: list[Callable[[], object]] = []
         self._housekept_s = clock()
@@ -216,7 +195,7 @@ class Aggregator:
     @property
     def published_sha256(self) -> str:
         """Hash of the published state."""
-        return self._sha256
+        return self._model.sha256
 
     def step(self, timeout_s: float) -> None:
         """Wait for events at most ``timeout_s``, and do all that follows from them and from the time."""
@@ -251,29 +230,29 @@ class Aggregator:
             else from_plain(fedbe.MethodState, newest.method_state, where="ledger.rounds")
         )
         version: int = newest.new_version or 0 if newest is not None else 0
-        self._published, self._residual = self._folder.load_version(version)
-        self._sha256 = state_sha256(self._shape, self._published)
-        if newest is not None and self._sha256 != newest.state_sha256:
+        published, residual = self._folder.load_version(version)
+        sha256 = state_sha256(self._shape, published)
+        if newest is not None and sha256 != newest.state_sha256:
             raise RunFolderError(
-                f"{self._folder.path}: the state of version {version} has hash {self._sha256}, the ledger says "
+                f"{self._folder.path}: the state of version {version} has hash {sha256}, the ledger says "
                 f"{newest.state_sha256}; restore the folder from a backup"
             )
-        self._version: int = version
+        self._model = fedbe.GlobalState(version=version, published=published, residual=residual, sha256=sha256)
         self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
         self._folder.drop_parts()
         self._folder.write_metrics([r.metrics for r in folded])
         self._state = self._restored_rounds(last, roster)
         if last is not None:
-            self._note(f"resumed: {self._state.phase} round {self._state.round} at version {self._version}")
+            self._books.note(f"resumed: {self._state.phase} round {self._state.round} at version {self._model.version}")
 
     def _restored_rounds(self, last: StoredRound | None, roster: Sequence[tuple[ClientKey, str]]) -> RoundsState:
         now_s = self._clock()
         if last is None:
             return rounds.initial_state(now_s=now_s, expected=roster)
         assigned = self._ledger.assignments(last.round)
-        names = {key: client.name for key, client in self._clients.items()}
+        names = {key: client.name for key, client in self._books.clients.items()}
         expected = [(a.client_key, names[a.client_key]) for a in assigned]
-        state = rounds.initial_state(now_s=now_s, expected=expected, round=last.round, version=self._version)
+        state = rounds.initial_state(now_s=now_s, expected=expected, round=last.round, version=self._model.version)
         late = {a.client_key: a.attempt_id for a in assigned if a.outcome == "late"}
         if last.phase == "folded":
             if last.kind == "final":
@@ -287,7 +266,7 @@ class Aggregator:
             self._tasks[a.client_key] = a.message
             if a.outcome == "open":
                 self._unanswered.add(a.client_key)
-        self._round_s = last.elapsed_s
+        self._open_s = last.elapsed_s
         if last.kind == "final":
             self._use_final_state(last.version)
         else:
@@ -332,16 +311,14 @@ class Aggregator:
             case UploadFailed(key=key, upload_id=upload_id, code=code, text=text):
                 self._uploads.pop(upload_id, None)
                 if code != "disconnected":
-                    self._count_refusal(key, code, text)
+                    self._books.refused(key, code, text)
             case PeerRejected(key=key, code=code, text=text):
-                known = key if key is not None and key in self._clients else STRANGERS
-                self._refusals[known, code] += 1
-                self._refusal_texts[known, code] = text
+                self._books.refused_by_endpoint(key, code, text)
                 if key is not None and code == "revoked":
                     self._on_revoked(key)
             case SecondSession(key=key, served_address=served, ignored_address=ignored):
-                name = self._clients[key].name if key in self._clients else key
-                self._note(f"two live sessions hold the key of {name}: served {served}, ignored {ignored}")
+                name = self._books.name(key)
+                self._books.note(f"two live sessions hold the key of {name}: served {served}, ignored {ignored}")
             case PeerGone():
                 pass  # late, not dead: its silence shows in what the round waits for
             case _:
@@ -351,7 +328,7 @@ class Aggregator:
         if isinstance(message, Hello):
             self._on_hello(key, message)
             return
-        client = self._clients.get(key)
+        client = self._books.clients.get(key)
         if client is None:
             self._refuse(key, Refused(code="malformed", text="no Hello came from this key yet: say Hello first"))
             return
@@ -384,16 +361,16 @@ class Aggregator:
         if refused is not None:
             self._refuse(key, refused)
             return
-        client = registry.client_from_hello(key, hello, self._clients.get(key))
+        client = registry.client_from_hello(key, hello, self._books.clients.get(key))
         self._unanswered.discard(key)
-        self._save_client(client)
+        self._books.save(client)
         data = self._config.data
         welcome = Welcome(
             protocol_version=PROTOCOL_VERSION,
             run_id=self._folder.info.run_id,
             method=self._config.run.method,
             round=self._state.round,
-            version=self._version,
+            version=self._model.version,
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
             data=DataFormat(max_tokens=data.max_tokens, append_eos=data.append_eos, join=data.join),
             resources=self._folder.info.resources,
@@ -425,7 +402,7 @@ class Aggregator:
             key,
             HeartbeatReply(
                 round=self._state.round,
-                version=self._version,
+                version=self._model.version,
                 waiting_for=rounds.waiting_for(self._state, self._rules),
             ),
         )
@@ -455,9 +432,9 @@ class Aggregator:
         elif report.failure is not None:
             self._on_failure(client, stored.message, report)
         elif stored.outcome in ("open", "late") and isinstance(stored.message, Evaluate):
-            self._ledger.add_report(client.key, report.attempt_id, _asked_for(stored.message, report.measurements))
+            self._ledger.add_report(client.key, report.attempt_id, asked_for(stored.message, report.measurements))
             self._answered(client.key, report.attempt_id)
-            self._save_client(replace(client, held_version=stored.message.state.to_version))
+            self._books.save(replace(client, held_version=stored.message.state.to_version))
             self._feed(rounds.ReportReceived(key=client.key, attempt_id=report.attempt_id))
 
     def _on_failure(self, client: KnownClient, message: Assignment | Evaluate, report: Report) -> None:
@@ -465,7 +442,7 @@ class Aggregator:
         task = self._state.tasks.get(client.key)
         self._answered(client.key, report.attempt_id)
         client = registry.after_failure(client, message.state.to_version, report.failure)
-        self._save_client(client)
+        self._books.save(client)
         detail = f"{report.failure}: {report.text}"
         if (
             task is not None
@@ -481,7 +458,7 @@ class Aggregator:
                 self._tasks[client.key] = smaller
                 replacement = Task(attempt_id=smaller.attempt_id, kind="train", reissued=True)
                 self._feed(rounds.TaskReplaced(key=client.key, task=replacement))
-                self._note(f"{client.name}: {report.failure}; a smaller task was issued in its place")
+                self._books.note(f"{client.name}: {report.failure}; a smaller task was issued in its place")
                 return
         self._task_failed(client, report.attempt_id, detail)
 
@@ -491,129 +468,80 @@ class Aggregator:
             return
         self._ledger.set_outcome(attempt_id, "failed", detail)
         self._feed(rounds.TaskFailed(key=client.key, attempt_id=attempt_id))
-        self._note(f"round {stored.round}: {client.name} failed: {detail}")
+        self._books.note(f"round {stored.round}: {client.name} failed: {detail}")
 
     def _on_revoked(self, key: ClientKey) -> None:
         if key not in self._state.members:
             return
         self._feed(rounds.ClientLeft(key=key))
         task = self._state.tasks.get(key)
-        if task is not None and task.outcome == "open" and key in self._clients:
-            self._task_failed(self._clients[key], task.attempt_id, "its key was revoked")
+        if task is not None and task.outcome == "open" and key in self._books.clients:
+            self._task_failed(self._books.clients[key], task.attempt_id, "its key was revoked")
 
     # uploads
 
     def _on_announced(self, key: ClientKey, delta: Delta, upload_id: UploadId) -> None:
-        client = self._clients.get(key)
-        if client is not None:
+        client = self._books.clients.get(key)
+        if client is not None and key not in self._loading:
             self._feed(rounds.ClientHeard(key=key, name=client.name, now_s=self._clock()))
-        accepted = self._ledger.stored_sha256(key, delta.round, delta.attempt_id)
-        if accepted is not None and accepted == delta.payload_sha256:
-            # The Ack was lost. It empties the client's outbox; the refusal only ends the transfer, and is not counted.
-            self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=accepted))
-            again = Refused(code="conflict", text="this update was stored and counted before; no need to send it again")
-            self._after_commit.append(lambda: self._endpoint.refuse_upload(upload_id, again))
-            return
-        refused = self._check_announcement(client, delta, accepted)
-        if refused is None:
-            part = self._folder.part_path(self._state.round, delta.attempt_id, upload_id)
+        verdict = self._intake.announced(key, client, delta, self._moment())
+        if verdict is None:
             try:
-                self._folder.make_room_for(part)
-                self._endpoint.accept_upload(upload_id, part)
+                self._endpoint.accept_upload(upload_id, self._folder.part_path(delta.attempt_id, upload_id))
                 self._uploads[upload_id] = key
-                self._uploaded_bytes[key] += delta.payload_bytes
                 return
             except OSError as error:
-                refused = self._no_space(delta.attempt_id, error)
-        self._refused_update(key, refused)
+                verdict = self._no_space(delta.attempt_id, error)
+        if isinstance(verdict, Ack):
+            # The first Ack was lost. This one empties the client's outbox; the refusal after it only ends the transfer.
+            self._send(key, verdict)
+            verdict = Refused(code="conflict", text="this update was counted before; no need to send it again")
+        else:
+            self._refused_update(key, verdict)
+        refused = verdict
         self._after_commit.append(lambda: self._endpoint.refuse_upload(upload_id, refused))
 
-    def _check_announcement(self, client: KnownClient | None, delta: Delta, accepted: str | None) -> Refused | None:
-        """The checks of methods.md 8.1 that need no payload."""
-        if client is None:
-            text = "no Hello came from this key yet: say Hello first"
-            return Refused(code="unknown_attempt", text=text, attempt_id=delta.attempt_id)
-        stored = self._ledger.assignment(delta.attempt_id)
-        issued = stored if stored is not None and stored.client_key == client.key else None
-        assignment = issued.message if issued is not None and isinstance(issued.message, Assignment) else None
-        refused = admission.check_announcement(
-            delta,
-            assignment=assignment,
-            shape=self._shape,
-            limits=self._limits,
-            quota_bytes=QUOTA_PAYLOADS * self._limits.max_payload_bytes - self._uploaded_bytes[client.key],
-            declared_num_examples=client.statistics.num_examples,
-            version=self._version,
-            accepted_sha256=accepted,
-        )
-        if refused is not None:
-            return refused
-        if self._state.phase not in ("gathering", "planning", "open"):
-            text = f"round {delta.round} is closed and the run is ending"
-            return Refused(code="stale_round", text=text, attempt_id=delta.attempt_id)
-        if issued is not None and issued.outcome not in ("open", "late"):
-            text = f"attempt {delta.attempt_id!r} has ended already ({issued.outcome}: {issued.detail})"
-            return Refused(code="conflict", text=text[:1000], attempt_id=delta.attempt_id)
-        return None
-
     def _on_uploaded(self, key: ClientKey, delta: Delta, part: Path) -> None:
-        client = self._clients[key]
-        # The round may have closed, or the same update may have come over another connection, since the announcement.
-        accepted = self._ledger.stored_sha256(key, delta.round, delta.attempt_id)
-        if accepted is not None and accepted == delta.payload_sha256:
-            part.unlink(missing_ok=True)
-            self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=accepted))
-            return
-        refused = self._check_announcement(client, delta, accepted)
-        if refused is not None and refused.code == "over_quota":
-            refused = None  # its bytes were counted when it was announced
-        stored = self._ledger.assignment(delta.attempt_id)
-        assignment = stored.message if stored is not None else None
-        if refused is None:
-            assert isinstance(assignment, Assignment)
-            refused = self._check_payload(delta, assignment, part)
-        final = self._folder.update_path(self._state.round, delta.attempt_id)
-        if refused is None:
-            try:
-                self._folder.make_room_for(final)
-                commit_file(part, final)
-            except OSError as error:
-                refused = self._no_space(delta.attempt_id, error)
-        if refused is not None:
-            part.unlink(missing_ok=True)
-            self._refused_update(key, refused)
-            self._send(key, refused)
-            return
-        assert isinstance(assignment, Assignment)
-        measured = _asked_for(assignment, delta.measurements)
-        self._ledger.add_update(
-            key, delta, measurements=measured, folded_in=self._state.round, unix_s=self._wall_clock()
-        )
-        self._answered(key, delta.attempt_id)
-        client = registry.after_update(client, assignment, delta, self._planned_step_s.get(delta.attempt_id, 0.0))
-        asked = {m.measure for m in measured}
-        self._save_client(
-            replace(
-                client,
-                last_validation_round=delta.round if "validation" in asked else client.last_validation_round,
-                last_general_round=delta.round if "general" in asked else client.last_general_round,
-            )
-        )
-        self._feed(rounds.UpdateStored(key=key, attempt_id=delta.attempt_id))
-        self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=delta.payload_sha256))
+        client = self._books.clients[key]
+        try:
+            verdict = self._intake.arrived(key, client, delta, part, self._moment(), unix_s=self._books.now_unix_s)
+        except OSError as error:
+            verdict = self._no_space(delta.attempt_id, error)
+        match verdict:
+            case Refused():
+                self._refused_update(key, verdict)
+                self._send(key, verdict)
+            case Ack():
+                self._send(key, verdict)
+            case Counted(assignment=assignment, measured=measured):
+                self._counted(client, assignment, delta, {m.measure for m in measured})
+                self._send(key, Ack(attempt_id=delta.attempt_id, payload_sha256=delta.payload_sha256))
+            case _:
+                assert_never(verdict)
 
-    def _check_payload(self, delta: Delta, assignment: Assignment, part: Path) -> Refused | None:
-        payload = map_payload(part)
-        return admission.check_payload(delta, assignment, payload, shape=self._shape, limits=self._limits)
+    def _counted(self, client: KnownClient, assignment: Assignment, delta: Delta, measured: set[Measure]) -> None:
+        """What a counted update teaches about its client."""
+        self._answered(client.key, delta.attempt_id)
+        client = registry.after_update(client, assignment, delta, self._planned_step_s.get(delta.attempt_id, 0.0))
+        if "validation" in measured:
+            client = replace(client, last_validation_round=delta.round)
+        if "general" in measured:
+            client = replace(client, last_general_round=delta.round)
+        self._books.save(client)
+        self._feed(rounds.UpdateStored(key=client.key, attempt_id=delta.attempt_id))
+
+    def _moment(self) -> Moment:
+        is_open = self._state.phase in ("gathering", "planning", "open")
+        return Moment(round=self._state.round, version=self._model.version, open=is_open)
 
     def _no_space(self, attempt_id: AttemptId, error: OSError) -> Refused:
         text = f"the aggregator cannot write the update: {error.strerror}; keep it and try again later"
-        self._note(f"{error.filename}: {error.strerror}: updates are refused until there is room")
+        self._books.note(f"{error.filename}: {error.strerror}: updates are refused until there is room")
         return Refused(code="no_space", text=text, attempt_id=attempt_id)
 
     def _refused_update(self, key: ClientKey, refused: Refused) -> None:
         """Books of a refused update; the attempt is over unless the client is to try again later."""
-        self._count_refusal(key, refused.code, refused.text)
+        self._books.refused(key, refused.code, refused.text)
         attempt_id = refused.attempt_id
         if attempt_id is None or refused.code in RETRY_CODES:
             return
@@ -623,23 +551,15 @@ class Aggregator:
             self._feed(rounds.UpdateRefused(key=key, attempt_id=attempt_id))
 
     def _refuse(self, key: ClientKey, refused: Refused) -> None:
-        self._count_refusal(key, refused.code, refused.text)
+        self._books.refused(key, refused.code, refused.text)
         self._send(key, refused)
-
-    def _count_refusal(self, key: ClientKey, code: RefusalCode, text: str) -> None:
-        known = key in self._clients
-        count = self._ledger.add_refusal(key if known else STRANGERS, code, text, unix_s=self._wall_clock())
-        name = self._clients[key].name if known else f"key {key}"
-        self._note(f"refused {name} ({code}): {text}")
-        if known and code in CONTENT_CODES and count == MAX_CONTENT_REFUSALS:
-            self._note(f"{name} gets no task any more after {count} refusals; let it back when its cause is known")
 
     # actions of the rounds
 
     def _feed(self, event: rounds.Event) -> None:
         self._state, actions = rounds.handle(self._state, event, self._rules)
         if self._state.phase in ("open", "measuring"):
-            self._round_s = self._state.elapsed_s
+            self._open_s = self._state.elapsed_s
         self._actions.extend(actions)
 
     def _must_act(self) -> bool:
@@ -660,16 +580,16 @@ class Aggregator:
                 case rounds.FinishRun():
                     self._finish()
                 case rounds.Note(text=text):
-                    self._note(text)
+                    self._books.note(text)
                 case _:
                     assert_never(action)
             self._flush()
 
     def _open_round(self, keys: Sequence[ClientKey]) -> None:
         shelved = self._ledger.shelved()
-        clients = [self._clients[key] for key in keys if key not in shelved]
+        clients = [self._books.clients[key] for key in keys if key not in shelved]
         if not clients:
-            names = ", ".join(self._clients[key].name for key in keys)
+            names = ", ".join(self._books.clients[key].name for key in keys)
             self._feed(rounds.PlanFailed(text=f"every client here was refused too often: {names}"))
             return
         start = self._start()
@@ -690,14 +610,14 @@ class Aggregator:
                 "choices": [explain.record(choice) for choice in planned.plan.choices],
             },
             tasks=planned.tasks.items(),
-            unix_s=self._wall_clock(),
+            unix_s=self._books.now_unix_s,
         )
         for choice in planned.plan.choices:
             said = explain.sentence(choice)
             gist = (choice.role, choice.blocks, choice.steps, choice.micro_batch_size)
             if self._told.get(choice.client) != gist:
                 self._told[choice.client] = gist
-                self._say(said)
+                self._books.say(said)
             task = planned.tasks.get(choice.client)
             if task is not None and choice.predicted is not None:
                 self._planned_step_s[task.attempt_id] = choice.predicted.step_s
@@ -711,10 +631,10 @@ class Aggregator:
     def _begin(self, tasks: Mapping[ClientKey, Assignment | Evaluate]) -> None:
         self._tasks = dict(tasks)
         self._sent_s.clear()
-        self._uploaded_bytes.clear()
+        self._intake.new_round()
 
     def _start(self) -> fedbe.Start:
-        return fedbe.Start(round=self._state.round, version=self._version, state_sha256=self._sha256)
+        return fedbe.Start(round=self._state.round, version=self._model.version, state_sha256=self._model.sha256)
 
     def _smaller(self, client: KnownClient, failed: Assignment) -> Assignment | None:
         left_s = self._state.deadline_s - self._state.elapsed_s
@@ -722,13 +642,13 @@ class Aggregator:
         if found is None:
             return None
         smaller, choice = found
-        self._say(explain.sentence(choice))
+        self._books.say(explain.sentence(choice))
         if choice.predicted is not None:
             self._planned_step_s[smaller.attempt_id] = choice.predicted.step_s
         return smaller
 
     def _send_task(self, key: ClientKey) -> None:
-        task, client = self._tasks.get(key), self._clients[key]
+        task, client = self._tasks.get(key), self._books.clients[key]
         if task is None:
             return
         update, payload = self._update_for(UNKNOWN_VERSION if key in self._unanswered else client.held_version)
@@ -752,9 +672,9 @@ class Aggregator:
                 self._folder.read_step,
                 shape=self._shape,
                 from_version=held_version,
-                to_version=self._version,
-                published=self._published,
-                sha256=self._sha256,
+                to_version=self._model.version,
+                published=self._model.published,
+                sha256=self._model.sha256,
             )
             while len(self._updates_to) >= MAX_CACHED_UPDATES:
                 del self._updates_to[next(iter(self._updates_to))]
@@ -765,141 +685,88 @@ class Aggregator:
         began_s = self._clock()
         number = self._state.round
         self._ledger.save_elapsed(
-            number, elapsed_s=self._round_s, deadline_s=self._state.deadline_s, extended=self._state.extended
+            number, elapsed_s=self._open_s, deadline_s=self._state.deadline_s, extended=self._state.extended
         )
         self._ledger.start_closing(number)
         record = self._ledger.get_round(number)
         assert record is not None
         stored = self._ledger.updates_of(number)
-        updates = [accepted_update(self._folder, u, version=self._version) for u in stored]
-        pooled = fedbe.pool(self._ledger.measurements(number), version=self._version)
-        method = fedbe.observe(self._method, pooled, self._config)
-        folded = fedbe.aggregate(updates, shape=self._shape, state=method)
-        method = fedbe.after_fold(method, updates, folded)
-        reason = fedbe.stop_reason(method, self._config, round=number)
-        settings = fedbe.publish_settings(self._config, reason)
-        publication = fedbe.publish(
-            self._published, folded.aggregate, self._residual, shape=self._shape, settings=settings
+        closed = fedbe.close(
+            self._model,
+            [accepted_update(self._folder, u, version=self._model.version) for u in stored],
+            self._ledger.measurements(number),
+            config=self._config,
+            shape=self._shape,
+            state=self._method,
+            round=number,
         )
-        version, published, residual, sha256 = self._version, self._published, self._residual, self._sha256
-        if publication is not None:
-            version += 1
-            published, residual = publication.published, publication.residual
-            sha256 = state_sha256(self._shape, published)
-            self._folder.save_version(version, step=publication.step, published=published, residual=residual)
-        self._count_bytes()
-        metrics = self._round_metrics(
-            record, stored, pooled, folded, method, version=version, sha256=sha256, reason=reason, began_s=began_s
+        model = closed.model
+        if closed.step is not None:
+            self._folder.save_version(
+                model.version, step=closed.step, published=model.published, residual=model.residual
+            )
+        self._books.count_bytes(self._endpoint.bytes_by_key)
+        metrics = progress.round_record(
+            record,
+            closed,
+            before=self._method,
+            config=self._config,
+            blocks=self._folder.plan.block_ids,
+            assigned=self._ledger.assignments(number),
+            updates=stored,
+            clients=self._books.clients,
+            bytes_by_key=self._books.take_round_bytes(),
+            earlier_s=self._durations_s,
+            open_s=self._open_s,
+            fold_s=self._clock() - began_s,
         )
         with self._ledger.transaction():
-            for client in self._clients.values():
-                self._save_client(client)
+            self._books.save_all()
             self._ledger.commit_round(
                 number,
-                new_version=version,
-                state_sha256=sha256,
-                settings=to_plain(settings),
-                method_state=method,
-                stop_reason=reason,
+                new_version=model.version,
+                state_sha256=model.sha256,
+                settings=to_plain(closed.settings),
+                method_state=closed.state,
+                stop_reason=closed.stop_reason,
                 metrics=metrics,
-                unix_s=self._wall_clock(),
+                unix_s=self._books.now_unix_s,
             )
-        for clip in folded.clipped:
-            name = self._clients[clip.client].name
-            self._note(f"round {number}: the update of {name} to block {clip.block} was scaled by {clip.factor:.3f}")
-        self._version, self._published, self._residual, self._sha256 = version, published, residual, sha256
-        self._method = method
+        self._model, self._method = model, closed.state
         self._updates_to.clear()
-        self._planned_step_s = {
-            t.attempt_id: self._planned_step_s[t.attempt_id]
-            for t in self._tasks.values()
-            if t.attempt_id in self._planned_step_s
-        }
+        current = {task.attempt_id for task in self._tasks.values()}
+        self._planned_step_s = {a: s for a, s in self._planned_step_s.items() if a in current}
         self._durations_s = [*self._durations_s, metrics["round_s"]][-progress.ETA_ROUNDS :]
-        self._folder.drop_old_states(version)
+        self._folder.append_metrics(metrics)
+        self._folder.drop_old_states(model.version)
         if not self._config.server.keep_updates:
             self._folder.drop_updates(number)
-        self._folder.append_metrics(metrics)
-        self._say(progress.round_line(metrics, self._config.run.max_rounds))
-        self._feed(rounds.RoundFolded(version=version, accepted=len(stored), stop_reason=reason))
-
-    def _round_metrics(
-        self,
-        record: StoredRound,
-        stored: Sequence[StoredUpdate],
-        pooled: fedbe.Pooled,
-        folded: FoldResult,
-        method: fedbe.MethodState,
-        *,
-        version: int,
-        sha256: str,
-        reason: str | None,
-        began_s: float,
-    ) -> dict[str, Any]:
-        number = record.round
-        assigned = self._ledger.assignments(number)
-        by_attempt = {u.delta.attempt_id: u for u in stored}
-        outcomes = Counter(a.outcome for a in assigned)
-        clients = [
-            progress.client_record(
-                self._clients[a.client_key],
-                a,
-                by_attempt.get(a.attempt_id),
-                bytes_up=self._round_bytes.get(a.client_key, (0, 0))[0],
-                bytes_down=self._round_bytes.get(a.client_key, (0, 0))[1],
+        for clip in closed.folded.clipped:
+            name = self._books.name(clip.client)
+            self._books.note(
+                f"round {number}: the update of {name} to block {clip.block} was scaled by {clip.factor:.3f}"
             )
-            for a in assigned
-        ]
-        up, down = (sum(counts[i] for counts in self._round_bytes.values()) for i in (0, 1))
-        self._round_bytes.clear()
-        fold_s = self._clock() - began_s
-        round_s = self._round_s + fold_s
-        budget = self._config.forgetting.max_kl
-        max_rounds = self._config.run.max_rounds
-        return {
-            "round": number,
-            "version": version,
-            "state_sha256": sha256,
-            "stop_reason": reason,
-            "loss": progress.weighted_loss(stored),
-            **progress.measured_values(pooled, fedbe.retention(pooled, method), budget),
-            "anchor_weight": self._method.anchor_weight,
-            "next_anchor_weight": method.anchor_weight,
-            "learning_rate": fedbe.learning_rate(self._config, number),
-            "coverage": progress.contributors(stored, self._folder.plan.block_ids),
-            "coverage_weight": {str(b): folded.coverage.get(b, 0.0) for b in self._folder.plan.block_ids},
-            "num_assigned": len(assigned),
-            "num_accepted": len(stored),
-            "num_stale": sum(u.delta.round != number for u in stored),
-            "num_refused": outcomes["refused"],
-            "num_failed": outcomes["failed"],
-            "late": sorted(self._clients[a.client_key].name for a in assigned if a.outcome == "late"),
-            "bytes_up": up,
-            "bytes_down": down,
-            "round_s": round_s,
-            "fold_s": fold_s,
-            "deadline_s": record.deadline_s,
-            "extended": record.extended,
-            "eta_s": progress.eta_s([*self._durations_s, round_s], max_rounds - number),
-            "clients": progress.plain_clients(clients),
-        }
+        self._books.say(progress.round_line(metrics, self._config.run.max_rounds))
+        self._feed(rounds.RoundFolded(version=model.version, accepted=len(stored), stop_reason=closed.stop_reason))
 
     def _measure_final(self, keys: Sequence[ClientKey]) -> None:
         last = self._ledger.last_round()
         assert last is not None
-        best = self._method.best_version if last.stop_reason == "diverged" else self._version
+        best = self._method.best_version if last.stop_reason == "diverged" else self._model.version
         self._use_final_state(best)
         if best < last.version:
-            self._note(f"the run diverged; the result is version {best}, the best one within the forgetting budget")
+            self._books.note(
+                f"the run diverged; the result is version {best}, the best one within the forgetting budget"
+            )
         deadline_s = max(MIN_FINAL_MEASURE_S, 2 * last.deadline_s)
         start = self._start()
         tasks = {
             key: fedbe.evaluation(
-                self._clients[key],
+                self._books.clients[key],
                 self._run,
                 start,
                 deadline_s=deadline_s,
-                measure=fedbe.final_measures(self._clients[key]),
+                measure=fedbe.final_measures(self._books.clients[key]),
             )
             for key in keys
         }
@@ -910,7 +777,7 @@ class Aggregator:
             deadline_s=deadline_s,
             plan=None,
             tasks=tasks.items(),
-            unix_s=self._wall_clock(),
+            unix_s=self._books.now_unix_s,
         )
         self._begin(tasks)
         planned = {key: Task(attempt_id=m.attempt_id, kind="evaluate") for key, m in tasks.items()}
@@ -918,50 +785,41 @@ class Aggregator:
 
     def _use_final_state(self, version: int) -> None:
         """Go back to an earlier version, for a run that diverged; the steps lead there bit for bit."""
-        if version == self._version:
-            return
-        self._published = state_at(self._folder, version)
-        self._sha256 = state_sha256(self._shape, self._published)
-        self._version = version
-        self._updates_to.clear()
+        if version != self._model.version:
+            self._model = state_at(self._folder, version)
+            self._updates_to.clear()
 
     def _finish(self) -> None:
         number = self._state.round
         last_trained = self._ledger.get_round(number - 1)
         reason = last_trained.stop_reason if last_trained is not None else None
-        measured = self._ledger.measurements(number)
-        pooled = fedbe.pool(measured, version=self._version)
-        self._count_bytes()
-        final: dict[str, Any] = {
-            "run_id": self._folder.info.run_id,
-            "base_name": self._folder.info.base_name,
-            "base_hash": self._folder.info.base_hash,
-            "version": self._version,
-            "state_sha256": self._sha256,
-            "stop_reason": reason,
-            "rounds": number - 1,
-            **progress.measured_values(pooled, fedbe.retention(pooled, self._method), self._config.forgetting.max_kl),
-            "num_clients_measured": len({key for key, _ in measured}),
-            "bytes_up": sum(c.received_bytes for c in self._clients.values()),
-            "bytes_down": sum(c.sent_bytes for c in self._clients.values()),
-        }
-        self._folder.save_final(self._published, final)
+        self._books.count_bytes(self._endpoint.bytes_by_key)
+        final = progress.final_record(
+            self._folder.info,
+            self._model,
+            self._method,
+            config=self._config,
+            stop_reason=reason,
+            rounds=number - 1,
+            measured=self._ledger.measurements(number),
+            clients=self._books.clients.values(),
+        )
+        self._folder.save_final(self._model.published, final)
         with self._ledger.transaction():
-            for client in self._clients.values():
-                self._save_client(client)
+            self._books.save_all()
             self._ledger.set_run("final", final)
             self._ledger.set_run("waiting_for", rounds.waiting_for(self._state, self._rules))
             self._ledger.commit_round(
                 number,
-                new_version=self._version,
-                state_sha256=self._sha256,
+                new_version=self._model.version,
+                state_sha256=self._model.sha256,
                 settings=None,
                 method_state=self._method,
                 stop_reason=reason,
                 metrics=None,
-                unix_s=self._wall_clock(),
+                unix_s=self._books.now_unix_s,
             )
-        self._say(progress.final_line(final))
+        self._books.say(progress.final_line(final))
         for key in rounds.present_clients(self._state):
             self._endpoint.send(key, Goodbye(reason=f"the run is finished: {reason}", finished=True))
 
@@ -982,25 +840,6 @@ class Aggregator:
         if task is not None and task.attempt_id == attempt_id:
             self._unanswered.discard(key)
 
-    def _save_client(self, client: KnownClient) -> None:
-        self._clients[client.key] = client
-        self._ledger.save_client(client.key, client.name, client, unix_s=self._wall_clock())
-
-    def _count_bytes(self) -> None:
-        """Move what the endpoint counted since the last time into the clients' records."""
-        for key, count in self._endpoint.bytes_by_key.items():
-            client = self._clients.get(key)
-            if client is None:
-                continue
-            before = self._counted.get(key, ByteCount())
-            up, down = count.received - before.received, count.sent - before.sent
-            self._counted[key] = ByteCount(received=count.received, sent=count.sent)
-            self._clients[key] = replace(
-                client, received_bytes=client.received_bytes + up, sent_bytes=client.sent_bytes + down
-            )
-            earlier = self._round_bytes.get(key, (0, 0))
-            self._round_bytes[key] = (earlier[0] + up, earlier[1] + down)
-
     def _keep_house(self, *, force: bool) -> None:
         """Once a second: the elapsed part of the deadline, refusals by the endpoint, the line that is shown."""
         now_s = self._clock()
@@ -1009,48 +848,20 @@ class Aggregator:
         self._housekept_s = now_s
         waiting_for = rounds.waiting_for(self._state, self._rules)
         is_open = self._state.phase in ("open", "measuring")
-        if waiting_for == self._waiting_for and not self._refusals and not is_open:
-            return
-        with self._ledger.transaction():
-            if is_open:
-                self._ledger.save_elapsed(
-                    self._state.round,
-                    elapsed_s=self._state.elapsed_s,
-                    deadline_s=self._state.deadline_s,
-                    extended=self._state.extended,
-                )
-            for (key, code), count in self._refusals.items():
-                for _ in range(count):
-                    self._ledger.add_refusal(key, code, self._refusal_texts[key, code], unix_s=self._wall_clock())
-            self._ledger.set_run("waiting_for", waiting_for)
-        for (key, code), count in self._refusals.items():
-            name = self._clients[key].name if key in self._clients else "a stranger"
-            self._say(f"refused {name} ({code}, {count}x): {self._refusal_texts[key, code]}")
-        self._refusals.clear()
-        self._waiting_for = waiting_for
-        if now_s - self._said_s >= QUIET_S:
-            self._say(f"waiting for {waiting_for}")
-
-    def _note(self, text: str) -> None:
-        """One line for the operator and for the books."""
-        self._ledger.add_note(text, unix_s=self._wall_clock())
-        self._say(text)
-
-    def _say(self, line: str) -> None:
-        self._said_s = self._clock()
-        self._on_event(line)
-
-
-def _asked_for(task: Assignment | Evaluate, measurements: Iterable[Measurement]) -> list[Measurement]:
-    """Of what a client reports, what it was asked to measure and could have found."""
-    return [
-        m
-        for m in measurements
-        if m.measure in task.measure
-        and m.version == task.state.to_version
-        and 0 <= m.num_correct <= m.num_items
-        and m.num_tokens >= 0
-    ]
+        if waiting_for != self._waiting_for or self._books.has_refusals or is_open:
+            with self._ledger.transaction():
+                if is_open:
+                    self._ledger.save_elapsed(
+                        self._state.round,
+                        elapsed_s=self._state.elapsed_s,
+                        deadline_s=self._state.deadline_s,
+                        extended=self._state.extended,
+                    )
+                self._books.write_refusals()
+                self._ledger.set_run("waiting_for", waiting_for)
+            self._waiting_for = waiting_for
+        if now_s - self._books.said_s >= QUIET_S:
+            self._books.say(f"waiting for {waiting_for}")
 
 
 def serve(

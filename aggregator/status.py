@@ -127,6 +127,7 @@ def _client(
         "time_scale": record["time_scale"],
         "memory_scale": record["memory_scale"],
         "role": choice["role"] if choice is not None else None,
+        "attempt_id": task.message.attempt_id if task is not None else None,
         "outcome": task.outcome if task is not None else None,
         "detail": task.detail if task is not None else "",
         "blocks": list(train.blocks) if train is not None else [],

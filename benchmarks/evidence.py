@@ -13,7 +13,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,16 @@ import torch
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps a script's folder off the path
 
 from federation import Method, Settings
-from starter_runs import RESULTS, Starter, config_hash, frozen, frozen_digest, results_rows, write_results
+from starter_runs import (
+    DEFAULT_DENSITY,
+    RESULTS,
+    Starter,
+    config_hash,
+    frozen,
+    frozen_digest,
+    results_rows,
+    write_results,
+)
 
 FILE = RESULTS / "evidence.json"
 COMMAND = "python benchmarks/evidence.py"
@@ -38,27 +47,36 @@ class Line:
     method: Method
     anchor: bool
     blocks: int = 0
+    density: float = DEFAULT_DENSITY
+    """Share of rows sent, up and down; the baselines send everything in fp32."""
+    max_kl: float = 0.03
+    """The forgetting budget, nats per token; moves lambda of expanded blocks only."""
 
     def matches(self, row: Mapping[str, Any]) -> bool:
         """True if the row belongs to this line."""
-        return (row["method"], row["anchor"], row["blocks"]) == (self.method, self.anchor, self.blocks)
+        found = (row["method"], row["anchor"], row["blocks"], row.get("density", DEFAULT_DENSITY), row["max_kl"])
+        return found == (self.method, self.anchor, self.blocks, self.density, self.max_kl)
 
 
+LAMBDA_1 = "3 blocks + anchor, all rows, lambda 1"
+"""A budget that is never met leaves lambda where it starts: as for the anchored baselines."""
 LINES = (
     Line(name="full fine-tuning", method="full", anchor=False),
     Line(name="LoRA r=8", method="lora", anchor=False),
-    Line(name="3 blocks + anchor (ours)", method="blocks", anchor=True, blocks=3),
+    Line(name="3 blocks + anchor, rho 0.25 (ours, default)", method="blocks", anchor=True, blocks=3),
+    Line(name="3 blocks + anchor, all rows (ours)", method="blocks", anchor=True, blocks=3, density=1.0),
+    Line(name=LAMBDA_1, method="blocks", anchor=True, blocks=3, density=1.0, max_kl=1.0),
     Line(name="full fine-tuning + anchor", method="full", anchor=True),
     Line(name="LoRA r=8 + anchor", method="lora", anchor=True),
-    Line(name="3 blocks, no anchor", method="blocks", anchor=False, blocks=3),
-    Line(name="2 blocks + anchor", method="blocks", anchor=True, blocks=2),
+    Line(name="3 blocks, no anchor, all rows", method="blocks", anchor=False, blocks=3, density=1.0),
+    Line(name="2 blocks + anchor, all rows", method="blocks", anchor=True, blocks=2, density=1.0),
 )
 
 
 def plan(content: Mapping[str, Any]) -> Iterator[tuple[str, Settings]]:
     """All runs as (task, settings): the second rate of every line first, then the third, the first and the fourth."""
     training = content["training"]
-    for lines, places in ((LINES[:6], (1, 2)), (LINES[:6], (0, 3)), (LINES[6:], (1, 2, 0, 3))):
+    for lines, places in ((LINES[:8], (1, 2)), (LINES[:8], (0, 3)), (LINES[8:], (1, 2, 0, 3))):
         for place in places:
             for line in lines:
                 rates = BLOCK_RATES if line.method == "blocks" else content["learning_rates"][line.method]
@@ -69,6 +87,9 @@ def plan(content: Mapping[str, Any]) -> Iterator[tuple[str, Settings]]:
                             method=line.method,
                             blocks=line.blocks,
                             anchor=line.anchor,
+                            max_kl=line.max_kl,
+                            density=line.density,
+                            down_density=line.density,
                             learning_rate=rates[place],
                             seed=content["reported_seeds"][0],
                             rounds=training["rounds"],
@@ -100,15 +121,10 @@ def run() -> None:
             name = config_hash(settings, task, starter.federation.base_hash, starter.partition_hash)
             if any(row["config_hash"] == name for row in rows):
                 continue
-            line = next(x for x in LINES if x.matches({**vars_of(settings)}))
+            line = next(x for x in LINES if x.matches(asdict(settings)))
             label = f"{task} {line.name} {settings.learning_rate:g}"
             rows.append(starter.run(settings, target=content["target"][task], label=label))
             write_results(FILE, COMMAND, rows, base=base, frozen_sha256=content["sha256"])
-
-
-def vars_of(settings: Settings) -> dict[str, Any]:
-    """The fields that choose a line."""
-    return {"method": settings.method, "anchor": settings.anchor, "blocks": settings.blocks}
 
 
 if __name__ == "__main__":

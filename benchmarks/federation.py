@@ -79,6 +79,10 @@ class Settings:
     batch_size: int = 8
     anchor_batch_size: int = 4
     max_kl: float = 0.03
+    density: float = 0.25
+    """Share of the rows of each matrix that a client's int8 update sends; 1: no row mask."""
+    down_density: float = 0.25
+    """The same for the published steps."""
 
     def __post_init__(self) -> None:
         if (self.method == "blocks") != (self.blocks > 0):
@@ -91,6 +95,7 @@ class Settings:
                 "run": {"max_rounds": self.rounds, "seed": self.seed},
                 "training": {"learning_rate": self.learning_rate, "steps": self.steps, "batch_size": self.batch_size},
                 "forgetting": {"max_kl": self.max_kl if self.anchor else math.inf},
+                "delta": {"density": self.density, "down_density": self.down_density},
             }
         )
 

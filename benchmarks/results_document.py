@@ -13,12 +13,12 @@ from typing import Any, Final
 
 from evidence import BLOCK_RATES, LINES, Line
 from starter_runs import CHANCE, RESULTS, frozen
-from stories_gsm8k import matched_points
+from stories_gsm8k import line_name, matched_points
 
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "results.md"
 BEGIN, END = "<!-- begin: benchmarks/results_document.py -->", "<!-- end: benchmarks/results_document.py -->"
 Row = Mapping[str, Any]
-OURS: Final = LINES[2]
+OURS: Final = LINES[2:5]
 EQUAL: Final = 0.01
 """Differences of general retention below this are called none: one seed, standard error about 0.005."""
 
@@ -179,7 +179,7 @@ def _evidence() -> str | None:
 
 Anchor: KL on 256 texts of 256 tokens sampled from the base, {rows[0]["anchor_batch_size"]} in each step (the product's
 default is 4), for every anchored line alike; lambda is 1 for the baselines and the aggregator's (dual ascent, budget
-{rows[0]["max_kl"]:g} nats/token) for ours. Rates of expanded blocks: {", ".join(f"{r:g}" for r in BLOCK_RATES)}.
+{LINES[2].max_kl:g} nats/token) for ours, but for the line that says lambda 1. Rates of expanded blocks: {", ".join(f"{r:g}" for r in BLOCK_RATES)}.
 The 4-bit base itself: general {base["nf4"]["general"]:.3f}, KL {base["nf4"]["kl"]:.4f} to the unquantised base, the
 floor of every KL on the 4-bit stack."""
     ]
@@ -193,7 +193,8 @@ floor of every KL on the 4-bit stack."""
         )
         parts.append(_table(head, [_headline(rows, line, task, kindest_row) for line in LINES]))
         parts.append(_stack_table(rows, task))
-        parts.append(_reading(rows, task, content["target"][task]))
+        parts += [_reading(rows, line, task, content["target"][task]) for line in OURS]
+        parts.append(_against_us(rows, task))
     parts.append("### Every rate")
     parts.append(_table(["task", *head], _all_rows(rows, content["tasks"])))
     missing = _missing(rows, content)
@@ -272,15 +273,17 @@ def _missing(rows: Sequence[Row], content: Mapping[str, Any]) -> list[str]:
     return missing
 
 
-def _reading(rows: Sequence[Row], task: str, target: float) -> str:
-    """Sentences that follow from the table, also when they are against us."""
-    ours = best_row(rows, OURS, task)
+def _reading(rows: Sequence[Row], mine: Line, task: str, target: float) -> str:
+    """Sentences that follow from the table for one of our lines."""
+    ours = best_row(rows, mine, task)
     if ours is None:
-        tried = [r for r in rows if r["task"] == task and OURS.matches(r)]
+        tried = [r for r in rows if r["task"] == task and mine.matches(r)]
+        if not tried:
+            return ""
         best = max((max(e["downstream"] for e in r["rounds_log"]) for r in tried), default=0.0)
         rates = ", ".join(f"{r['learning_rate']:g}" for r in tried)
         return (
-            f"**Reading.** Ours does not reach {target:g} on {task} within the round limit: "
+            f"**{mine.name}** does not reach {target:g} on {task} within the round limit: "
             f"the best of the rates {rates} comes to {best:.3f} on validation. This is a miss."
         )
     retention = ours["last"]["retention"]
@@ -300,7 +303,7 @@ def _reading(rows: Sequence[Row], task: str, target: float) -> str:
         (line, row) for line in LINES if line.method != "blocks" and (row := best_row(rows, line, task)) is not None
     ]
     for choose, how in ((best_row, "at the best rate"), (kindest_row, "at the rate that keeps most")):
-        told += _against_anchored(rows, task, choose, how)
+        told += _against_anchored(rows, mine, task, choose, how)
     faster = [
         f"{x.name} ({r['rounds_to_target']})" for x, r in rivals if r["rounds_to_target"] < ours["rounds_to_target"]
     ]
@@ -312,6 +315,11 @@ def _reading(rows: Sequence[Row], task: str, target: float) -> str:
         if row is not None:
             ratio = (row["upload_bytes"] + row["download_bytes"]) / (ours["upload_bytes"] + ours["download_bytes"])
             told.append(f"Per client and round, fp32 {name} moves {ratio:.1f} times the bytes of ours.")
+    return f"**{mine.name}.** " + "\n".join(told)
+
+
+def _against_us(rows: Sequence[Row], task: str) -> str:
+    """Baselines without anchor that keep 0.97 or more at some rate."""
     gentle = [
         row
         for row in rows
@@ -321,18 +329,18 @@ def _reading(rows: Sequence[Row], task: str, target: float) -> str:
         and row["at_target"] is not None
         and row["at_target"]["retention"] >= 0.97
     ]
-    told += [
+    told = [
         f"Against us: {row['method']} without anchor at the gentle rate {row['learning_rate']:g} reaches the target "
         f"in round {row['rounds_to_target']} with retention {row['at_target']['retention']:.3f} "
         f"({row['last']['retention']:.3f} at the end)."
         for row in gentle
     ]
-    return "**Reading.** " + "\n".join(told)
+    return "\n".join(told)
 
 
-def _against_anchored(rows: Sequence[Row], task: str, choose: Choose, how: str) -> list[str]:
+def _against_anchored(rows: Sequence[Row], mine: Line, task: str, choose: Choose, how: str) -> list[str]:
     """Ours beside the anchored baseline that keeps most, both at the rate that ``choose`` takes."""
-    ours = choose(rows, OURS, task)
+    ours = choose(rows, mine, task)
     anchored = [
         (line, row)
         for line in LINES
@@ -348,11 +356,11 @@ def _against_anchored(rows: Sequence[Row], task: str, choose: Choose, how: str) 
         verdict = f"ours keeps {difference:.3f} more"
     else:
         verdict = f"it keeps {-difference:.3f} **more than ours**"
-    mine = f"{ours['at_target']['retention']:.3f} in round {ours['rounds_to_target']}"
+    kept = f"{ours['at_target']['retention']:.3f} in round {ours['rounds_to_target']}"
     sentence = (
         f"Nearest anchored baseline {how}: {line.name} at {row['learning_rate']:g} keeps "
         f"{row['at_target']['retention']:.3f} at the target in round {row['rounds_to_target']}, ours at "
-        f"{ours['learning_rate']:g} {mine}: {verdict}."
+        f"{ours['learning_rate']:g} {kept}: {verdict}."
     )
     return [sentence]
 
@@ -363,7 +371,6 @@ def _stories() -> str | None:
         return None
     rows: list[Row] = results["rows"]
     base = results["base"]
-    names = {(line.method, line.anchor): line.name for line in LINES if line.blocks != 2}
     points = matched_points(rows, base)
     head = ["line", "rate", "matched by", "TinyStories perplexity ratio", "KL"]
     parts = [
@@ -385,21 +392,20 @@ least KL at that point is shown, for every line alike. One seed."""
         perplexity = chosen[0]["gsm8k_perplexity"]
         cells = [
             [
-                names[point["method"], point["anchor"]],
+                point["line"],
                 "-" if point["learning_rate"] is None else f"{point['learning_rate']:g}",
                 point["by"],
                 "not reached" if point["perplexity_ratio"] is None else _number(point["perplexity_ratio"]),
                 _number(point["kl"], 4),
             ]
             for point in chosen
-            if any((row["method"], row["anchor"]) == (point["method"], point["anchor"]) for row in rows)
         ]
         parts.append(
             f"**GSM8K perplexity {perplexity:.3f}** ({100 * share:.0f} % of LoRA's gain)\n\n" + _table(head, cells)
         )
     ends = [
         [
-            names[row["method"], row["anchor"]],
+            line_name(row),
             f"{row['learning_rate']:g}",
             _perplexity(row["rounds_log"][-1]["gsm8k_nll"]),
             _number(math.exp(row["rounds_log"][-1]["stories_nll"] - base["stories_nll"])),

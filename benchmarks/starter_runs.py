@@ -34,6 +34,7 @@ from fedblocks.edge_client.starter.tasks import frozen_evaluation, frozen_federa
 from fedblocks.protocol.messages import DataFormat
 
 RESULTS: Final = Path(__file__).parent / "results"
+DEFAULT_DENSITY: Final = 0.25
 ANCHOR_SEQUENCES: Final = 256
 ANCHOR_SEED, KL_VALIDATION_SEED, KL_TEST_SEED = 1, 9001, 9002
 KL_VALIDATION_SEQUENCES, KL_TEST_SEQUENCES = 24, 128
@@ -201,8 +202,12 @@ class Starter:
 
 
 def config_hash(settings: Settings, task: str, base_hash: str, partition_hash: str) -> str:
-    """Names a row: same hash, same run."""
-    plain = [asdict(settings), task, base_hash, partition_hash, ANCHOR_SEQUENCES, SEQUENCE_TOKENS]
+    """Names a row: same hash, same run. An ablation's field joins it only where it is not the default."""
+    fields = asdict(settings)
+    for name in ("density", "down_density"):
+        if fields[name] == DEFAULT_DENSITY:
+            del fields[name]
+    plain = [fields, task, base_hash, partition_hash, ANCHOR_SEQUENCES, SEQUENCE_TOKENS]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 
 

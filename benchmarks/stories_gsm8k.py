@@ -13,6 +13,7 @@ Needs ../shared/data beside the checkout.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import sys
@@ -29,8 +30,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # PYTHONSAFEPATH keeps a script's folder off the path
 
-from federation import Federation, Learner, Settings, federate, make_learner
-from starter_runs import RESULTS, machine, results_rows, write_results
+from federation import Federation, Learner, Method, Settings, federate, make_learner
+from starter_runs import DEFAULT_DENSITY, RESULTS, machine, results_rows, write_results
 
 from fedblocks.edge_client.anchor import sample_anchor
 from fedblocks.edge_client.checkpoint import Checkpoint
@@ -53,7 +54,16 @@ MAX_KL: Final = 0.3
 STRENGTHS = (0.25, 0.5, 0.75)
 RATES = {"full": (1e-3, 3e-4), "lora": (5e-3, 2e-3), "blocks": (3e-3, 6e-3)}
 """Around those of methods.md 12.8 for this model."""
-LINES = (("full", False), ("lora", False), ("blocks", True), ("full", True), ("lora", True), ("blocks", False))
+LINES: Final[dict[str, tuple[Method, bool, float]]] = {
+    "full fine-tuning": ("full", False, DEFAULT_DENSITY),
+    "LoRA r=8": ("lora", False, DEFAULT_DENSITY),
+    "3 blocks + anchor, all rows (ours)": ("blocks", True, 1.0),
+    "full fine-tuning + anchor": ("full", True, DEFAULT_DENSITY),
+    "LoRA r=8 + anchor": ("lora", True, DEFAULT_DENSITY),
+    "3 blocks + anchor, rho 0.25 (ours, default)": ("blocks", True, DEFAULT_DENSITY),
+    "3 blocks, no anchor, all rows": ("blocks", False, 1.0),
+}
+"""Name -> method, anchor, share of rows sent up and down."""
 SHARES = (0.5, 0.75, 0.9)
 """Matched points: shares of the gain in log perplexity that LoRA without anchor has at its best rate."""
 
@@ -61,10 +71,12 @@ SHARES = (0.5, 0.75, 0.9)
 def plan() -> Iterator[Settings]:
     """All runs; the first rate of every line first."""
     for place in (0, 1):
-        for method, anchor in LINES:
+        for method, anchor, density in LINES.values():
             yield Settings(
                 method=method,
                 anchor=anchor,
+                density=density,
+                down_density=density,
                 blocks=3 if method == "blocks" else 0,
                 learning_rate=RATES[method][place],
                 seed=SEED,
@@ -152,15 +164,25 @@ def matched(curve: Sequence[Mapping[str, float]], gsm8k_nll: float) -> dict[str,
     return None
 
 
+def line_name(row: Mapping[str, Any]) -> str:
+    """Name of the line that the row belongs to."""
+    found = (row["method"], row["anchor"], row["density"])
+    return next(name for name, line in LINES.items() if line == found)
+
+
 def matched_points(rows: Sequence[Mapping[str, Any]], base: Mapping[str, float]) -> list[dict[str, Any]]:
     """Per share of LoRA's gain and line: the least KL of its rates, by rounds and by strength; None: not reached."""
-    lora = [row for row in rows if row["method"] == "lora" and not row["anchor"]]
+    lora = [row for row in rows if line_name(row) == "LoRA r=8"]
+    if not lora:
+        return []
     gain = base["gsm8k_nll"] - min(entry["gsm8k_nll"] for row in lora for entry in row["rounds_log"])
     points: list[dict[str, Any]] = []
     for share in SHARES:
         level = base["gsm8k_nll"] - share * gain
-        for method, anchor in LINES:
-            chosen = [row for row in rows if (row["method"], row["anchor"]) == (method, anchor)]
+        for name in LINES:
+            chosen = [row for row in rows if line_name(row) == name]
+            if not chosen:
+                continue
             for way, key in (("rounds", "rounds_log"), ("strength", "strengths")):
                 found = [(row["learning_rate"], point) for row in chosen if (point := matched(row[key], level))]
                 best = min(found, key=lambda pair: pair[1]["kl"]) if found else None
@@ -168,8 +190,7 @@ def matched_points(rows: Sequence[Mapping[str, Any]], base: Mapping[str, float])
                     {
                         "share": share,
                         "gsm8k_perplexity": math.exp(level),
-                        "method": method,
-                        "anchor": anchor,
+                        "line": name,
                         "by": way,
                         "learning_rate": best[0] if best else None,
                         "perplexity_ratio": math.exp(best[1]["stories_nll"] - base["stories_nll"]) if best else None,
@@ -191,7 +212,7 @@ def run() -> None:
         for settings in plan():
             if any(row["config_hash"] == _name(settings) for row in rows):
                 continue
-            label = f"{settings.method}{' + anchor' if settings.anchor else ''} {settings.learning_rate:g}"
+            label = f"{line_name(asdict(settings))} {settings.learning_rate:g}"
             rows.append(stories.run(settings, label))
             write_results(
                 FILE, COMMAND, rows, base=stories.base_figures, nf4=stories.figures(stories.federation.nf4_base())
@@ -199,8 +220,6 @@ def run() -> None:
 
 
 def _name(settings: Settings) -> str:
-    import hashlib
-
     sizes = [CLIENTS, TRAIN_ROWS, VALIDATION_ROWS, STORIES, MAX_TOKENS, ANCHOR_SEQUENCES, KL_SEQUENCES]
     return hashlib.sha256(json.dumps([asdict(settings), sizes], sort_keys=True).encode()).hexdigest()[:16]
 

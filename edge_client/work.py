@@ -248,7 +248,7 @@ class Workbench:
                 train_s=result.train_s,
                 measure_s=measured - began,
                 encode_s=time.monotonic() - trained,
-                step_s=result.step_s,
+                step_s=result.train_s / result.steps,  # pauses of an emulated device included
                 peak_memory_bytes=memory.peak_bytes,
                 predicted_peak_bytes=task.predicted_peak_bytes,
                 gradient_energy=result.gradient_energy,

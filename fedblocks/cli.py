@@ -12,7 +12,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from fedblocks import __version__
@@ -187,9 +186,10 @@ def probe(
     folder: Annotated[Path, typer.Option(help="folder whose disk is measured")] = Path(),
 ) -> None:
     """Measure this device in under 20 seconds."""
-    from fedblocks.profiles.probe import describe, probe_device, to_json
+    from fedblocks.profiles.probe import describe, to_json
+    from fedblocks.profiles.probe import probe as measure
 
-    result = probe_device(budget_s=budget_s, folder=folder)
+    result = measure(budget_s=budget_s, folder=folder)
     typer.echo(describe(result))
     if json_file:
         json_file.write_text(to_json(result), encoding="utf-8")
@@ -246,7 +246,7 @@ def export(
 ) -> None:
     """Write the run's published model as an ordinary checkpoint."""
     if to != "hf":
-        raise click.BadParameter(f"{to!r} is not supported, expected hf", param_hint="--to")
+        raise typer.BadParameter(f"{to!r} is not supported, expected hf", param_hint="--to")
     from fedblocks.edge_client.export import export_run
 
     summary = export_run(run, model=model, out=out, strength=strength)
@@ -307,20 +307,16 @@ def main() -> None:
         sys.exit(EXIT_USAGE)
     try:
         code: Any = app(standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = EXIT_USAGE
-    except click.ClickException as error:
-        error.show()
-        code = EXIT_USAGE
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("interrupted; the same command resumes\n")
         code = EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the program's last resort: told with its exit code, or shown whole
         code = getattr(error, "exit_code", None)
         if code is None or "--debug" in sys.argv:
             traceback.print_exc()
-        if code is None:
-            sys.exit(1)
-        sys.stderr.write(f"fedblocks: {error}\n")
+        if hasattr(error, "show"):  # a usage error of the command line's own library
+            error.show()
+        elif code is not None:
+            sys.stderr.write(f"fedblocks: {error}\n")
+        code = 1 if code is None else code
     sys.exit(code or 0)

@@ -148,7 +148,7 @@ def parse(name: str, text: str) -> CatalogEntry:
     """A catalog file's text, checked.
 
     Raises:
-        CatalogError: a key is missing, unknown, of the wrong type, without unit, source or kind, or contradicts another.
+        CatalogError: a key is missing, unknown, of the wrong type, without unit, source or kind, or two disagree.
     """
     content = tomllib.loads(text)
     expected = {"name", "title", "accelerator", "compute_dtype", "tier", "facts"}
@@ -162,7 +162,14 @@ def parse(name: str, text: str) -> CatalogEntry:
     missing = [key for key in REQUIRED if key not in facts]
     if missing:
         raise CatalogError(f"catalog {name!r}: facts {', '.join(missing)} are missing")
-    found = CatalogEntry(**{**content, "facts": facts})
+    found = CatalogEntry(
+        name=name,
+        title=str(content["title"]),
+        accelerator=content["accelerator"],
+        compute_dtype=content["compute_dtype"],
+        tier=content["tier"],
+        facts=facts,
+    )
     _check_consistent(found)
     return found
 
@@ -244,7 +251,10 @@ def _check_consistent(found: CatalogEntry) -> None:
         f"memory for the runtime {value('runtime_memory_gb')}, usable {value('memory_usable_gb')} and installed "
         f"{value('memory_installed_gb')} GB, expected each below the next",
     )
-    for rate, share in (("dense_tflops", "achieved_compute_share"), ("memory_bandwidth_gb_per_s", "achieved_bandwidth_share")):
+    for rate, share in (
+        ("dense_tflops", "achieved_compute_share"),
+        ("memory_bandwidth_gb_per_s", "achieved_bandwidth_share"),
+    ):
         achieved = found.facts[rate].kind == "probe"
         low, high = (1.0, 1.0) if achieved else (0.5, 0.9)
         require(low <= value(share) <= high, f"{share} is {value(share)}, expected {low} to {high} for this {rate}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Final, Literal
 
 from fedblocks.profiles.device import Accelerator, DeviceProfile
@@ -115,6 +116,12 @@ class Workload:
             raise ValueError(f"workload: dtype_bytes is {self.dtype_bytes}, expected 2 or 4")
 
 
+@lru_cache(maxsize=64)
+def _sizes(shape: ModelShape) -> tuple[int, int]:
+    """P and p_blk: a plan of many clients asks for them thousands of times."""
+    return shape.linear_parameters, shape.block_parameters
+
+
 # FLOPs per token (runtime.md 1.1). ``context`` is the length of the sequence that the token stands in.
 
 
@@ -125,17 +132,17 @@ def attention_flops(shape: ModelShape, context: float) -> float:
 
 def forward_block_flops(shape: ModelShape, context: float) -> float:
     """2P + a: a block that only runs forward."""
-    return 2.0 * shape.linear_parameters + attention_flops(shape, context)
+    return 2.0 * _sizes(shape)[0] + attention_flops(shape, context)
 
 
 def trained_block_flops(shape: ModelShape, context: float) -> float:
     """6P + 3.5a: forward, input and weight gradients, attention backward with recomputation."""
-    return 6.0 * shape.linear_parameters + 3.5 * attention_flops(shape, context)
+    return 6.0 * _sizes(shape)[0] + 3.5 * attention_flops(shape, context)
 
 
 def frozen_block_flops(shape: ModelShape, context: float) -> float:
     """4P + 3.5a: a frozen block above a trained one, which passes the gradient on."""
-    return 4.0 * shape.linear_parameters + 3.5 * attention_flops(shape, context)
+    return 4.0 * _sizes(shape)[0] + 3.5 * attention_flops(shape, context)
 
 
 def head_flops(shape: ModelShape, label_share: float) -> float:
@@ -212,7 +219,7 @@ def step_time(
     return (
         device.step_overhead_s * passes / (1 + anchored)
         + step_flops(shape, layout, blocks, work) / device.gemm_flops_per_s
-        + OPTIMIZER_BYTES_MOVED * len(set(blocks)) * shape.block_parameters / device.memory_bytes_per_s
+        + OPTIMIZER_BYTES_MOVED * len(set(blocks)) * _sizes(shape)[1] / device.memory_bytes_per_s
         + tokens * shape.hidden_size * work.dtype_bytes / device.disk_read_bytes_per_s
     )
 
@@ -263,6 +270,7 @@ def measure_time(
 # Bytes on the wire (methods.md 7)
 
 
+@lru_cache(maxsize=1024)
 def upload_bytes(
     shape: ModelShape, num_blocks: int, payload_format: PayloadFormat = "int8", density: float = 1.0
 ) -> int:
@@ -277,7 +285,7 @@ def upload_bytes(
     if not 0 < density <= 1:
         raise ValueError(f"upload: density is {density}, expected a number in (0, 1]")
     if payload_format != "int8":
-        return num_blocks * shape.block_parameters * (2 if payload_format == "bf16" else 4)
+        return num_blocks * _sizes(shape)[1] * (2 if payload_format == "bf16" else 4)
     total = 0
     for spec in shape.block_tensors():
         rows, columns = spec.rows_cols
@@ -296,7 +304,7 @@ def download_bytes(
     density: float = 1.0,
     versions_behind: int = 1,
 ) -> int:
-    """Largest payload of catching up: each version replayed, or one fp32 snapshot when that is smaller (methods.md 7.2).
+    """Largest payload of catching up: each version replayed, or an fp32 snapshot if that is smaller (methods.md 7.2).
 
     ``num_blocks`` counts all expanded blocks of the run; a client at version 0 of a run that has not started passes
     ``versions_behind`` 0.
@@ -307,9 +315,9 @@ def download_bytes(
 
 # Memory (runtime.md 4.1)
 
-#: Share of the transient bytes that a caching or fragmenting allocator holds on top of them. CUDA: the 6 % of runtime.md
-#: 4.1. CPU: glibc's heap under plain autograd; fitted, with the floor below, to 13 measured assignments of the starter
-#: model (peaks of 9 to 56 MiB, largest error 1.2 MiB).
+#: Share of the transient bytes that a caching or fragmenting allocator holds on top of them. CUDA: the 6 % of
+#: runtime.md 4.1. CPU: glibc's heap under plain autograd; fitted, with the floor below, to 13 measured assignments of
+#: the starter model (peaks of 9 to 56 MiB, largest error 1.2 MiB).
 ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.22, "cuda": 0.06}
 #: What the first training step leaves behind whatever its size: arenas, thread stacks, library buffers (CPU, same fit).
 ALLOCATOR_FLOOR_BYTES: Final = 15 * 2**18
@@ -324,7 +332,7 @@ class MemoryBreakdown:
     packed: int
     """One NF4 layer on its way from the file to its decoded form."""
     decoded: int
-    """All base layers, decoded: the first runtime keeps each one that it has read."""
+    """The base layers above the cut, and one below it while it is read, decoded."""
     blocks: int
     """All expanded blocks: fp32 value, and the accumulated delta that it was made from."""
     head: int
@@ -390,7 +398,7 @@ def peak_memory(
         work,
         runtime_bytes=runtime_bytes,
         accelerator=accelerator,
-        trained=count * shape.block_parameters * added_bytes,
+        trained=count * _sizes(shape)[1] * added_bytes,
         activations=_pass_tokens(work) * saved * work.dtype_bytes // 2,
     )
 
@@ -419,7 +427,8 @@ def _breakdown(
     trained: int,
     activations: int,
 ) -> MemoryBreakdown:
-    linear, vectors = shape.linear_parameters, shape.block_parameters - shape.linear_parameters
+    linear, block = _sizes(shape)
+    vectors = block - linear
     tokens = _pass_tokens(work)
     task_tokens, anchor_tokens = work.batch_size * work.max_tokens, work.anchor_batch_size * work.anchor_tokens
     temporaries = tokens * (8 * shape.hidden_size + 6 * shape.intermediate_size) * work.dtype_bytes // 2
@@ -428,8 +437,8 @@ def _breakdown(
     return MemoryBreakdown(
         runtime=runtime_bytes,
         packed=math.ceil(linear * NF4_BYTES_PER_WEIGHT + 4 * vectors),
-        decoded=(layout.num_entries - len(layout.positions)) * shape.block_parameters * work.dtype_bytes,
-        blocks=8 * len(layout.positions) * shape.block_parameters,
+        decoded=(layout.num_entries - layout.base_cut - len(layout.positions) + 1) * block * work.dtype_bytes,
+        blocks=8 * len(layout.positions) * block,
         head=(1 if shape.tied_embeddings else 2) * shape.vocab_size * shape.hidden_size * work.dtype_bytes,
         trained=trained,
         activations=activations,

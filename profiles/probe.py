@@ -2,7 +2,7 @@
 
 Each item has a share of the budget and is the median of at least five runs after a warm-up, on random data; what could
 not be measured is recorded with its reason, and the profile then holds a cautious prior.
-torch is imported only here and only inside functions; without it the matrix rate comes from numpy, and the item says so.
+torch is imported only here, inside functions; without it the matrix rate comes from numpy, and the item says so.
 What may crash or hang (CUDA's first call, a 4-bit library on hardware it was not built for) runs in a child process.
 """
 
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -29,16 +29,19 @@ import numpy as np
 import psutil
 
 from fedblocks.profiles.device import Accelerator, ComputeDtype, DeviceProfile
+from fedblocks.profiles.model_shape import ModelShape
 
 #: Fewest runs of which a median counts.
 MIN_RUNS: Final = 5
 MIB: Final = 2**20
 COPY_BYTES: Final = 256 * MIB
 DISK_BYTES: Final = 64 * MIB
-GEMM_SIZES: Final = (2048, 1024, 512)
+GEMM_SIZES: Final = (512, 1024, 2048)
+#: Rows of the product at a block's own sizes (runtime.md 10).
+BLOCK_GEMM_ROWS: Final = 512
 #: Share of the budget within which the child process must have imported its libraries and answered.
 CHILD_SHARE: Final = 0.6
-#: An assumption, said to be one: a domestic line (tier A of methods.md 12.4), until the link to the aggregator is known.
+#: An assumption and said to be one: tier A of methods.md 12.4, until the link to the aggregator is known.
 PRIOR_LINK: Final = (5e6 / 8, 20e6 / 8)
 PRIOR_DISK_BYTES_PER_S: Final = 100e6
 PRIOR_STEP_OVERHEAD_S: Final = 0.02
@@ -95,21 +98,45 @@ class ProbeResult:
         raise KeyError(name)
 
 
-def probe(*, budget_s: float = 15.0, folder: Path, link: LinkSpeed | None = None) -> ProbeResult:
+def probe(
+    *,
+    budget_s: float = 15.0,
+    folder: Path,
+    link: LinkSpeed | None = None,
+    shape: ModelShape | None = None,
+    threads: int | None = None,
+) -> ProbeResult:
     """Measures this machine.
 
     Args:
-        budget_s: seconds to spend once torch is imported. Less than about 10 may leave items unmeasured on a busy machine.
+        budget_s: seconds to spend once torch is imported. Below about 10, a busy machine leaves items unmeasured.
         folder: a folder on the disk that will hold the client's caches; a 64 MiB file is written and deleted there.
         link: speed to the aggregator where it is known; otherwise a prior, and the item says so.
+        shape: the model to be trained; its own matrix sizes then decide the matrix rate instead of large squares.
+        threads: arithmetic threads of the client process to come; default: torch's own choice.
     """
     torch = _torch()
+    usual_threads = torch.get_num_threads() if torch is not None else 1
+    if torch is not None and threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        return _probe(torch, budget_s=budget_s, folder=folder, link=link, shape=shape)
+    finally:
+        if torch is not None:
+            torch.set_num_threads(usual_threads)
+
+
+def _probe(
+    torch: Any, *, budget_s: float, folder: Path, link: LinkSpeed | None, shape: ModelShape | None
+) -> ProbeResult:
     began = time.monotonic()
     accelerator: Accelerator = "cuda" if torch is not None and _cuda_works(torch) else "cpu"
     items: list[ProbeItem] = [_memory_item(accelerator, torch)]
     items += _child_items(accelerator, torch, timeout_s=CHILD_SHARE * budget_s)
     left_s = max(1.0, budget_s - (time.monotonic() - began))
-    items += _gemm_items(accelerator, torch, budget_s=0.4 * left_s)
+    items += _gemm_items(accelerator, torch, budget_s=(0.4 if shape is None else 0.3) * left_s)
+    if shape is not None:
+        items.append(_block_gemm_item(accelerator, torch, shape, budget_s=0.1 * left_s))
     items.append(_copy_item(accelerator, torch, budget_s=0.15 * left_s))
     items.append(_step_item(accelerator, torch, budget_s=0.15 * left_s))
     items += _disk_items(folder, budget_s=0.3 * left_s)
@@ -141,8 +168,8 @@ def describe(result: ProbeResult) -> str:
     p = result.profile
     lines = [
         f"device             {p.device} ({p.accelerator}, {p.cpu_cores} cores), trains in {p.compute_dtype}",
-        f"usable memory      {p.memory_usable_bytes / 2**30:.2f} GiB, of which {p.runtime_memory_bytes / MIB:.0f} MiB "
-        "for libraries",
+        f"usable memory      {p.memory_usable_bytes / 2**30:.2f} GiB",
+        f"library workspaces {p.runtime_memory_bytes / MIB:.1f} MiB",
         f"matrix products    {p.gemm_flops_per_s / 1e9:.1f} GFLOP/s",
         f"memory copy        {p.memory_bytes_per_s / 1e9:.1f} GB/s",
         f"step overhead      {p.step_overhead_s * 1e3:.1f} ms",
@@ -178,7 +205,7 @@ def _profile(accelerator: Accelerator, torch: Any, items: Sequence[ProbeItem], f
         cpu_cores=_cores(),
         memory_usable_bytes=int(measured("memory_usable_bytes", 0.0)),
         runtime_memory_bytes=int(measured("runtime_memory_bytes", PRIOR_RUNTIME_BYTES[accelerator])),
-        gemm_flops_per_s=rates[dtype] or 1e9 * _cores(),
+        gemm_flops_per_s=measured("gemm_block_flops_per_s", rates[dtype] or 1e9 * _cores()),
         memory_bytes_per_s=measured("copy_bytes_per_s", 1e9),
         step_overhead_s=measured("step_overhead_s", PRIOR_STEP_OVERHEAD_S),
         uplink_bytes_per_s=measured("uplink_bytes_per_s", PRIOR_LINK[0]),
@@ -202,7 +229,10 @@ def _torch() -> Any:
 def _cuda_works(torch: Any) -> bool:
     """True if a product on the GPU gives a number; a driver that is too old says no here instead of later."""
     try:
-        return bool(torch.cuda.is_available()) and float((torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum()) == 512.0
+        return (
+            bool(torch.cuda.is_available())
+            and float((torch.ones(8, 8, device="cuda") @ torch.ones(8, 8, device="cuda")).sum()) == 512.0
+        )
     except (RuntimeError, AssertionError):
         return False
 
@@ -234,7 +264,7 @@ def _memory_item(accelerator: Accelerator, torch: Any) -> ProbeItem:
         if free is not None and free < available:
             available, note = free, f"limit of this control group ({limit_file})"
     if accelerator == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
-        # On unified memory the driver counts page cache as used, so there the machine's own figure stands (runtime.md 4.1).
+        # On unified memory the driver counts page cache as used: there the machine's own figure stands.
         available, note = int(torch.cuda.mem_get_info()[0]), "free on the GPU"
     return ProbeItem(name="memory_usable_bytes", value=float(available), runs=1, note=note)
 
@@ -319,11 +349,18 @@ def _child(code: str, accelerator: Accelerator, *, timeout_s: float) -> tuple[di
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
             code_s = subprocess.run(
-                command, stdout=out, stderr=err, timeout=timeout_s, check=False, env={**os.environ, "PYTHONSAFEPATH": "1"}
+                command,
+                stdout=out,
+                stderr=err,
+                timeout=timeout_s,
+                check=False,
+                env={**os.environ, "PYTHONSAFEPATH": "1"},
             ).returncode
             if code_s:
                 err.seek(0)
-                why = f"exit code {code_s}" + "".join(f": {line[:200]}" for line in err.read().strip().splitlines()[-1:])
+                why = f"exit code {code_s}" + "".join(
+                    f": {line[:200]}" for line in err.read().strip().splitlines()[-1:]
+                )
         except subprocess.TimeoutExpired:
             why = f"no answer within {timeout_s:.0f} s"
         except OSError as error:
@@ -365,6 +402,27 @@ def _gemm_torch(accelerator: Accelerator, torch: Any, dtype: str, *, budget_s: f
         return _missing(name, str(error).splitlines()[0][:200])
 
 
+def _block_gemm_item(accelerator: Accelerator, torch: Any, shape: ModelShape, *, budget_s: float) -> ProbeItem:
+    """One MLP matrix of a block on 512 rows, fp32: what the rate is at the model's own sizes."""
+    name = "gemm_block_flops_per_s"
+    if torch is None:
+        return _missing(name, "torch is not installed")
+    rows, inner, out = BLOCK_GEMM_ROWS, shape.hidden_size, shape.intermediate_size
+    a, b = torch.randn(rows, inner, device=accelerator), torch.randn(inner, out, device=accelerator)
+    # Several products per run: one alone is shorter than what a clock resolves.
+    repeats = max(1, round(1e8 / (2 * rows * inner * out)))
+
+    def run() -> None:
+        for _ in range(repeats):
+            torch.matmul(a, b)
+        if accelerator == "cuda":
+            torch.cuda.synchronize()
+
+    run()
+    note = f"{rows} x {inner} x {out}, torch, {torch.get_num_threads()} threads"
+    return _rate(name, 2.0 * rows * inner * out * repeats, _times(run, budget_s=budget_s), note=note)
+
+
 def _gemm_numpy(*, budget_s: float) -> ProbeItem:
     generator = np.random.default_rng(0)
 
@@ -380,19 +438,19 @@ def _gemm_numpy(*, budget_s: float) -> ProbeItem:
 
 
 def _gemm(name: str, runner: Callable[[int], Callable[[], None]], *, budget_s: float, note: str) -> ProbeItem:
-    """The largest square product of which five runs fit into the budget."""
+    """The largest square product of which a warm-up and five runs fit into the budget."""
     began = time.monotonic()
-    for size in GEMM_SIZES[::-1]:
-        run = runner(size)
+    size = GEMM_SIZES[0]
+    run = runner(size)
+    run()
+    for larger in GEMM_SIZES[1:]:
+        expected_s = statistics.median(_seconds(run) for _ in range(3)) * (larger / size) ** 3
+        if (MIN_RUNS + 1) * expected_s > budget_s - (time.monotonic() - began):
+            break
+        size, run = larger, runner(larger)
         run()
-        once_s = _seconds(run)
-        larger = size * 2
-        left_s = budget_s - (time.monotonic() - began)
-        if larger in GEMM_SIZES and 8 * once_s * (MIN_RUNS + 2) < left_s:
-            continue
-        times = _times(run, budget_s=left_s)
-        return _rate(name, 2.0 * size**3, times, note=f"{size} x {size}, {note}")
-    raise AssertionError("GEMM_SIZES is empty")
+    times = _times(run, budget_s=budget_s - (time.monotonic() - began))
+    return _rate(name, 2.0 * size**3, times, note=f"{size} x {size}, {note}")
 
 
 def _copy_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> ProbeItem:
@@ -413,13 +471,17 @@ def _copy_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> Prob
             np.copyto(copy, array)
 
     run()
-    return _rate("copy_bytes_per_s", 2.0 * size, _times(run, budget_s=budget_s), note=f"{size // MIB} MiB, read and write")
+    return _rate(
+        "copy_bytes_per_s", 2.0 * size, _times(run, budget_s=budget_s), note=f"{size // MIB} MiB, read and write"
+    )
 
 
 def _step_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> ProbeItem:
-    """Seconds of a training step so small that only its overhead is left: eight layers of width 8, AdamW."""
+    """Seconds of a training step so small that only its overhead is left: eight blocks' worth of width 8, AdamW."""
     if torch is None:
         return _missing("step_overhead_s", "torch is not installed")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # nothing here is worth sharing, and on a busy machine threads wait for each other
     layers = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(56))).to(accelerator)
     optimizer = torch.optim.AdamW(layers.parameters(), fused=True)
     x = torch.randn(2, 8, device=accelerator)
@@ -433,6 +495,7 @@ def _step_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> Prob
 
     run()
     times = _times(run, budget_s=budget_s)
+    torch.set_num_threads(threads)
     return ProbeItem(
         name="step_overhead_s",
         value=statistics.median(times),
@@ -490,7 +553,8 @@ def _link_items(link: LinkSpeed | None) -> list[ProbeItem]:
         return [_missing(name, why) for name in names]
     values = (link.uplink_bytes_per_s, link.downlink_bytes_per_s)
     return [
-        ProbeItem(name=name, value=value, runs=1, note="to the aggregator") for name, value in zip(names, values, strict=True)
+        ProbeItem(name=name, value=value, runs=1, note="to the aggregator")
+        for name, value in zip(names, values, strict=True)
     ]
 
 
@@ -524,10 +588,3 @@ def _seconds(run: Callable[[], object]) -> float:
     run()
     # A clock tick is the shortest time there is: a rate must stay finite.
     return max(time.perf_counter() - began, math.ulp(1.0))
-
-
-def with_link(profile: DeviceProfile, link: LinkSpeed) -> DeviceProfile:
-    """The profile with the measured speed to the aggregator."""
-    return replace(
-        profile, uplink_bytes_per_s=link.uplink_bytes_per_s, downlink_bytes_per_s=link.downlink_bytes_per_s
-    )

@@ -45,7 +45,6 @@ from fedblocks.protocol.messages import (
     StateUpdate,
 )
 from fedblocks.protocol.run_config import ForgettingSection, RunConfig
-from fedblocks.protocol.state import Publication
 from fedblocks.protocol.tensors import State
 
 NO_PAYLOAD_SHA256: Final = hashlib.sha256(b"").hexdigest()
@@ -563,29 +562,86 @@ class PublishSettings:
     """How a version was published; kept with the round, so that a replay does the same."""
 
     dense: bool
+    """The last version of a run, so that nothing waits at export (methods.md 7.2)."""
     format: DeltaFormat
     density: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GlobalState:
+    """The published model: what every client can have, and what the steps still owe it."""
+
+    version: int
+    published: State
+    residual: State
+    sha256: str
+    """Of ``published``."""
+
+    @classmethod
+    def zero(cls, shape: ModelShape) -> GlobalState:
+        """Version 0: the base model."""
+        return cls(version=0, published={}, residual={}, sha256=states.state_sha256(shape, {}))
+
+
 def publish(
-    published: State,
-    folded: Mapping[int, Mapping[str, aggregation.FloatArray]],
-    residual: State,
-    *,
-    shape: ModelShape,
-    settings: PublishSettings,
-) -> Publication | None:
-    """The next version; None if there is nothing to publish, and the version stays."""
-    change: State = {block: dict(tensors) for block, tensors in folded.items()}
-    if settings.dense:
-        if not change and not residual:
-            return None
-        return states.publish_dense(published, change, residual, shape=shape)
-    if not change:
+    model: GlobalState, aggregate: State, *, shape: ModelShape, settings: PublishSettings
+) -> tuple[GlobalState, bytes] | None:
+    """The next version and the step to it; None if nothing was learnt, and the version stays."""
+    if not aggregate and not (settings.dense and model.residual):
         return None
-    return states.publish(published, change, residual, shape=shape, format=settings.format, density=settings.density)
+    if settings.dense:
+        made = states.publish_dense(model.published, aggregate, model.residual, shape=shape)
+    else:
+        made = states.publish(
+            model.published,
+            aggregate,
+            model.residual,
+            shape=shape,
+            format=settings.format,
+            density=settings.density,
+        )
+    after = GlobalState(
+        version=model.version + 1,
+        published=made.published,
+        residual=made.residual,
+        sha256=states.state_sha256(shape, made.published),
+    )
+    return after, made.step
 
 
-def publish_settings(config: RunConfig, reason: StopReason | None) -> PublishSettings:
-    """Dense for the last version of a run, so that nothing waits at export (methods.md 7.2)."""
-    return PublishSettings(dense=reason is not None, format=config.delta.format, density=config.delta.down_density)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ClosedRound:
+    """What a round amounts to; nothing of it is written yet."""
+
+    model: GlobalState
+    step: bytes | None
+    """None for a round that changed nothing."""
+    state: MethodState
+    pooled: Pooled
+    folded: FoldResult
+    stop_reason: StopReason | None
+    settings: PublishSettings
+
+
+def close(
+    model: GlobalState,
+    updates: Sequence[AcceptedUpdate],
+    measured: Iterable[tuple[ClientKey, Measurement]],
+    *,
+    config: RunConfig,
+    shape: ModelShape,
+    state: MethodState,
+    round: int,
+) -> ClosedRound:
+    """Fold, observe, decide whether to go on, publish: a function of the set of updates and reports."""
+    pooled = pool(measured, version=model.version)
+    state = observe(state, pooled, config)
+    folded = aggregate(updates, shape=shape, state=state)
+    state = after_fold(state, updates, folded)
+    reason = stop_reason(state, config, round=round)
+    settings = PublishSettings(dense=reason is not None, format=config.delta.format, density=config.delta.down_density)
+    published = publish(model, folded.aggregate, shape=shape, settings=settings)
+    after, step = (model, None) if published is None else published
+    return ClosedRound(
+        model=after, step=step, state=state, pooled=pooled, folded=folded, stop_reason=reason, settings=settings
+    )

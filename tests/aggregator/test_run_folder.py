@@ -97,14 +97,16 @@ def test_an_attempt_id_that_is_no_file_name_never_becomes_a_path(make_world: Cal
     folder = make_world("ann").folder
     with pytest.raises(ValueError, match="no file name"):
         folder.update_path(1, AttemptId(attempt))
+    with pytest.raises(ValueError, match="no file name"):
+        folder.part_path(AttemptId(attempt), 1)
 
 
 def test_half_finished_uploads_of_a_killed_process_are_removed(make_world: Callable[..., Any]) -> None:
     folder = make_world("ann").folder
-    part = folder.part_path(3, AttemptId("r1-x"), 7)
-    folder.make_room_for(part)
+    part = folder.part_path(AttemptId("r1-x"), 7)
     part.write_bytes(b"half")
     final = folder.update_path(3, AttemptId("r1-y"))
+    folder.make_room_for(final)
     final.write_bytes(b"whole")
     folder.drop_parts()
     assert not part.exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -41,6 +43,7 @@ from fedblocks.protocol.messages import (
     Goodbye,
     Hello,
     Measurement,
+    Ready,
     Report,
     TrainReport,
     Welcome,
@@ -101,6 +104,7 @@ class PayloadClient(threading.Thread):
                     case t.Connected():
                         transport.send(self._hello())
                     case t.Received(message=Welcome()):
+                        transport.send(Ready())
                         if self.outbox is not None:
                             self.resends += 1
                             transport.send(*self.outbox)
@@ -280,13 +284,11 @@ def wait_for_updates(run: Path, process: subprocess.Popen[str], *, at_least: int
         assert process.poll() is None
         if (run / "ledger.sqlite").exists():
             ledger = open_read_only(run / "ledger.sqlite")
-            try:
+            # Its tables are not there in the first moment.
+            with contextlib.suppress(sqlite3.OperationalError):
                 if ledger.num_updates() >= at_least:
                     return
-            except Exception as error:  # noqa: BLE001 - the tables are not made yet
-                assert "no such table" in str(error)
-            finally:
-                ledger.close()
+            ledger.close()
         time.sleep(0.02)
     raise AssertionError(f"{at_least} updates did not arrive")
 
