@@ -179,9 +179,10 @@ def _evidence() -> str | None:
 
 Anchor: KL on 256 texts of 256 tokens sampled from the base, {rows[0]["anchor_batch_size"]} in each step (the product's
 default is 4), for every anchored line alike; lambda is 1 for the baselines and the aggregator's (dual ascent, budget
-{LINES[2].max_kl:g} nats/token) for ours, but for the line that says lambda 1. Rates of expanded blocks: {", ".join(f"{r:g}" for r in BLOCK_RATES)}.
-The 4-bit base itself: general {base["nf4"]["general"]:.3f}, KL {base["nf4"]["kl"]:.4f} to the unquantised base, the
-floor of every KL on the 4-bit stack."""
+{LINES[2].max_kl:g} nats/token) for ours, but for the line that says lambda 1. Rates of expanded blocks:
+{", ".join(f"{rate:g}" for rate in BLOCK_RATES)}. "All rows" is int8 without row masks, up and down; rho 0.25 is the
+product's default. The 4-bit base itself: general {base["nf4"]["general"]:.3f}, KL {base["nf4"]["kl"]:.4f} to the
+unquantised base, the floor of every KL on the 4-bit stack."""
     ]
     head = ["line", "rate", "round", "downstream", "retention", "Ret", "KL"]
     head += ["end: downstream", "retention", "Ret", "KL", "up, kB", "down, kB"]
@@ -314,7 +315,10 @@ def _reading(rows: Sequence[Row], mine: Line, task: str, target: float) -> str:
     for name, row in (("full fine-tuning", full), ("LoRA", lora)):
         if row is not None:
             ratio = (row["upload_bytes"] + row["download_bytes"]) / (ours["upload_bytes"] + ours["download_bytes"])
-            told.append(f"Per client and round, fp32 {name} moves {ratio:.1f} times the bytes of ours.")
+            told.append(
+                f"Per client and round, fp32 {name} moves {ratio:.1f} times the bytes of ours "
+                f"({ratio / 4:.2f} times if it were sent as dense int8)."
+            )
     return f"**{mine.name}.** " + "\n".join(told)
 
 

@@ -11,9 +11,11 @@ import pytest
 
 from fedblocks.aggregator.ledger import (
     MAX_CONTENT_REFUSALS,
+    MAX_NOTES,
     MIGRATIONS,
     Ledger,
     LedgerError,
+    let_back,
     open_ledger,
     open_read_only,
 )
@@ -283,6 +285,24 @@ def test_a_reader_sees_the_state_of_a_ledger_that_is_being_written(tmp_path: Pat
 def test_a_run_that_was_never_served_has_no_ledger_to_read(tmp_path: Path) -> None:
     with pytest.raises(LedgerError, match="never served"):
         open_read_only(tmp_path / "ledger.sqlite")
+
+
+def test_the_operator_lets_a_client_back_by_its_name_beside_a_running_aggregator(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    for _ in range(3):
+        ledger.add_refusal(ANN, "non_finite", "a NaN", unix_s=1.0)
+    let_back(tmp_path / "ledger.sqlite", "ann")
+    assert ledger.shelved() == frozenset()
+    with pytest.raises(LedgerError, match="no client called 'zoe'"):
+        let_back(tmp_path / "ledger.sqlite", "zoe")
+
+
+def test_notes_do_not_grow_without_end(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    with ledger.transaction():
+        for number in range(MAX_NOTES + 50):
+            ledger.add_note(f"note {number}", unix_s=0.0)
+    assert len(ledger.notes(last=10 * MAX_NOTES)) == MAX_NOTES
 
 
 def test_only_the_newest_notes_are_shown_oldest_first(tmp_path: Path) -> None:

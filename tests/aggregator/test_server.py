@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import fedblocks.aggregator.server as server_module
+import fedblocks.aggregator.intake as intake_module
+from fedblocks.aggregator.endpoint import PeerRejected
 from fedblocks.aggregator.ledger import Ledger
 from fedblocks.aggregator.replay import replay, state_at
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError
@@ -20,6 +21,7 @@ from fedblocks.protocol.messages import (
     Ack,
     Assignment,
     AttemptId,
+    ClientKey,
     Evaluate,
     Fetch,
     Goodbye,
@@ -28,7 +30,6 @@ from fedblocks.protocol.messages import (
     Refused,
     Resource,
 )
-from fedblocks.protocol.state import state_sha256
 
 THREE_ROUNDS = ("run.max_rounds=3", "server.keep_updates=true")
 
@@ -62,7 +63,7 @@ def test_the_published_steps_alone_lead_to_the_final_state(make_world: Callable[
     world = make_world("ann", "bob", overrides=THREE_ROUNDS)
     world.join()
     world.finish()
-    assert state_sha256(world.plan.shape, state_at(world.folder, 3)) == final(world)["state_sha256"]
+    assert state_at(world.folder, 3).sha256 == final(world)["state_sha256"]
     assert all(s.held_version == 3 for s in world.sites.values())
 
 
@@ -194,6 +195,65 @@ def test_after_three_bad_updates_a_client_gets_no_task_until_it_is_let_back(make
     world.ledger.let_back(eve.key)
     world.round("ann")
     assert len(eve.tasks) == 4
+
+
+def test_a_full_disk_refuses_updates_for_now_and_the_client_delivers_when_there_is_room(
+    make_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    ann = world.sites["ann"]
+
+    def full(part: Path, final: Path) -> None:
+        raise OSError(28, "No space left on device", str(final))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(intake_module, "commit_file", full)
+        ann.work()
+        world.step()
+        ann.receive()
+    assert [r.code for r in ann.refused] == ["no_space"]
+    assert world.aggregator.state.tasks[ann.key].outcome == "open"
+    assert list((world.path / "incoming").iterdir()) == []
+    world.round()
+    assert metrics(world)[0]["num_accepted"] == 2
+
+
+def test_what_a_peer_says_cannot_drive_the_operators_terminal(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    world.join()
+    world.sites["ann"].say(Refused(code="malformed", text="\x1b[2J\nround 99/99", attempt_id=AttemptId("x")))
+    world.step(11.0)
+    world.receive()
+    world.sites["ann"].say(
+        Refused(code="malformed", text="\x1b[2J\nround 99/99", attempt_id=world.sites["ann"].tasks[-1].attempt_id)
+    )
+    world.step()
+    assert any("refused by the client" in line for line in world.lines)
+    assert all(line.isprintable() for line in world.lines)
+    assert all(text.isprintable() for _, text in world.ledger.notes())
+
+
+def test_keys_that_were_never_let_in_share_one_line_in_the_books(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    world.join()
+    for number in range(5):
+        key = ClientKey(f"{number:040d}")
+        world.endpoint.inbox.append(PeerRejected(key=key, address="", code="not_enrolled", text=f"key {key}"))
+    world.step()
+    world.step(1.5)
+    assert world.ledger.refusals() == {ClientKey(""): {"not_enrolled": 5}}
+
+
+def test_a_revoked_client_does_not_hold_the_round(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    bob = world.sites["bob"]
+    world.sites["ann"].work()
+    world.endpoint.inbox.append(PeerRejected(key=bob.key, address="", code="revoked", text="key revoked"))
+    world.step()
+    assert metrics(world)[0]["num_failed"] == 1
+    assert world.aggregator.state.round == 2
 
 
 def test_a_refused_attempt_cannot_be_mended_under_the_same_id(make_world: Callable[..., Any]) -> None:
@@ -343,6 +403,26 @@ def test_a_late_update_counts_in_the_next_round_at_a_lower_weight(make_world: Ca
     assert all(r.equal for r in replay(world.path))
 
 
+def test_an_upload_that_outlasts_its_round_counts_in_the_next(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", "cid", "dan", overrides=("run.max_rounds=9", "server.keep_updates=true"))
+    world.join()
+    dan = world.sites["dan"]
+    slow = dan.tasks[-1]
+    dan.work()
+    world.aggregator.step(0.0)  # let in
+    (arrived,) = world.endpoint.inbox
+    world.endpoint.inbox.clear()  # and still on its way
+    world.round("ann", "bob", "cid")
+    dan.heartbeat(slow.attempt_id, "uploading")
+    world.step(60.0)
+    assert world.aggregator.state.round == 2
+    world.endpoint.inbox.append(arrived)
+    world.step()
+    world.receive()
+    assert dan.acked == [slow.attempt_id]
+    assert [u.delta.attempt_id for u in world.ledger.updates_of(2)] == [slow.attempt_id]
+
+
 def test_an_update_that_is_two_versions_late_is_refused(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "bob", "cid", "dan")
     world.join()
@@ -445,7 +525,7 @@ def test_a_run_that_diverges_falls_back_to_its_best_version(make_world: Callable
     world.finish()
     assert final(world)["stop_reason"] == "diverged"
     assert final(world)["version"] == 2
-    assert final(world)["state_sha256"] == state_sha256(world.plan.shape, state_at(world.folder, 2))
+    assert final(world)["state_sha256"] == state_at(world.folder, 2).sha256
     assert all(site.held_version == 2 for site in world.sites.values())
 
 
@@ -537,8 +617,8 @@ def join_and_finish(world: Any) -> None:
 
 JOURNAL = [
     ("before an upload is let in", before, RunFolder, "part_path", 4),
-    ("before the payload is durable", before, server_module, "commit_file", 3),
-    ("after the payload is durable", after, server_module, "commit_file", 3),
+    ("before the payload is durable", before, intake_module, "commit_file", 3),
+    ("after the payload is durable", after, intake_module, "commit_file", 3),
     ("before the row of the update", before, Ledger, "add_update", 4),
     ("in the transaction of the update", after, Ledger, "add_update", 4),
     ("before the round is closing", before, Ledger, "start_closing", 2),

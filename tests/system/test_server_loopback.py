@@ -23,7 +23,7 @@ import pytest
 import zmq
 
 from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
-from fedblocks.aggregator.ledger import open_read_only
+from fedblocks.aggregator.ledger import LedgerError, open_read_only
 from fedblocks.aggregator.replay import replay
 from fedblocks.aggregator.run_folder import read_run_folder
 from fedblocks.aggregator.status import run_status
@@ -283,12 +283,13 @@ def wait_for_updates(run: Path, process: subprocess.Popen[str], *, at_least: int
     while time.monotonic() < until:
         assert process.poll() is None
         if (run / "ledger.sqlite").exists():
-            ledger = open_read_only(run / "ledger.sqlite")
             # Its tables are not there in the first moment.
-            with contextlib.suppress(sqlite3.OperationalError):
+            with (
+                contextlib.suppress(LedgerError, sqlite3.OperationalError),
+                contextlib.closing(open_read_only(run / "ledger.sqlite")) as ledger,
+            ):
                 if ledger.num_updates() >= at_least:
                     return
-            ledger.close()
         time.sleep(0.02)
     raise AssertionError(f"{at_least} updates did not arrive")
 
