@@ -22,8 +22,8 @@ from fedblocks.edge_client.prefix_cache import PrefixStates
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.train import anchor_batch, stack_losses, task_batch
 
-BATCH_TOKENS: Final = 4096
-"""Padded tokens of one forward pass."""
+BATCH_TOKENS: Final = 256
+"""Padded tokens of one forward pass: measuring must not need more memory than a small training step."""
 LOGITS_BYTES: Final = 32 << 20
 """Room for one chunk of logits in double precision."""
 

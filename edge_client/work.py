@@ -193,6 +193,7 @@ class Workbench:
             with PeakMemory(self._after_imports_bytes) as memory:
                 status("measuring", 0)
                 measurements = self.measure(task.measure, seed=task.round)
+                give_back_freed_memory()  # what measuring has freed must not stand beside what training takes
                 measured = time.monotonic()
                 result = train(
                     model=self.model,
