@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
-.PHONY: help setup demo test test-slow test-gpu check format lint types imports bench wheel clean
+.PHONY: help setup demo test test-slow test-gpu check format lint types imports docs wheel clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,7 +31,7 @@ demo: setup  ## federate the bundled model over one aggregator and four clients;
 	$(BIN)/fedblocks demo --json runs/demo/result.json
 
 test: setup  ## the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup  ## the tests that take longer than ten seconds each
 	$(BIN)/python -m pytest -m "slow and not gpu"
@@ -61,6 +61,9 @@ types: setup copies  ## strict types of profiles, protocol and aggregator (based
 
 imports: setup copies  ## the import contracts between the rooms (import-linter)
 	cd .typing && $(abspath $(BIN))/lint-imports --no-cache --config pyproject.toml
+
+docs: setup  ## write docs/cli.md from the help texts
+	$(BIN)/python docs/write_cli.py
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

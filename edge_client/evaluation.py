@@ -145,9 +145,18 @@ class Judge:
 
 
 def evaluate_target(
-    target: Path, *, base: Path, downstream: Path | None, general: Path | None, strength: float
+    target: Path,
+    *,
+    base: Path,
+    downstream: Path | None,
+    general: Path | None,
+    strength: float,
+    overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Measure a model folder, or a run folder's published state on the 4-bit stack, beside the base.
+
+    Args:
+        overrides: ``data.key=value``: how rows become tokens, where it is not that of the run folder or the default.
 
     Raises:
         CheckpointError: a folder holds no model.
@@ -155,7 +164,7 @@ def evaluate_target(
     """
     checkpoint = Checkpoint.open(base)
     is_run = (target / "run.json").is_file()
-    data_format = _data_format(target if is_run else None)
+    data_format = _data_format(target if is_run else None, overrides)
     judge = Judge(
         base=checkpoint, encoder=TextEncoder(checkpoint.folder, data_format), downstream=downstream, general=general
     )
@@ -284,8 +293,9 @@ def four_bit_model(
     return ExpandedModel(backbone=backbone, checkpoint=checkpoint, plan=plan, state=state)
 
 
-def _data_format(run: Path | None) -> DataFormat:
-    section = run_config.load(run / "run.toml").data if run else run_config.DataSection()
+def _data_format(run: Path | None, overrides: tuple[str, ...] = ()) -> DataFormat:
+    config = run_config.load(run / "run.toml", overrides) if run else run_config.from_mapping({}, overrides)
+    section = config.data
     return DataFormat(max_tokens=section.max_tokens, append_eos=section.append_eos, join=section.join)
 
 

@@ -119,6 +119,16 @@ def keys_revoke(run: RunArgument, name: Annotated[str, typer.Argument(help="name
     typer.echo(f"revoked {name}")
 
 
+@keys_app.command("let-back", epilog="Example: fedblocks keys let-back runs/clinic site-a")
+def keys_let_back(run: RunArgument, name: Annotated[str, typer.Argument(help="the site's name")]) -> None:
+    """Give a client tasks again that was set aside after three refused updates. Works while the run is served."""
+    from fedblocks.aggregator.ledger import let_back
+    from fedblocks.aggregator.run_folder import read_run_folder
+
+    let_back(read_run_folder(run).ledger_path, name)
+    typer.echo(f"{name} may take part again")
+
+
 @app.command(epilog="Example: fedblocks invite runs/clinic site-a --out site-a.toml")
 def invite(
     run: RunArgument,
@@ -265,12 +275,15 @@ def evaluate(
     downstream: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of the task that was learnt")] = None,
     general: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of general ability")] = None,
     strength: Annotated[float, typer.Option(help="for a run folder: strength of the expanded blocks")] = 1.0,
+    overrides: SetOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the result here")] = None,
 ) -> None:
     """Measure what was learnt and what was kept: downstream score, general retention, KL to the base."""
     from fedblocks.edge_client.evaluation import describe, evaluate_target
 
-    result = evaluate_target(target, base=base, downstream=downstream, general=general, strength=strength)
+    result = evaluate_target(
+        target, base=base, downstream=downstream, general=general, strength=strength, overrides=tuple(overrides or ())
+    )
     typer.echo(describe(result))
     if json_file:
         json_file.write_text(json.dumps(result, indent=2), encoding="utf-8")

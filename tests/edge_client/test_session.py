@@ -86,7 +86,7 @@ def test_missing_files_are_fetched_one_by_one_before_the_first_task():
 
 
 def test_files_that_are_on_disk_are_not_fetched():
-    state, actions = run(s.SessionState(have=frozenset({"aa"})), s.Connected(), received(welcome(FILE)))
+    _, actions = run(s.SessionState(have=frozenset({"aa"})), s.Connected(), received(welcome(FILE)))
 
     assert [type(a) for a in actions] == [s.Prepare, s.SendReady]
 

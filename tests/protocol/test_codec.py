@@ -157,12 +157,12 @@ def test_a_hundred_thousand_damaged_frames_are_messages_or_remote_protocol_error
             case 4:  # a damaged header
                 header = bytearray(header)
                 header[rng.integers(len(header))] = rng.integers(256)
-        began = time.perf_counter()
+        began = time.thread_time()
         with contextlib.suppress(RemoteProtocolError):
             codec.decode(bytes(header), bytes(frame))
-        slow += time.perf_counter() - began > 0.01
+        slow += time.thread_time() - began > 0.01
 
-    # A loaded machine may take the processor away now and then; the codec itself never takes 10 ms.
+    # This thread's own processor time: a garbage collection may fall into a frame, the codec itself never takes 10 ms.
     assert slow < 20
     assert process.memory_info().rss - before_bytes < 4e6
 
