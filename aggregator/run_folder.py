@@ -39,7 +39,7 @@ from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId, ResourceInfo
 from fedblocks.protocol.run_config import RunConfig
-from fedblocks.protocol.tensors import FloatArray, State
+from fedblocks.protocol.tensors import FloatArray, State, flatten, unflatten
 
 KEPT_STATES: Final = 2
 #: The anchor set of methods.md 5.2, for a run.json that does not say.
@@ -259,17 +259,11 @@ def _file_name(attempt_id: AttemptId) -> str:
 
 
 def _to_safetensors(state: State) -> bytes:
-    flat = {f"{block}/{name}": tensor for block, tensors in state.items() for name, tensor in tensors.items()}
-    return safetensors.numpy.save(flat)
+    return safetensors.numpy.save(flatten(state))
 
 
 def _from_safetensors(path: Path) -> State:
     try:
-        flat = cast("dict[str, FloatArray]", safetensors.numpy.load(path.read_bytes()))
+        return unflatten(cast("dict[str, FloatArray]", safetensors.numpy.load(path.read_bytes())))
     except (OSError, safetensors.SafetensorError) as error:
         raise RunFolderError(f"{path}: {error}") from error
-    state: State = {}
-    for name, tensor in flat.items():
-        block, tensor_name = name.split("/", 1)
-        state.setdefault(int(block), {})[tensor_name] = tensor
-    return state

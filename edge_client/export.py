@@ -29,6 +29,7 @@ import fedblocks
 from fedblocks.edge_client.checkpoint import TORCH_DTYPE, Checkpoint, base_hash, initial_block
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
 from fedblocks.protocol.run_config import ConfigError
+from fedblocks.protocol.tensors import unflatten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -281,11 +282,7 @@ def load_final(run: Path) -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: the run has not finished; see fedblocks status {run}")
     plan = ExpansionPlan.from_json((run / "plan.json").read_text(encoding="utf-8"))
-    state: dict[int, dict[str, np.ndarray]] = {}
-    for key, value in load_file(path).items():
-        block, name = key.split("/", 1)
-        state.setdefault(int(block), {})[name] = value
-    return plan, state
+    return plan, unflatten(load_file(path))
 
 
 def _stored_block(

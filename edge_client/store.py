@@ -9,11 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
@@ -22,8 +19,7 @@ from fedblocks.protocol import codec
 from fedblocks.protocol.durable import sync_folder, write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.messages import AttemptId, Delta, ResourceInfo
-
-State = dict[int, dict[str, npt.NDArray[np.float32]]]
+from fedblocks.protocol.tensors import State, flatten, unflatten
 
 
 class ClientStore:
@@ -63,7 +59,7 @@ class ClientStore:
         Raises:
             RemoteProtocolError: its bytes are not those that the Welcome announced.
         """
-        if Path(info.name).name != info.name or info.name.startswith("."):
+        if not info.name or Path(info.name).name != info.name or info.name.startswith("."):
             raise RemoteProtocolError(f"a file of the run is called {info.name[:60]!r}, expected a plain file name")
         if len(payload) != info.num_bytes or hashlib.sha256(payload).hexdigest() != info.sha256:
             raise RemoteProtocolError(
@@ -84,15 +80,11 @@ class ClientStore:
             tensors = load_tensors(payload)
         except (FileNotFoundError, json.JSONDecodeError, KeyError, SafetensorError):
             return 0, {}
-        state: State = {}
-        for key, value in tensors.items():
-            block, name = key.split("/", 1)
-            state.setdefault(int(block), {})[name] = value
-        return int(meta["version"]), state
+        return int(meta["version"]), unflatten(tensors)
 
-    def put_held_state(self, version: int, state: Mapping[int, Mapping[str, npt.NDArray[np.float32]]]) -> None:
+    def put_held_state(self, version: int, state: State) -> None:
         """Keep a published version. A kill between the two files leaves a mismatch, which reads as version 0."""
-        payload = save_tensors({f"{b}/{n}": np.ascontiguousarray(a) for b, ts in state.items() for n, a in ts.items()})
+        payload = save_tensors(flatten(state))
         write_durably(self.folder / "held.safetensors", payload)
         meta = {"version": version, "sha256": hashlib.sha256(payload).hexdigest()}
         write_durably(self.folder / "held.json", json.dumps(meta).encode())

@@ -43,6 +43,21 @@ FloatArray = NDArray[np.float32]
 State = dict[int, dict[str, FloatArray]]
 """Block id -> tensor name -> values in the tensor's own shape. A block or tensor that is missing is all zero."""
 
+
+def flatten(state: Mapping[int, Mapping[str, FloatArray]]) -> dict[str, FloatArray]:
+    """The state as one map ``<block>/<tensor>`` -> values: how it is named in files."""
+    return {f"{b}/{name}": np.ascontiguousarray(v) for b, tensors in state.items() for name, v in tensors.items()}
+
+
+def unflatten(tensors: Mapping[str, FloatArray]) -> State:
+    """The inverse of :func:`flatten`."""
+    state: State = {}
+    for key, values in tensors.items():
+        block, name = key.split("/", 1)
+        state.setdefault(int(block), {})[name] = values
+    return state
+
+
 #: The smallest normal fp32. A scale below it would lose bits, and bits that depend on how a machine treats subnormals.
 MIN_SCALE: Final = np.float32(2.0**-126)
 LARGEST_CODE: Final = 127

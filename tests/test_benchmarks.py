@@ -144,7 +144,7 @@ def test_target_rule_is_that_of_the_frozen_file(best, target):
 def test_best_rate_is_the_one_with_the_fewest_rounds_and_among_equals_the_lower():
     def row(rate, reached):
         return {
-            "task": "rule", "method": "full", "anchor": False, "blocks": 0,
+            "task": "rule", "method": "full", "anchor": False, "blocks": 0, "max_kl": 0.03,
             "learning_rate": rate, "rounds_to_target": reached,
         }  # fmt: skip
 
