@@ -31,13 +31,13 @@ demo: setup  ## federate the bundled model over one aggregator and four clients;
 	$(BIN)/fedblocks demo --json runs/demo/result.json
 
 test: setup  ## the test suite (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 test-slow: setup  ## the tests that take longer than ten seconds each
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu"
 
 test-gpu: setup  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/pytest -m gpu
 
 check: format lint types imports test  ## format, lint, types, imports and tests
 

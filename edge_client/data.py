@@ -107,7 +107,8 @@ def read_rows(path: Path) -> list[Row]:
         DataError: the file is missing or empty, or a line is no JSON object of one of the three forms.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON text may hold U+2028 and other characters that it takes for line ends.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); expected a JSONL file") from error
     except UnicodeDecodeError as error:

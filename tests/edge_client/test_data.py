@@ -108,6 +108,13 @@ def test_a_row_that_cannot_be_read_names_file_and_line(write, line, says):
         read_rows(path)
 
 
+def test_a_line_separator_inside_a_text_does_not_end_the_row(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a\u2028b\u0085c"}\r\n{"text": "d"}\n', encoding="utf-8", newline="")
+
+    assert [(r.line, r.text) for r in read_rows(path)] == [(1, "a\u2028b\x85c"), (2, "d")]
+
+
 def test_a_missing_or_empty_file_is_a_data_error(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_rows(tmp_path / "none.jsonl")
