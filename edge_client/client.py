@@ -98,20 +98,56 @@ def join(options: JoinOptions, *, say: Say) -> int:
     data = load_site_data(options.data, encoder)
     say(data.summary.line())
     _check_base(options.model, site)
+    profile = _profile(options, say)
+    if options.dry_run:
+        say(_what_would_leave(site, _hello(options, site, data, profile, held_version=0)))
+        return 0
     key_is_new = not (options.home / KEY_FILE).exists()
     identity = load_or_create_identity(options.home)
-    store = ClientStore(options.home / site.run_id)
-    profile = _profile(options, say)
     client = _Client(
-        options=options, site=site, encoder=encoder, data=data, identity=identity, store=store, profile=profile, say=say
+        options=options,
+        site=site,
+        encoder=encoder,
+        data=data,
+        identity=identity,
+        store=ClientStore(options.home / site.run_id),
+        profile=profile,
+        say=say,
     )
-    if options.dry_run:
-        say(client.dry_run())
-        return 0
     if key_is_new:
         say("this site has a new key; send the operator this line:")
     say(f"fedblocks keys enrol RUN {site.client_name} --key='{identity.public}'")
     return client.run(wait_for_enrolment=key_is_new or options.wait_for_enrolment)
+
+
+def _hello(options: JoinOptions, site: SiteFile, data: SiteData, profile: DeviceProfile, *, held_version: int) -> Hello:
+    """What a site tells about itself."""
+    return Hello(
+        protocol_version=PROTOCOL_VERSION,
+        run_id=site.run_id,
+        base_hash=site.base_hash,
+        client_name=site.client_name,
+        software=f"fedblocks {__version__}",
+        profile=profile,
+        statistics=data.statistics(),
+        held_version=held_version,
+        can_evaluate_general=options.evaluate_general,
+    )
+
+
+def _what_would_leave(site: SiteFile, hello: Hello) -> str:
+    """Everything that would leave this machine, before anything has."""
+    lines = [
+        f"to {site.address}, one outbound TCP connection, encrypted for the key {site.server_key}:",
+        "hello (once per connection): " + json.dumps(to_plain(hello), indent=2),
+        "ready (once per connection): nothing but the word",
+        "heartbeat (every few seconds): attempt id, phase, steps done",
+        "fetch: names of the run's files (plan.json, anchor.bin, general.jsonl)",
+        "delta (once per round): int8 changes of the assigned expanded blocks; number of examples; losses; scores",
+        "report (instead of a delta): sums of scores, or why a task failed",
+        "no text, token or label is sent; yet a delta can tell the aggregator something about the text behind it",
+    ]
+    return "\n".join(lines)
 
 
 def _check_base(model: Path, site: SiteFile) -> None:
@@ -148,6 +184,7 @@ def _measured_profile(home: Path, say: Say) -> DeviceProfile:
     from fedblocks.profiles.probe import probe
 
     say("measuring this device (under 20 s; again after seven days)")
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
     measured = probe(folder=home).profile
     write_profile(home, measured)
     return measured
@@ -191,32 +228,9 @@ class _Client:
         return self.profile.memory_usable_bytes
 
     def hello(self) -> Hello:
-        """What this site tells about itself."""
+        """Our greeting, with the version that we hold now."""
         held_version, _ = self.store.held_state()
-        return Hello(
-            protocol_version=PROTOCOL_VERSION,
-            run_id=self.site.run_id,
-            base_hash=self.site.base_hash,
-            client_name=self.site.client_name,
-            software=f"fedblocks {__version__}",
-            profile=self.profile,
-            statistics=self.data.statistics(),
-            held_version=held_version,
-            can_evaluate_general=self.options.evaluate_general,
-        )
-
-    def dry_run(self) -> str:
-        """Everything that would leave this machine, before anything has."""
-        lines = [
-            f"to {self.site.address}, one outbound TCP connection, encrypted for the key {self.site.server_key}:",
-            "hello (once per connection): " + json.dumps(to_plain(self.hello()), indent=2),
-            "heartbeat (every few seconds): attempt id, phase, steps done",
-            "fetch: names of the run's files (plan.json, anchor.bin, general.jsonl)",
-            "delta (once per round): int8 changes of the assigned expanded blocks; number of examples; losses; scores",
-            "report (instead of a delta): sums of scores, or why a task failed",
-            "no text, token or label is sent; yet a delta can tell the aggregator something about the text behind it",
-        ]
-        return "\n".join(lines)
+        return _hello(self.options, self.site, self.data, self.profile, held_version=held_version)
 
     def run(self, *, wait_for_enrolment: bool) -> int:
         """Connect and follow the session until it stops."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -153,3 +154,69 @@ def consortium(make_run, tmp_path) -> Iterator[Callable[..., Consortium]]:
     yield make
     for c in made:
         c.close()
+
+
+class Desk:
+    """Commands as a person types them in one folder, each in a shell of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.bind = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        self.env["PATH"] = f"{Path(sys.executable).parent}:{self.env['PATH']}"
+
+    def _words(self, line: str, home: bool) -> list[str]:
+        return [*shlex.split(line), *(["--home", str(self.folder / "home")] if home else [])]
+
+    def run_line(self, line: str, *, home: bool = False) -> str:
+        """Run a command to its end; what it printed."""
+        done = subprocess.run(
+            self._words(line, home), cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def start_line(self, name: str, line: str, *, home: bool = False) -> None:
+        """Start a command in a terminal of its own."""
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self.processes[name] = subprocess.Popen(
+                self._words(line, home), cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def text(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()[-4000:]
+
+    def wait_for_text(self, name: str, pattern: str, timeout_s: float = 60.0) -> str:
+        """The first group of ``pattern`` in what the command printed."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if found := re.search(pattern, self.text(name)):
+                return found.group(1)
+            time.sleep(0.1)
+        raise AssertionError(f"{name} did not print {pattern!r}:\n{self.text(name)}")
+
+    def wait(self, name: str, timeout_s: float = 120.0) -> int:
+        try:
+            return self.processes[name].wait(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{name} still runs after {timeout_s} s:\n{self.text(name)}") from None
+
+
+@pytest.fixture
+def consortium_at() -> Iterator[Callable[[Path], Desk]]:
+    """A factory of :class:`Desk`; every process is ended after the test."""
+    made: list[Desk] = []
+
+    def make(folder: Path) -> Desk:
+        made.append(Desk(folder))
+        return made[-1]
+
+    yield make
+    for desk in made:
+        for process in desk.processes.values():
+            if process.poll() is None:
+                process.kill()
+                process.wait()
