@@ -38,13 +38,14 @@ STALL_S = 180.0
 
 #: What the demo sets in run.toml for the bundled model; the rest are the defaults of every run.
 STARTER_OVERRIDES = (
-    "run.max_rounds=20",
-    "run.target_score=0.98",
-    "training.learning_rate=4e-3",
+    "run.max_rounds=24",
+    "run.target_score=0.97",
+    "training.learning_rate=3e-3",
     "training.steps=16",
     "data.append_eos=false",
     "delta.density=1.0",
     "delta.down_density=1.0",
+    "forgetting.max_kl=0.02",
     "allocation.deadline_s=8",
     "server.heartbeat_interval_s=1.0",
 )
