@@ -360,7 +360,8 @@ class _Shell:
         Raises:
             ConfigError: the run turns rows into tokens in another way than the invitation said.
         """
-        from fedblocks.edge_client.work import Emulation, Workbench, load_checkpoint
+        from fedblocks.edge_client.checkpoint import Checkpoint
+        from fedblocks.edge_client.work import Emulation, Workbench
 
         client = self.client
         if welcome.data != client.site.data:
@@ -370,7 +371,7 @@ class _Shell:
             )
         self.transport.set_status(attempt_id=None, phase="loading", steps_done=0)
         self._bench = Workbench(
-            checkpoint=load_checkpoint(client.options.model),
+            checkpoint=Checkpoint.open(client.options.model),
             store=self.store,
             data=client.data,
             encoder=client.encoder,

@@ -10,7 +10,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -309,8 +308,3 @@ class Workbench:
             anchor_tokens=max(1, anchors.num_tokens // len(anchors.sequences)),
             anchor_every=task.anchor_every,
         )
-
-
-def load_checkpoint(model: Path) -> Checkpoint:
-    """The base model of a site."""
-    return Checkpoint.open(model)

@@ -37,7 +37,7 @@ def test_two_client_processes_train_and_the_export_loads_without_fedblocks(finis
     c = finished
     rounds = c.metrics()
     assert [r["num_accepted"] for r in rounds] == [2, 2]
-    assert all(r["retention"] is not None for r in rounds[1:])
+    assert all(r["general_nll_per_token"] is not None for r in rounds[1:])
 
     out = tmp_path / "export"
     done = subprocess.run(
