@@ -192,7 +192,7 @@ def probe(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="also write the profile here")
     ] = None,
-    budget_s: Annotated[float, typer.Option(help="seconds to spend")] = 15.0,
+    budget_s: Annotated[float, typer.Option(help="seconds to spend, beside the imports")] = 12.0,
     folder: Annotated[Path, typer.Option(help="folder whose disk is measured")] = Path(),
 ) -> None:
     """Measure this device in under 20 seconds."""
