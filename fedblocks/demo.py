@@ -27,6 +27,9 @@ from fedblocks.protocol.run_config import ConfigError
 #: The virtual consortium: catalog devices, weakest first.
 DEVICES = ("laptop-cpu", "jetson-orin-nano-8gb", "jetson-orin-nx-16gb", "jetson-agx-orin-64gb")
 QUICK_DEVICES = (DEVICES[1], DEVICES[3])
+#: What a demo makes beside its result; the marker says that these folders are its own to remove.
+SUBFOLDERS = ("run", "sites", "data", "logs", "export")
+MARKER = ".fedblocks-demo"
 POLL_S = 0.2
 #: ``python -m fedblocks`` without the current folder on the path, which Python 3.10 cannot be told otherwise: in a
 #: checkout its folder kernels/ would shadow the package of that name which transformers imports.
@@ -90,10 +93,7 @@ def run_demo(options: DemoOptions) -> int:
     folder = options.json_file.parent
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    for name in ("run", "sites", "data", "logs", "export"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("sites", "data", "logs"):
-        (folder / name).mkdir()
+    _clear(folder)
     if options.model is None:
         # The bundled model is so small that a second thread costs more than it gives. Set before torch is imported.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -111,6 +111,26 @@ def run_demo(options: DemoOptions) -> int:
     plot(result, folder / "plot.png")
     say(f"result: {options.json_file}; checkpoint: {result['export_dir']}")
     return 0
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier demo made in ``folder``, and nothing else.
+
+    Raises:
+        ConfigError: the folder holds something of one of our names that no demo made.
+    """
+    marker = folder / MARKER
+    found = [name for name in SUBFOLDERS if (folder / name).exists()]
+    if found and not marker.is_file():
+        raise ConfigError(
+            f"{folder} holds {', '.join(found)}, which no demo made; give --json a file in a folder of its own, "
+            "e.g. --json runs/demo/result.json"
+        )
+    for name in found:
+        shutil.rmtree(folder / name)
+    marker.write_text("made by fedblocks demo; the next demo in this folder removes what this one made\n")
+    for name in ("sites", "data", "logs"):
+        (folder / name).mkdir()
 
 
 def _starter_material(options: DemoOptions, folder: Path) -> Material:

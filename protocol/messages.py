@@ -101,8 +101,6 @@ class Hello:
     held_version: int
     """Published version that the client has on disk, 0 if none."""
     can_evaluate_general: bool
-    allows_base_training: bool = False
-    """True if the site allows trainables of the kind *base tensors* (baselines only)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -389,8 +387,3 @@ KINDS: Final[dict[str, type]] = {
 }
 
 KIND_OF: Final[dict[type, str]] = {cls: kind for kind, cls in KINDS.items()}
-
-
-def payload_bytes(message: Message) -> int:
-    """Bytes that follow this message as payload; 0 for most kinds."""
-    return getattr(message, "payload_bytes", 0)

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from fedblocks.protocol.messages import DeltaFormat
 
@@ -23,8 +23,6 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
-
-S = TypeVar("S")
 
 Placement = Literal["thirds", "top", "interleaved"]
 

@@ -61,3 +61,18 @@ def test_the_export_equals_the_client_s_model_to_the_rounding_of_its_stored_type
 
     # bf16 keeps 8 bits; the difference of a logit is small beside the logits' own size.
     assert proof["export_vs_client_model_max_abs_logit_difference"] < 0.02 * proof["export_logit_scale"]
+
+
+def test_a_folder_of_the_user_s_own_is_never_removed(tmp_path):
+    mine = tmp_path / "data" / "precious.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("{}")
+
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "fedblocks"), "demo", "--json", str(tmp_path / "result.json")],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert "holds data" in done.stderr
+    assert mine.read_text() == "{}"
