@@ -541,6 +541,18 @@ def open_ledger(path: Path, identity: Mapping[str, str]) -> Ledger:
     return ledger
 
 
+def is_made(path: Path) -> bool:
+    """True once the ledger has its tables; a file whose schema is still being written is not there yet."""
+    if not path.exists():
+        return False
+    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+    finally:
+        db.close()
+    return version > 0
+
+
 def open_read_only(path: Path) -> Ledger:
     """The ledger for reading, beside a running aggregator or without one.
 

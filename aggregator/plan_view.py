@@ -9,7 +9,7 @@ from typing import Any
 
 from fedblocks.aggregator import explain
 from fedblocks.aggregator.allocation import AllocationClient, Coverage, plan_round
-from fedblocks.aggregator.ledger import open_read_only
+from fedblocks.aggregator.ledger import is_made, open_read_only
 from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.run_folder import read_run_folder
 from fedblocks.profiles import catalog_files
@@ -29,7 +29,7 @@ def last_plan(run: Path) -> dict[str, Any]:
     nothing = ConfigError(
         f"{run} has not planned a round yet; name devices to plan for, e.g. --device {catalog_files.names()[0]}"
     )
-    if not folder.ledger_path.is_file():
+    if not is_made(folder.ledger_path):
         raise nothing
     try:
         ledger = open_read_only(folder.ledger_path)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fedblocks.aggregator.ledger import MAX_CONTENT_REFUSALS, Ledger, StoredClient, StoredRound, open_read_only
+from fedblocks.aggregator.ledger import MAX_CONTENT_REFUSALS, Ledger, StoredClient, StoredRound, is_made, open_read_only
 from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
 from fedblocks.protocol.messages import Assignment, ClientKey
 
@@ -51,7 +51,7 @@ def run_status(run: Path) -> dict[str, Any]:
         "max_rounds": folder.config.run.max_rounds,
         "kl_budget": folder.config.forgetting.max_kl,
     }
-    if not folder.ledger_path.exists():
+    if not is_made(folder.ledger_path):
         nothing = dict.fromkeys(_OF_LAST_ROUND)
         never = {"phase": "never_served", "round": 0, "version": 0, "state_sha256": None, "stop_reason": None}
         rest: dict[str, Any] = {

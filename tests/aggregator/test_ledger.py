@@ -15,6 +15,7 @@ from fedblocks.aggregator.ledger import (
     MIGRATIONS,
     Ledger,
     LedgerError,
+    is_made,
     let_back,
     open_ledger,
     open_read_only,
@@ -310,3 +311,15 @@ def test_only_the_newest_notes_are_shown_oldest_first(tmp_path: Path) -> None:
     for number in range(5):
         ledger.add_note(f"note {number}", unix_s=float(number))
     assert ledger.notes(last=2) == [(3.0, "note 3"), (4.0, "note 4")]
+
+
+def test_a_ledger_whose_tables_are_still_being_written_counts_as_not_there_yet(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite"
+    assert not is_made(path)
+
+    sqlite3.connect(path).close()
+    path.touch()
+    assert not is_made(path)
+
+    open_ledger(path, {"run_id": "r"}).close()
+    assert is_made(path)
