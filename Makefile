@@ -13,9 +13,10 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu check format lint types imports docs wheel clean
+.PHONY: bench-runtime bench-memory bench-7b
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -38,6 +39,18 @@ test-slow: setup  ## the tests that take longer than ten seconds each
 
 test-gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu
+
+# The benchmarks import each other; PYTHONSAFEPATH keeps their folder off the path as well.
+BENCH := PYTHONPATH=benchmarks $(BIN)/python
+
+bench-runtime: setup  ## CPU time and memory of a training step against the usual stacks (long; needs 16 GB of memory)
+	$(BENCH) benchmarks/bench_runtime.py
+
+bench-memory: setup  ## predicted against measured peak memory of the client's modes
+	$(BENCH) benchmarks/bench_memory.py
+
+bench-7b: setup  ## one block of a 7B shape: peak memory, time per token (25 GB of free disk)
+	$(BENCH) benchmarks/bench_7b.py
 
 check: format lint types imports test  ## format, lint, types, imports and tests
 

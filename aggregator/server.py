@@ -215,7 +215,7 @@ class Aggregator:
     def farewell(self, reason: str) -> None:
         """Tell every client that the aggregator stops for now; the run goes on when it is served again."""
         self._keep_house(force=True)
-        for key in rounds.present_clients(self._state):
+        for key in self._connected():
             self._endpoint.send(key, Goodbye(reason=reason))
 
     # restart
@@ -350,7 +350,10 @@ class Aggregator:
             case Refused(attempt_id=attempt_id, code=code, text=text):
                 if attempt_id is not None:
                     self._task_failed(client, attempt_id, f"refused by the client ({code}): {text}")
-            case Goodbye():
+            case Goodbye(reason=reason):
+                member = self._state.members.get(key)
+                if member is None or member.presence != "left":
+                    self._books.say(f"{client.name} left: {reason}")
                 self._feed(rounds.ClientLeft(key=key))
             case _:
                 kind = type(message).__name__
@@ -493,9 +496,11 @@ class Aggregator:
             except OSError as error:
                 verdict = self._no_space(delta.attempt_id, error)
         if isinstance(verdict, Ack):
-            # The first Ack was lost. This one empties the client's outbox; the refusal after it only ends the transfer.
+            # The first Ack was lost. This one empties the client's outbox; the refusal after it only ends the transfer,
+            # and a client that has seen the Ack says nothing of it.
             self._send(key, verdict)
-            verdict = Refused(code="conflict", text="this update was counted before; no need to send it again")
+            text = "this update was counted before; no need to send it again"
+            verdict = Refused(code="conflict", text=text, attempt_id=delta.attempt_id)
         else:
             self._refused_update(key, verdict)
         refused = verdict
@@ -820,7 +825,7 @@ class Aggregator:
                 unix_s=self._books.now_unix_s,
             )
         self._books.say(progress.final_line(final))
-        for key in rounds.present_clients(self._state):
+        for key in self._connected():
             self._endpoint.send(key, Goodbye(reason=f"the run is finished: {reason}", finished=True))
 
     # small steps
@@ -833,6 +838,10 @@ class Aggregator:
         waiting, self._after_commit = self._after_commit, []
         for send in waiting:
             send()
+
+    def _connected(self) -> list[ClientKey]:
+        """All clients that are connected as far as is known, those that load or rest included."""
+        return sorted({*rounds.present_clients(self._state), *self._loading})
 
     def _answered(self, key: ClientKey, attempt_id: AttemptId) -> None:
         """The client has carried out its newest task, so it holds that task's state."""

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,6 +23,8 @@ from fedblocks.aggregator.ledger import MAX_CONTENT_REFUSALS, Ledger, StoredClie
 from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
 from fedblocks.protocol.messages import Assignment, ClientKey
 
+FOLLOW_INTERVAL_S: Final = 2.0
+_SECONDS: Final = re.compile(r"\b\d+ s\b")
 _OF_LAST_ROUND: Final = (
     "score",
     "accuracy",
@@ -68,6 +72,33 @@ def run_status(run: Path) -> dict[str, Any]:
         return {**status, **_served(folder, ledger)}
     finally:
         ledger.close()
+
+
+def follow(
+    run: Path,
+    render: Callable[[dict[str, Any]], str],
+    *,
+    interval_s: float = FOLLOW_INTERVAL_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[str]:
+    """What ``render`` makes of the state of the run now, and again at each change, until the run is finished.
+
+    A number of seconds (left of a wait, silent for) is no change.
+
+    Raises:
+        RunFolderError, ConfigError, LedgerError: as :func:`run_status`.
+    """
+    before = None
+    while True:
+        status = run_status(run)
+        text = render(status)
+        gist = _SECONDS.sub("", text)
+        if gist != before:
+            yield text
+            before = gist
+        if status["phase"] == "finished":
+            return
+        sleep(interval_s)
 
 
 def _served(folder: RunFolder, ledger: Ledger) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Protocol
@@ -37,7 +37,7 @@ from fedblocks.edge_client.backbone import Backbone, DenseBackbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash, initial_block
 from fedblocks.edge_client.evaluate import measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel, ParamGroup
-from fedblocks.edge_client.prefix_cache import PrefixStates
+from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.train import (
     AnchorBatch,
@@ -131,8 +131,10 @@ class Federation:
         return ExpandedModel(backbone=self.nf4_backbone(), checkpoint=self.checkpoint)
 
     def nf4_backbone(self) -> Backbone:
-        """The 4-bit backbone, made where it is missing."""
-        return Backbone.open(self.checkpoint, self.cache, base_hash=self.base_hash)
+        """The 4-bit backbone, made where it is missing; all of it decoded in memory."""
+        backbone = Backbone.open(self.checkpoint, self.cache, base_hash=self.base_hash)
+        backbone.hold(decoded=range(self.checkpoint.shape.num_layers), dtype=torch.float32)
+        return backbone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -258,24 +260,6 @@ class _Averaged:
         return None
 
 
-class _MemoryStore:
-    """What ``PrefixStates`` needs of a ``RecordStore``, without a disk."""
-
-    usable = True
-
-    def __init__(self) -> None:
-        self._records: dict[bytes, bytes] = {}
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._records
-
-    def get(self, key: bytes) -> bytes | None:
-        return self._records.get(key)
-
-    def put(self, items: Iterable[tuple[bytes, bytes]]) -> None:
-        self._records.update(items)
-
-
 class _Blocks:
     """Expanded blocks over the NF4 backbone, through the deployed numbers."""
 
@@ -293,7 +277,7 @@ class _Blocks:
         self._dense = ExpandedModel(
             backbone=DenseBackbone(checkpoint, federation.base_hash), checkpoint=checkpoint, plan=self.plan
         )
-        self.prefix = PrefixStates(self.model, _MemoryStore())  # type: ignore[arg-type]
+        self.prefix = PrefixStates(self.model, RecordStore(Path(), location="ram", max_bytes=1 << 34, warn=print))
         self._initial = {m: initial_block(checkpoint, self.plan, m) for m in self.plan.block_ids}
         self._export_dtype = checkpoint.dtype
         self._published: State = {}

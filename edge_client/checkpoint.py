@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedblocks.profiles.model_shape import ModelShape
@@ -222,6 +224,36 @@ class Checkpoint:
             view = memoryview(out.view(-1).view(torch.uint8).numpy())
             with self._open(spec.file) as fd:
                 _read_exactly(fd, view, spec.offset)
+
+    def rows(self, name: str, indices: npt.NDArray[np.int64], dtype: torch.dtype) -> torch.Tensor:
+        """Rows of a matrix, cast: (n, cols); only these rows are read, each once, neighbours together.
+
+        Args:
+            indices: (n,) int64, in any order, repeats allowed.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: it is no matrix.
+            IndexError: an index is not a row of it.
+            CheckpointError: its file changed since :meth:`open`.
+        """
+        spec = self.stored[name]
+        if len(spec.shape) != 2:
+            raise ValueError(f"rows: {name} has shape {list(spec.shape)}, expected a matrix")
+        unique, places = np.unique(indices, return_inverse=True)
+        if len(unique) and not 0 <= unique[0] <= unique[-1] < spec.shape[0]:
+            wrong = unique[0] if unique[0] < 0 else unique[-1]
+            raise IndexError(f"rows: index {wrong} of {name}, expected 0 to {spec.shape[0] - 1}")
+        found = torch.empty((len(unique), spec.shape[1]), dtype=TORCH_DTYPE[spec.dtype])
+        if len(unique):
+            row_bytes = spec.num_bytes // spec.shape[0]
+            view = memoryview(found.view(-1).view(torch.uint8).numpy())
+            starts = np.flatnonzero(np.diff(unique, prepend=-2) > 1).tolist()  # a row that does not follow another
+            with self._open(spec.file) as fd:
+                for start, stop in zip(starts, [*starts[1:], len(unique)], strict=True):
+                    part = view[start * row_bytes : stop * row_bytes]
+                    _read_exactly(fd, part, spec.offset + int(unique[start]) * row_bytes)
+        return found.to(dtype).index_select(0, torch.from_numpy(places.reshape(-1)))
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         """The stored bytes of one tensor, at most 1 MiB at a time, in a buffer that is used again."""

@@ -6,11 +6,12 @@ One process, two threads: this one trains, the transport's keeps in touch.
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from fedblocks.edge_client import session as s
 from fedblocks.edge_client.data import SiteData, TextEncoder, load_site_data
 from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
 from fedblocks.edge_client.store import ClientStore
+from fedblocks.edge_client.summary import Summary, SummaryFile, held_out_sha256
 from fedblocks.edge_client.transport import (
     Connected,
     Disconnected,
@@ -32,7 +34,6 @@ from fedblocks.edge_client.transport import (
     UploadSent,
 )
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.protocol import site_file
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.durable import write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
@@ -49,12 +50,14 @@ from fedblocks.protocol.messages import (
     Welcome,
 )
 from fedblocks.protocol.run_config import ConfigError
-from fedblocks.protocol.site_file import SiteFile
+from fedblocks.protocol.site_file import CacheSettings, JoinSettings, RuntimeSettings, SiteFile
 
 if TYPE_CHECKING:
     from fedblocks.edge_client.work import Workbench
 
+EXIT_BUG = 1
 EXIT_REFUSED = 4
+EXIT_DOES_NOT_FIT = 5
 EXIT_INTERRUPTED = 7
 #: Pause between two looks whether the operator has enrolled a new key.
 ENROLMENT_POLL_S = 5.0
@@ -78,22 +81,32 @@ class _StopTask(Exception):  # noqa: N818 - a request, not an error
 class JoinOptions:
     """What ``fedblocks join`` was asked for."""
 
-    site: Path
+    site: SiteFile
+    """The invitation, with what the command line says of the site's own settings."""
     data: Path
     model: Path
     home: Path
     evaluate_general: bool = False
     dry_run: bool = False
     wait_for_enrolment: bool = False
-    memory_limit_bytes: int = 0
     emulate: str | None = None
     emulate_scale: float = 1.0
     socks_proxy: str | None = None
 
+    @property
+    def cache(self) -> CacheSettings:
+        """Where hidden states are kept, how many, and for how long."""
+        return self.site.cache
+
+    @property
+    def runtime(self) -> RuntimeSettings:
+        """What the training may use."""
+        return self.site.runtime
+
 
 def join(options: JoinOptions, *, say: Say) -> int:
     """Take part in a run until it ends; returns the exit code."""
-    site = site_file.load(options.site)
+    site = options.site
     encoder = TextEncoder(options.model, site.data)
     data = load_site_data(options.data, encoder)
     say(data.summary.line())
@@ -104,20 +117,41 @@ def join(options: JoinOptions, *, say: Say) -> int:
         return 0
     key_is_new = not (options.home / KEY_FILE).exists()
     identity = load_or_create_identity(options.home)
+    store = ClientStore(options.home / site.run_id)
     client = _Client(
         options=options,
         site=site,
         encoder=encoder,
         data=data,
         identity=identity,
-        store=ClientStore(options.home / site.run_id),
+        store=store,
+        summary=SummaryFile(store.folder, _empty_summary(site, data)),
         profile=profile,
         say=say,
     )
     if key_is_new:
         say("this site has a new key; send the operator this line:")
     say(f"fedblocks keys enrol RUN {site.client_name} --key='{identity.public}'")
-    return client.run(wait_for_enrolment=key_is_new or options.wait_for_enrolment)
+    try:
+        code = client.run(wait_for_enrolment=key_is_new or options.wait_for_enrolment)
+    except Exception as error:
+        client.summary.ended(getattr(error, "exit_code", EXIT_BUG))
+        raise
+    client.summary.ended(code)
+    if code == s.EXIT_DONE or client.summary.summary.last is not None:
+        say(client.summary.summary.line())
+    return code
+
+
+def _empty_summary(site: SiteFile, data: SiteData) -> Summary:
+    return Summary(
+        run_id=site.run_id,
+        base_name=site.base_name,
+        client_name=site.client_name,
+        num_train=len(data.train),
+        num_held_out=len(data.validation),
+        held_out_sha256=held_out_sha256(data.validation),
+    )
 
 
 def _hello(options: JoinOptions, site: SiteFile, data: SiteData, profile: DeviceProfile, *, held_version: int) -> Hello:
@@ -145,6 +179,7 @@ def _what_would_leave(site: SiteFile, hello: Hello) -> str:
         "fetch: names of the run's files (plan.json, anchor.bin, general.jsonl)",
         "delta (once per round): int8 changes of the assigned expanded blocks; number of examples; losses; scores",
         "report (instead of a delta): sums of scores, or why a task failed",
+        "goodbye (when it leaves or rests): why",
         "no text, token or label is sent; yet a delta can tell the aggregator something about the text behind it",
     ]
     return "\n".join(lines)
@@ -164,6 +199,8 @@ def _check_base(model: Path, site: SiteFile) -> None:
 def _profile(options: JoinOptions, say: Say) -> DeviceProfile:
     """This device as probed within the last seven days, or the device to emulate on it."""
     measured = _measured_profile(options.home, say)
+    if options.runtime.dtype != "auto":
+        measured = replace(measured, compute_dtype=options.runtime.dtype)
     if options.emulate is None:
         return measured
     from fedblocks.profiles import catalog_files
@@ -207,6 +244,7 @@ class _Client:
         data: SiteData,
         identity: KeyPair,
         store: ClientStore,
+        summary: SummaryFile,
         profile: DeviceProfile,
         say: Say,
     ) -> None:
@@ -216,6 +254,7 @@ class _Client:
         self.data = data
         self.identity = identity
         self.store = store
+        self.summary = summary
         self.profile = profile
         self.say = say
         self.stop_asked = False
@@ -223,8 +262,8 @@ class _Client:
     @property
     def memory_limit_bytes(self) -> int:
         """Most memory above the imports that a task may take: the user's limit, or the emulated device's memory."""
-        if self.options.memory_limit_bytes or self.options.emulate is None:
-            return self.options.memory_limit_bytes
+        if self.options.runtime.memory_bytes or self.options.emulate is None:
+            return self.options.runtime.memory_bytes
         return self.profile.memory_usable_bytes
 
     def hello(self) -> Hello:
@@ -247,6 +286,9 @@ class _Client:
                 )
                 try:
                     code, refused_key = self._follow(transport)
+                except Exception as error:
+                    transport.send(Goodbye(reason=_why_it_leaves(error)))
+                    raise
                 finally:
                     transport.close()
                 if not (refused_key and wait_for_enrolment) or self.stop_asked:
@@ -256,6 +298,8 @@ class _Client:
         finally:
             sent.close()
             signal.signal(signal.SIGINT, previous)
+            if not self.options.cache.keep:
+                shutil.rmtree(self.store.cache_folder / "prefix", ignore_errors=True)
 
     def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         if self.stop_asked:
@@ -266,7 +310,9 @@ class _Client:
     def _follow(self, transport: Transport) -> tuple[int, bool]:
         """The session's actions, one after the other; returns the exit code, and whether our key was refused."""
         shell = _Shell(self, transport)
-        state = s.SessionState(have=self.store.resource_hashes(), outbox=self.store.pending_attempt())
+        state = s.SessionState(
+            have=self.store.resource_hashes(), outbox=self.store.pending_attempt(), resting=rests(self.site.join)
+        )
         events: deque[s.Event] = deque()
         while True:
             if not events:
@@ -277,7 +323,7 @@ class _Client:
                 if isinstance(incoming, Problem) and incoming.fatal and incoming.reason == "key_refused":
                     self.say(incoming.text)
                     return incoming.exit_code, True
-                events.append(_session_event(incoming, transport, self.say))
+                events.append(_session_event(incoming, transport, self.say, resting=rests(self.site.join)))
             state, actions = s.handle(state, events.popleft(), now_s=time.monotonic())
             for action in actions:
                 if isinstance(action, s.Stop):
@@ -288,10 +334,16 @@ class _Client:
                     events.append(event)
 
 
-def _session_event(event: TransportEvent | None, transport: Transport, say: Say) -> s.Event:
+def _why_it_leaves(error: Exception) -> str:
+    """What the operator is told of an error that ends ``join``: no text of ours may carry paths or rows of the site."""
+    code = getattr(error, "exit_code", EXIT_BUG)
+    return f"does not fit: {error}"[:1000] if code == EXIT_DOES_NOT_FIT else f"an error, exit code {code}"
+
+
+def _session_event(event: TransportEvent | None, transport: Transport, say: Say, *, resting: bool) -> s.Event:
     match event:
         case None | UploadSent():
-            return s.Tick(uploading=transport.uploading)
+            return s.Tick(uploading=transport.uploading, resting=resting)
         case Connected():
             return s.Connected()
         case Disconnected(text=text):
@@ -303,7 +355,7 @@ def _session_event(event: TransportEvent | None, transport: Transport, say: Say)
             return s.Problem(exit_code=code, text=text)
         case Problem(text=text):
             say(text)
-            return s.Tick(uploading=transport.uploading)
+            return s.Tick(uploading=transport.uploading, resting=resting)
 
 
 class _Shell:
@@ -329,6 +381,8 @@ class _Shell:
                 self._prepare(welcome)
             case s.SendReady():
                 self.transport.send(Ready())
+            case s.Rest():
+                self.transport.send(Goodbye(reason="rests: outside its hours"))
             case s.StartTask(task=task, payload=payload):
                 return self._start(task, payload)
             case s.AnnounceUpdate():
@@ -336,6 +390,7 @@ class _Shell:
             case s.CommitUpdate(attempt_id=attempt_id):
                 self.bench.residuals.commit(attempt_id)
                 self.store.drop_update()
+                self.client.summary.counted()
             case s.DiscardUpdate(attempt_id=attempt_id, text=text):
                 self.client.say(text)
                 self.bench.residuals.discard(attempt_id)
@@ -376,7 +431,9 @@ class _Shell:
             data=client.data,
             encoder=client.encoder,
             client=client.identity.public,
+            profile=client.profile,
             memory_limit_bytes=client.memory_limit_bytes,
+            cache=client.options.cache,
             emulation=Emulation(profile=client.profile) if client.options.emulate else None,
             say=client.say,
         )
@@ -402,6 +459,8 @@ class _Shell:
         except RemoteProtocolError as error:
             outcome = Report(attempt_id=task.attempt_id, round=task.round, failure="internal", text=str(error)[:1000])
         self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)
+        measured = outcome.measurements if isinstance(outcome, Report) else outcome[0].measurements
+        self.client.summary.measured(measured, round=task.round)
         if isinstance(outcome, Report):
             if outcome.failure:
                 self.client.say(f"round {task.round}: failed ({outcome.failure}): {outcome.text}")
@@ -421,6 +480,13 @@ class _Shell:
         if found is not None:
             delta, path = found
             self.transport.send(delta, path)
+
+
+def rests(settings: JoinSettings) -> bool:
+    """True outside the hours in which this site takes part, by this machine's clock and time zone."""
+    hours = settings.parsed_hours()
+    now = time.localtime()
+    return hours is not None and not hours.contain(now.tm_hour * 60 + now.tm_min)
 
 
 def _sent_line(kind: str, num_bytes: int, what: str) -> str:

@@ -5,6 +5,9 @@ show. Rows are right-padded, so causal attention needs no padding mask: pads com
 read.
 
     x → norm → q|k|v (one matrix) → q/k norm → rotary → causal attention → o → + x → norm → gate|up → silu·up → down → +
+
+Where only some rows of the output are wanted (the topmost block of a training step: those that carry a label), keys and
+values are computed of all rows, and everything else of those rows alone (runtime.md 2.3).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedblocks.kernels.ops import rms_norm, rope, swiglu
+from fedblocks.kernels.ops import Nf4Weight, frozen_nf4_linear, rms_norm, rope, swiglu
 from fedblocks.profiles.model_shape import ModelShape
 
 LINEARS: Final = (
@@ -74,16 +77,30 @@ class LoraPair:
     scale: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedRows:
+    """NF4 matrices of equal width, stacked; decoded at each use, in the backward pass again."""
+
+    parts: tuple[Nf4Weight, ...]
+
+
+Matrix = Tensor | PackedRows
+"""A weight that is there, or one that is decoded when it is read."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockWeights:
-    """All tensors of one block; q, k, v and gate, up are rows of one matrix each."""
+    """All tensors of one block; q, k, v and gate, up are rows of one matrix each.
+
+    A frozen block may hold its matrices packed (:meth:`packed`); then :meth:`named` and :meth:`tensors` are not for it.
+    """
 
     input_norm: Tensor  # (H,)
-    qkv: Tensor  # (q + 2·kv, H)
-    o: Tensor  # (H, q)
+    qkv: Matrix  # (q + 2·kv, H)
+    o: Matrix  # (H, q)
     post_norm: Tensor  # (H,)
-    gate_up: Tensor  # (2·I, H)
-    down: Tensor  # (H, I)
+    gate_up: Matrix  # (2·I, H)
+    down: Matrix  # (H, I)
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None  # (hd,)
     k_norm: Tensor | None = None  # (hd,)
@@ -110,6 +127,22 @@ class BlockWeights:
         for name, place in weights.named(shape).items():
             place.copy_(tensors[name])
         return weights
+
+    @classmethod
+    def packed(cls, shape: ModelShape, stored: Mapping[str, Nf4Weight | Tensor], dtype: torch.dtype) -> BlockWeights:
+        """From a layer as the backbone stores it; vectors are cast, matrices stay in NF4."""
+        matrices: dict[str, list[Nf4Weight]] = {}
+        vectors: dict[str, list[Tensor]] = {}
+        for name, piece in layout(shape).items():
+            value = stored[name]
+            if isinstance(value, Nf4Weight):
+                matrices.setdefault(piece.field, []).append(value)
+            else:
+                vectors.setdefault(piece.field, []).append(value.to(dtype))
+        return cls(
+            **{name: PackedRows(tuple(parts)) for name, parts in matrices.items()},
+            **{name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in vectors.items()},
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Field name -> tensor, absent ones left out; what an optimizer holds."""
@@ -139,7 +172,7 @@ class BlockWeights:
 
     def cast(self, dtype: torch.dtype) -> BlockWeights:
         """The same block in the compute dtype; differentiable; itself where nothing changes."""
-        if self.qkv.dtype == dtype:
+        if self.post_norm.dtype == dtype:
             return self
         return replace(self, **{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
 
@@ -199,8 +232,10 @@ class Rotary:
 
 
 def _linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Mapping[str, LoraPair], names: Sequence[str]
+    x: Tensor, weight: Matrix, bias: Tensor | None, pairs: Mapping[str, LoraPair], names: Sequence[str]
 ) -> Tensor:
+    if isinstance(weight, PackedRows):
+        return frozen_nf4_linear(x, weight.parts, bias)
     y = functional.linear(x, weight, bias)
     if not pairs:
         return y
@@ -232,11 +267,24 @@ def _project(x: Tensor, w: BlockWeights, spec: BlockSpec, cos: Tensor, sin: Tens
     return q, k, v
 
 
+def _split_qkv(w: BlockWeights, q_size: int) -> tuple[tuple[Matrix, Tensor | None], tuple[Matrix, Tensor | None]]:
+    """(matrix, bias) of q, and of k and v together."""
+    bias = w.qkv_bias
+    biases = (None, None) if bias is None else (bias[:q_size], bias[q_size:])
+    if isinstance(w.qkv, PackedRows):
+        return (PackedRows(w.qkv.parts[:1]), biases[0]), (PackedRows(w.qkv.parts[1:]), biases[1])
+    return (w.qkv[:q_size], biases[0]), (w.qkv[q_size:], biases[1])
+
+
+def _repeat_kv(x: Tensor, groups: int) -> Tensor:
+    """Every key or value head once for each of its query heads: (B, nkv, T, hd) -> (B, nh, T, hd)."""
+    return x if groups == 1 else x.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2)
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
     """Causal attention of the last T_q positions over all T_k: (B, T_q, nh·hd)."""
     groups = spec.shape.num_heads // spec.shape.num_kv_heads
-    if groups > 1:
-        k, v = (t.unsqueeze(2).expand(-1, -1, groups, -1, -1).flatten(1, 2) for t in (k, v))
+    k, v = _repeat_kv(k, groups), _repeat_kv(v, groups)
     queries, keys = q.shape[2], k.shape[2]
     if spec.window is not None and keys > spec.window:
         mask = _window_mask(queries, keys, spec.window)
@@ -253,11 +301,59 @@ def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Te
     return x + _linear(swiglu(gate_up), w.down, w.down_bias, w.lora, LINEARS[6:])
 
 
-def block_forward(x: Tensor, weights: BlockWeights, spec: BlockSpec, rotary: Rotary) -> Tensor:
-    """One block over right-padded rows: x (B, T, H) -> (B, T, H)."""
+def block_forward(
+    x: Tensor, weights: BlockWeights, spec: BlockSpec, rotary: Rotary, rows: Tensor | None = None
+) -> Tensor:
+    """One block over right-padded rows: x (B, T, H) -> (B, T, H), or only ``rows`` of it.
+
+    Args:
+        rows: (N,) int64, ascending indices into B·T, at least one; the result is then (N, H).
+    """
     weights = weights.cast(x.dtype)
+    if rows is not None:
+        return _rows_forward(x, weights, spec, rotary, rows)
     q, k, v = _project(x, weights, spec, *rotary.tables(x.shape[1]))
     return _finish(x, _attend(q, k, v, spec), weights, spec)
+
+
+def _rows_forward(x: Tensor, w: BlockWeights, spec: BlockSpec, rotary: Rotary, rows: Tensor) -> Tensor:
+    """Keys and values of all rows of x (B, T, H); queries, output projection and MLP of ``rows`` alone: (N, H)."""
+    if w.lora:
+        raise ValueError("rows of a block with low-rank pairs are not computed apart; run the whole block")
+    shape = spec.shape
+    size, length = x.shape[:2]
+    heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+    cos, sin = rotary.tables(length)
+    normed = rms_norm(x, w.input_norm, spec.eps)
+    of_q, of_kv = _split_qkv(w, shape.q_size)
+    kv = _linear(normed, *of_kv, {}, ()).view(size, length, 2 * kv_heads, head_dim).transpose(1, 2)
+    k, v = kv.split((kv_heads, kv_heads), dim=1)
+    sample, position = rows // length, rows % length
+    q = _linear(normed.flatten(0, 1).index_select(0, rows), *of_q, {}, ()).view(-1, heads, head_dim)
+    if w.q_norm is not None and w.k_norm is not None:
+        q, k = rms_norm(q, w.q_norm, spec.eps), rms_norm(k, w.k_norm, spec.eps)
+    q = rope(q, cos[position].unsqueeze(1), sin[position].unsqueeze(1))
+    k = rope(k, cos, sin)
+    counts = torch.bincount(sample, minlength=size)
+    longest = int(counts.max())
+    slot = torch.arange(len(rows)) - (torch.cumsum(counts, 0) - counts)[sample]  # which query of its sample
+    places = sample * longest + slot
+    ragged = len(rows) != size * longest
+    if ragged:
+        q = q.new_zeros(size * longest, heads, head_dim).index_copy(0, places, q)
+    q = q.view(size, longest, heads, head_dim).transpose(1, 2)
+    looks_from = torch.zeros(size * longest, dtype=torch.int64)  # an empty place looks at the first token: no NaN
+    looks_from[places] = position
+    distance = looks_from.view(size, 1, longest, 1) - torch.arange(length)
+    mask = distance >= 0
+    if spec.window is not None:
+        mask &= distance < spec.window
+    groups = heads // kv_heads
+    out = functional.scaled_dot_product_attention(q, _repeat_kv(k, groups), _repeat_kv(v, groups), attn_mask=mask)
+    attended = out.transpose(1, 2).reshape(size * longest, heads * head_dim)
+    if ragged:
+        attended = attended.index_select(0, places)
+    return _finish(x.flatten(0, 1).index_select(0, rows), attended, w, spec)
 
 
 def block_step(

@@ -66,8 +66,7 @@ def score_examples(
     for indices in _batches([len(sample.ids) for sample in samples]):
         chosen = [samples[i] for i in indices]
         batch = task_batch(chosen, _inputs([sample.ids for sample in chosen], prefix))
-        hidden = model.forward(batch.inputs, 0 if prefix is None else model.base_cut)
-        rows = hidden.flatten(0, 1).index_select(0, batch.rows)
+        rows = model.forward(batch.inputs, 0 if prefix is None else model.base_cut, rows=batch.rows)
         right, nll = _judge(model, rows, batch.targets)
         counts = [int(sample.label_mask.sum()) for sample in chosen]
         for i, r, n in zip(

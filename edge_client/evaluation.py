@@ -290,6 +290,7 @@ def four_bit_model(
 ) -> ExpandedModel:
     """The clients' own stack: NF4 base layers, expanded blocks in fp32."""
     backbone = Backbone.open(checkpoint, folder, base_hash=base_hash(checkpoint.folder))
+    backbone.hold(decoded=range(checkpoint.shape.num_layers), dtype=torch.float32)
     return ExpandedModel(backbone=backbone, checkpoint=checkpoint, plan=plan, state=state)
 
 

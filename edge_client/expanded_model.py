@@ -9,9 +9,9 @@ Rows are right-padded. The hidden state "at cut c" is the residual stream that e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from fedblocks.edge_client.backbone import FrozenLayers
-from fedblocks.edge_client.checkpoint import Checkpoint, initial_block
+from fedblocks.edge_client.checkpoint import Checkpoint
 from fedblocks.edge_client.decoder_block import (
     LINEARS,
     BlockSpec,
@@ -32,8 +32,18 @@ from fedblocks.edge_client.decoder_block import (
     block_step,
     layout,
 )
-from fedblocks.kernels.ops import rms_norm
+from fedblocks.edge_client.store import LazyTensors
+from fedblocks.kernels.ops import merge_split, rms_norm, split_fp32
+from fedblocks.profiles.model_shape import TensorSpec
 from fedblocks.protocol.expansion import ExpansionPlan, StackEntry
+
+if TYPE_CHECKING:
+    from fedblocks.profiles.cost import FrozenForm, OptimizerMode, Residency
+
+EMBEDDING: Final = "model.embed_tokens.weight"
+HEAD: Final = "lm_head.weight"
+ROWS_APART_SHARE: Final = 0.9
+"""Above this share of rows the topmost block computes all of them: choosing rows is not free."""
 
 State = Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
 """Accumulated deltas: block id -> tensor name -> array of the tensor's shape; what is missing is zero."""
@@ -46,19 +56,24 @@ class ParamGroup:
     name: str
     """``block 2``, ``layer 0``, ``embeddings``, ``lora``."""
     tensors: tuple[Tensor, ...]
+    """What the arithmetic reads: fp32, or the bf16 high halves of fp32 values."""
+    lows: tuple[Tensor, ...] = ()
+    """The int16 remainders of those halves, one for each of ``tensors``; none where they are fp32."""
     decayed: tuple[Tensor, ...] = ()
     """Those of ``tensors`` that weight decay pulls towards zero: the out-tensors of an expanded block."""
     named: Mapping[str, Tensor]
     """Outside name -> view of its rows in one of ``tensors``."""
+    named_lows: Mapping[str, Tensor] = field(default_factory=dict)
+    """Outside name -> view of its rows in one of ``lows``."""
 
-    def energy(self) -> Tensor:
-        """|gradient|² of the out-tensors over their size (u_raw of methods.md 5.5), before clipping: a scalar."""
-        size = sum(t.numel() for t in self.decayed)
-        return torch.stack([t.grad.pow(2).sum() for t in self.decayed if t.grad is not None]).sum() / size
+    def value(self, name: str) -> Tensor:
+        """The fp32 value of a named tensor; the tensor itself where that is fp32."""
+        tensor = self.named[name].detach()
+        return merge_split(tensor, self.named_lows[name]) if self.named_lows else tensor.float()
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """A copy of every named tensor."""
-        return {name: t.detach().float().numpy().copy() for name, t in self.named.items()}
+        return {name: self.value(name).numpy().copy() for name in self.named}
 
 
 def load_libraries(config: Mapping[str, Any]) -> None:
@@ -78,13 +93,18 @@ def _transformers_config(config: Mapping[str, Any]) -> Any:
 class ExpandedModel:
     """The base with its expanded blocks, at some state and strength.
 
+    Nothing is held before it is used: a block that no pass reaches costs no memory, nor does the embedding table while
+    all inputs are hidden states.
+
     Args:
         backbone: the frozen base layers, NF4 or dense.
         checkpoint: the base checkpoint: embeddings, final norm, head, and the blocks' initial values.
         plan: which blocks are where; None is the plain base (for the baselines).
-        state: accumulated deltas of the expanded blocks.
-        dtype: compute dtype; trained tensors are fp32 whatever it is.
+        state: accumulated deltas of the expanded blocks; read again whenever a block's value is made.
+        dtype: compute dtype; trained values are fp32 whatever it is.
     """
+
+    device: Final = torch.device("cpu")
 
     def __init__(
         self,
@@ -117,13 +137,15 @@ class ExpandedModel:
         ]
         self._eps = float(config.rms_norm_eps)
         self._rotary = Rotary(config, dtype)
-        self._embedding = checkpoint.tensor("model.embed_tokens.weight").to(dtype)
+        self._residency: Residency = "resident"
+        self._frozen: FrozenForm = "decoded"
         self._final_norm = checkpoint.tensor("model.norm.weight").to(dtype)
-        self._head = self._embedding if self.shape.tied_embeddings else checkpoint.tensor("lm_head.weight").to(dtype)
-        self._replaced: dict[int, BlockWeights] = {}  # position -> weights that are not the backbone's
+        self._tables: dict[str, Tensor] = {}  # embedding and head: name -> matrix in the compute dtype, once it is read
+        self._replaced: dict[int, BlockWeights] = {}  # position -> weights that train
+        self._placed: dict[int, BlockWeights] = {}  # block id -> its value at the strength, in the compute dtype
+        self._packed: dict[int, BlockWeights] = {}  # base layer -> its packed form
         self._strength = 1.0
-        self._blocks: dict[int, BlockWeights] = {}  # block id -> fp32 value at strength 1
-        self.load_state(state or {})
+        self._state: State = state or {}
 
     # What the model is
 
@@ -146,70 +168,146 @@ class ExpandedModel:
         """Sets every expanded block to its initial value plus its accumulated delta; ends any training."""
         self._state = state
         self._replaced.clear()
-        self._blocks.clear()
-        for block_id in self.plan.block_ids if self.plan is not None else ():
-            self._blocks[block_id] = self._value(block_id)
-        self._place_blocks()
+        self._placed.clear()
 
     def set_strength(self, strength: float) -> None:
         """Multiplies the out-tensors of all expanded blocks, in fp32; ends any training."""
         self._strength = strength
-        self._place_blocks()
+        self._replaced.clear()
+        self._placed.clear()
 
-    def _value(self, block_id: int) -> BlockWeights:
-        """Initial value + accumulated delta, one fp32 addition each."""
+    def hold(self, *, residency: Residency, frozen: FrozenForm) -> None:
+        """Chooses what stays in memory between passes (runtime.md 4.1); the numbers computed stay the same.
+
+        Args:
+            residency: ``resident`` keeps the embedding table and the packed bytes of the layers below the base cut.
+            frozen: base layers above the cut are kept decoded, or packed and decoded at each use.
+        """
+        self._residency, self._frozen = residency, frozen
+        self._packed.clear()
+        if residency == "suffix" and not self.shape.tied_embeddings:
+            self._tables.pop(EMBEDDING, None)
+        entries = [entry.index for entry in self.stack if entry.kind == "base"]
+        above = [entry.index for entry in self.stack[self.base_cut :] if entry.kind == "base"]
+        below = [layer for layer in entries if layer not in above]
+        held: dict[str, list[int]] = {"decoded": [], "packed": []}
+        held["decoded" if frozen == "decoded" else "packed"] += above
+        if residency == "resident":
+            held["packed"] += below
+        self.backbone.hold(decoded=held["decoded"], packed=held["packed"], dtype=self.dtype)
+
+    def release(self) -> None:
+        """Gives back everything that can be read again: tables, decoded layers, blocks that do not train."""
+        if not any(table.requires_grad for table in self._tables.values()):
+            self._tables.clear()
+        self._placed.clear()
+        self._packed.clear()
+        self.backbone.release()
+
+    def _start(self, block_id: int, spec: TensorSpec, state: State | None = None) -> Tensor:
+        """Published fp32 value of one tensor: initial value + accumulated delta, one addition (methods.md 2.4).
+
+        Args:
+            state: default: the loaded one.
+        """
         assert self.plan is not None
-        initial = initial_block(self.checkpoint, self.plan, block_id)
-        for name, array in self._state.get(block_id, {}).items():
-            initial[name] += torch.tensor(array, dtype=torch.float32)
-        return BlockWeights.of(self.shape, initial, torch.float32)
+        if spec.is_out:
+            value = torch.zeros(spec.shape)
+        else:
+            name = self.checkpoint.layer_name(self.plan.block(block_id).source_layer, spec.name)
+            value = self.checkpoint.tensor(name).to(torch.float32)
+        delta = (self._state if state is None else state).get(block_id, {}).get(spec.name)
+        return value if delta is None else value.add_(torch.from_numpy(np.ascontiguousarray(delta)))
 
-    def _place_blocks(self) -> None:
-        for position, entry in enumerate(self.stack):
-            if entry.kind == "block":
-                value = self._blocks[entry.index]
-                self._replaced[position] = value if self._strength == 1.0 else value.at_strength(self._strength)
+    def _block(self, block_id: int, dtype: torch.dtype) -> BlockWeights:
+        """An expanded block at the strength; strength is applied in fp32, then the value is rounded once."""
+        weights = BlockWeights.empty(self.shape, dtype)
+        places = weights.named(self.shape)
+        for spec in self.shape.block_tensors():
+            value = self._start(block_id, spec)
+            if spec.is_out and self._strength != 1.0:
+                value *= self._strength
+            places[spec.name].copy_(value)
+        return weights
 
     def weights(self, position: int) -> BlockWeights:
         """The weights at a position of the stack; base layers are decoded by the backbone."""
         if position in self._replaced:
             return self._replaced[position]
-        return self.backbone.block(self.stack[position].index, self.dtype)
+        entry = self.stack[position]
+        if entry.kind == "block":
+            if entry.index not in self._placed:
+                self._placed[entry.index] = self._block(entry.index, self.dtype)
+            return self._placed[entry.index]
+        if self._frozen == "nf4" and position >= self.base_cut:
+            if entry.index not in self._packed:
+                stored = self.backbone.packed(entry.index)
+                self._packed[entry.index] = BlockWeights.packed(self.shape, stored, self.dtype)
+            return self._packed[entry.index]
+        return self.backbone.block(entry.index, self.dtype)
+
+    def _table(self, name: str) -> Tensor:
+        """Embedding or head (V, H) in the compute dtype, read when it is first needed."""
+        if name == HEAD and self.shape.tied_embeddings:
+            name = EMBEDDING
+        if name not in self._tables:
+            self._tables[name] = self.checkpoint.tensor(name).to(self.dtype)
+        return self._tables[name]
 
     # How it computes
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 -> (B, T, H)."""
-        return torch.nn.functional.embedding(ids, self._embedding).to(self.dtype)
+        """ids (B, T) int64 -> (B, T, H); only the rows of these tokens are read where the table is not held."""
+        if self._residency == "suffix" and EMBEDDING not in self._tables:
+            rows = self.checkpoint.rows(EMBEDDING, ids.flatten().numpy(), self.dtype)
+            return rows.view(*ids.shape, self.shape.hidden_size)
+        return torch.nn.functional.embedding(ids, self._table(EMBEDDING)).to(self.dtype)
 
-    def forward(self, inputs: Tensor, from_position: int = 0, to_position: int | None = None) -> Tensor:
+    def forward(
+        self, inputs: Tensor, from_position: int = 0, to_position: int | None = None, rows: Tensor | None = None
+    ) -> Tensor:
         """Runs the blocks ``from_position .. to_position - 1``.
 
         Args:
             inputs: hidden states (B, T, H) entering ``from_position``, or token ids (B, T) where that is 0.
             to_position: default: the top of the stack.
+            rows: (N,) ascending flat indices into B·T: only these rows of the result are wanted.
 
         Returns:
-            The residual stream (B, T, H), before the final norm at the top.
+            The residual stream (B, T, H), before the final norm at the top; (N, H) where ``rows`` are given.
         """
         h = inputs if inputs.is_floating_point() else self.embed(inputs)
-        for position in range(from_position, self.num_positions if to_position is None else to_position):
-            h = self._run(h, position)
-        return h
+        last = (self.num_positions if to_position is None else to_position) - 1
+        for position in range(from_position, last + 1):
+            apart = position == last and rows is not None and self._pays(rows, h, position)
+            h = self.run(h, position, rows=rows if apart else None)
+        return h.flatten(0, 1).index_select(0, rows) if rows is not None and h.dim() == 3 else h
+
+    def _pays(self, rows: Tensor, h: Tensor, position: int) -> bool:
+        """Is it worth computing these rows apart? Also: no rows at all need the ordinary way to have a gradient."""
+        replaced = self._replaced.get(position)
+        if replaced is not None and replaced.lora:
+            return False
+        return 0 < len(rows) <= ROWS_APART_SHARE * h.shape[0] * h.shape[1]
 
     def forward_base(self, inputs: Tensor, from_position: int = 0) -> Tensor:
         """As :meth:`forward` to the top, skipping every expanded block: the base itself (the teacher)."""
         h = inputs if inputs.is_floating_point() else self.embed(inputs)
         for position in range(from_position, self.num_positions):
             if self.stack[position].kind == "base":
-                h = self._run(h, position)
+                h = self.run(h, position)
         return h
 
-    def _run(self, h: Tensor, position: int) -> Tensor:
-        weights, spec = self.weights(position), self._specs[position]
+    def run(self, h: Tensor, position: int, weights: BlockWeights | None = None, rows: Tensor | None = None) -> Tensor:
+        """One position of the stack: (B, T, H) -> (B, T, H), or (N, H) for ``rows``.
+
+        Args:
+            weights: instead of those that the model holds for this position.
+        """
+        weights, spec = weights or self.weights(position), self._specs[position]
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(block_forward, h, weights, spec, self._rotary, use_reentrant=False)
-        return block_forward(h, weights, spec, self._rotary)
+            return recomputed(block_forward, h, weights, spec, self._rotary, rows, use_reentrant=False)
+        return block_forward(h, weights, spec, self._rotary, rows)
 
     def final_rows(self, h: Tensor) -> Tensor:
         """The final norm on rows (N, H) of the residual stream: what the head reads."""
@@ -218,7 +316,7 @@ class ExpandedModel:
     @property
     def head(self) -> Tensor:
         """The output matrix (V, H)."""
-        return self._head.to(self.dtype)
+        return self._table(HEAD).to(self.dtype)
 
     def rows_logits(self, rows: Tensor) -> Tensor:
         """Logits (N, V) of rows (N, H) of the residual stream at the top."""
@@ -250,10 +348,14 @@ class ExpandedModel:
 
     # What trains
 
-    def train_blocks(self, blocks: Sequence[int]) -> list[ParamGroup]:
+    def train_blocks(self, blocks: Sequence[int], optimizer: OptimizerMode = "fp32") -> list[ParamGroup]:
         """Makes these expanded blocks leaf parameters; every other tensor stays frozen.
 
         They train in place: from here to the next :meth:`load_state` the model is the local one.
+
+        Args:
+            optimizer: with bf16 arithmetic, ``split`` and ``split_8bit`` keep the fp32 value as a bf16 half, which the
+                arithmetic reads, and its int16 remainder; otherwise the value is one fp32 tensor.
 
         Raises:
             ValueError: the strength is not 1.
@@ -263,13 +365,36 @@ class ExpandedModel:
             raise ValueError(
                 f"training at strength {self._strength}, expected 1: strength is for evaluation and export"
             )
-        self._place_blocks()
+        self._replaced.clear()
         groups: list[ParamGroup] = []
         for block_id in blocks:
-            leaves = self._blocks[block_id].as_leaves()
+            self._placed.pop(block_id, None)
+            if optimizer == "fp32" or self.dtype == torch.float32:
+                leaves, lows = self._block(block_id, torch.float32).as_leaves(), None
+            else:
+                leaves, lows = self._split_block(block_id)
             self._replaced[self.plan.position(block_id)] = leaves
-            groups.append(_group(f"block {block_id}", leaves, leaves.named(self.shape), leaves.out_tensors()))
+            groups.append(
+                ParamGroup(
+                    name=f"block {block_id}",
+                    tensors=tuple(leaves.tensors().values()),
+                    lows=tuple(lows.tensors().values()) if lows else (),
+                    decayed=leaves.out_tensors(),
+                    named=leaves.named(self.shape),
+                    named_lows=lows.named(self.shape) if lows else {},
+                )
+            )
         return groups
+
+    def _split_block(self, block_id: int) -> tuple[BlockWeights, BlockWeights]:
+        """The published value as bf16 leaves and int16 remainders; one fp32 tensor exists at a time."""
+        high, low = (BlockWeights.empty(self.shape, dtype) for dtype in (torch.bfloat16, torch.int16))
+        highs, lows = high.named(self.shape), low.named(self.shape)
+        for spec in self.shape.block_tensors():
+            split = split_fp32(self._start(block_id, spec))
+            highs[spec.name].copy_(split[0])
+            lows[spec.name].copy_(split[1])
+        return high.as_leaves(), low
 
     def train_base(self, positions: Sequence[int] | None = None, *, embeddings: bool = True) -> list[ParamGroup]:
         """Makes base layers (default all), embedding, final norm and head fp32 leaf parameters: full fine-tuning.
@@ -288,15 +413,11 @@ class ExpandedModel:
                 named = {f"model.layers.{entry.index}.{n}": t for n, t in leaves.named(self.shape).items()}
                 groups.append(_group(f"layer {entry.index}", leaves, named))
         if embeddings:
-            tied = self._head is self._embedding
-            self._embedding = self._embedding.detach().float().clone().requires_grad_()
             self._final_norm = self._final_norm.detach().float().clone().requires_grad_()
-            named = {"model.embed_tokens.weight": self._embedding, "model.norm.weight": self._final_norm}
-            if tied:
-                self._head = self._embedding
-            else:
-                self._head = self._head.detach().float().clone().requires_grad_()
-                named["lm_head.weight"] = self._head
+            named = {"model.norm.weight": self._final_norm}
+            for name in (EMBEDDING,) if self.shape.tied_embeddings else (EMBEDDING, HEAD):
+                self._tables[name] = self._table(name).detach().float().clone().requires_grad_()
+                named[name] = self._tables[name]
             groups.append(ParamGroup(name="embeddings", tensors=tuple(named.values()), named=named))
         return groups
 
@@ -327,19 +448,20 @@ class ExpandedModel:
             self._replaced[position] = replace(self.weights(position), lora=pairs)
         return [ParamGroup(name="lora", tensors=tuple(named.values()), named=named)]
 
-    def deltas(self, groups: Sequence[ParamGroup]) -> dict[int, dict[str, npt.NDArray[np.float32]]]:
+    def deltas(self, groups: Sequence[ParamGroup]) -> dict[int, LazyTensors]:
         """Trained value minus the value that training started from, of the groups of :meth:`train_blocks`.
 
-        The start is derived again from the checkpoint and the state instead of being kept beside the weights.
+        Computed tensor by tensor as they are asked for; the start is derived again from the checkpoint and the state
+        instead of being kept beside the weights.
         """
-        found: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
-        for group in groups:
-            block_id = int(group.name.removeprefix("block "))
-            start = self._value(block_id).named(self.shape)
-            found[block_id] = {
-                name: (value.detach() - start[name]).float().numpy() for name, value in group.named.items()
-            }
-        return found
+        specs = {spec.name: spec for spec in self.shape.block_tensors()}
+        state = self._state
+
+        def reader(block_id: int, group: ParamGroup) -> Callable[[str], npt.NDArray[np.float32]]:
+            return lambda name: (group.value(name) - self._start(block_id, specs[name], state)).numpy()
+
+        by_block = {int(group.name.removeprefix("block ")): group for group in groups}
+        return {block_id: LazyTensors(group.named, reader(block_id, group)) for block_id, group in by_block.items()}
 
 
 def _group(

@@ -18,6 +18,7 @@ from fedblocks.edge_client.anchor import sample_anchor
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import DataError, read_rows
 from fedblocks.edge_client.export import verify_identity
+from fedblocks.edge_client.starter import starter_folder
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.durable import write_durably
@@ -75,7 +76,8 @@ def init_run(
     anchor = sample_anchor(checkpoint, num_sequences=anchor_sequences, num_tokens=anchor_tokens, seed=config.run.seed)
     files["anchor.bin"] = anchor.to_bytes()
 
-    run_id = f"{model.resolve().name[:40]}-{secrets.token_hex(4)}"
+    base_name = name_of(model)
+    run_id = f"{base_name[:40]}-{secrets.token_hex(4)}"
     out.mkdir(parents=True, exist_ok=True)
     out.chmod(0o700)
     for folder in ("resources", "base"):
@@ -91,7 +93,7 @@ def init_run(
     ]
     description = {
         "run_id": run_id,
-        "base_name": model.resolve().name,
+        "base_name": base_name,
         "base_hash": content_hash,
         "tokenizer_hash": checkpoint.tokenizer_hash,
         "created_unix_s": time.time(),
@@ -103,11 +105,26 @@ def init_run(
     return RunSummary(
         folder=out,
         run_id=run_id,
-        base_name=model.resolve().name,
+        base_name=base_name,
         base_hash=content_hash,
         plan=plan,
         num_anchor_tokens=anchor.num_tokens,
     )
+
+
+def name_of(model: Path) -> str:
+    """What people call the base model in this folder: the folder's name, and not what its config says it was loaded
+    from (``_name_or_path`` of a fine-tuned model names its parent).
+
+    The bundled model is the ``starter``; a snapshot of the Hugging Face cache (``models--ORG--NAME/snapshots/HASH``) is
+    called NAME.
+    """
+    folder = model.resolve()
+    if folder == starter_folder().resolve():
+        return "starter"
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def _general_file(path: Path) -> bytes:

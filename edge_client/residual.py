@@ -20,12 +20,12 @@ from typing import Final
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as save_tensors
 
-from fedblocks.protocol.durable import sync_folder, write_durably
+from fedblocks.edge_client.store import LazyState, lazy_state, write_tensors
+from fedblocks.protocol.durable import sync_folder
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId
-from fedblocks.protocol.tensors import FloatArray, State
+from fedblocks.protocol.tensors import FloatArray
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,13 @@ class ResidualStore:
             self._entry(path)
         self._drop_superseded()
 
-    def load(self, blocks: Iterable[int], *, round: int) -> State:
+    def load(self, blocks: Iterable[int], *, round: int) -> LazyState:
         """What is owed on ``blocks`` when training for ``round``; blocks that owe nothing are absent.
 
         A block whose last accepted update lies k rounds before the previous one is decayed by 0.9^k, and dropped at
-        k = 10. The files keep their values.
+        k = 10. The files keep their values; a tensor is read when it is asked for.
         """
-        owed: State = {}
+        owed: LazyState = {}
         entries = self._committed()
         for block in blocks:
             entry = next((e for e in reversed(entries) if block in e.blocks), None)
@@ -77,8 +77,7 @@ class ResidualStore:
                 continue
             unsent = max(0, round - entry.round - 1)
             if unsent < MAX_UNSENT_ROUNDS:
-                factor = np.float32(DECAY**unsent)
-                owed[block] = {name: values * factor for name, values in _read(entry.path, block).items()}
+                owed[block] = lazy_state(entry.path, DECAY**unsent)[block]
         return owed
 
     def stage(
@@ -101,7 +100,7 @@ class ResidualStore:
         for other in self._folder.glob("staged-*.safetensors"):
             if other != staged:
                 other.unlink()
-        write_durably(staged, save_tensors(tensors, metadata={"plan": self._plan_digest, "round": str(round)}))
+        write_tensors(staged, tensors, {"plan": self._plan_digest, "round": str(round)})
 
     def commit(self, attempt_id: AttemptId) -> None:
         """The update was accepted (also late): its residual replaces what its blocks owed.
@@ -161,13 +160,3 @@ class ResidualStore:
 def _file_id(attempt_id: AttemptId) -> str:
     """The attempt id is the peer's text: a hash of it is a safe file name."""
     return hashlib.sha256(attempt_id.encode()).hexdigest()[:32]
-
-
-def _read(path: Path, block: int) -> dict[str, FloatArray]:
-    prefix = f"{block}/"
-    with safe_open(path, framework="numpy") as file:
-        return {
-            key[len(prefix) :]: file.get_tensor(key)
-            for key in file.keys()  # noqa: SIM118  (no mapping)
-            if key.startswith(prefix)
-        }

@@ -10,11 +10,16 @@ it again.
 Sending the same update twice is harmless by construction (same client key, round and attempt id), so the client never
 needs to know whether an earlier send arrived.
 
-Two rules follow:
+Three rules follow:
 1. A task that arrives while an update is unanswered replaces nothing: the update is announced first, the task starts
    after its answer.
 2. A task with the attempt id of the update in the outbox is that update's own assignment, sent again: it is answered
    with the update, never trained twice.
+3. A refusal of an update that was acknowledged only ends a second transfer of the same bytes: nothing is said of it.
+
+Outside the hours in which its site takes part a client rests: connected, but not ready, so that it is not planned for.
+It begins to rest once nothing of it is unanswered: it says Goodbye and greets again (until it is Ready, its heartbeats
+do not make it a member of the next round), and says Ready when the hours begin.
 """
 
 from __future__ import annotations
@@ -89,6 +94,8 @@ class Tick:
 
     uploading: bool = False
     """True while chunks of an announced update are still on their way."""
+    resting: bool = False
+    """True outside the hours in which this site takes part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +139,11 @@ class Prepare:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendReady:
     """Tell the aggregator that tasks may come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest:
+    """Tell the aggregator not to wait for this client; the connection stays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +197,7 @@ Action: TypeAlias = (
     | StoreResource
     | Prepare
     | SendReady
+    | Rest
     | StartTask
     | AnnounceUpdate
     | CommitUpdate
@@ -210,6 +223,9 @@ class SessionState:
     pending: StartTask | None = None
     """The newest task that waits for the outbox to be answered."""
     busy: AttemptId | None = None
+    acked: AttemptId | None = None
+    """The update that was acknowledged last."""
+    resting: bool = False
 
 
 def handle(state: SessionState, event: Event, *, now_s: float) -> tuple[SessionState, list[Action]]:
@@ -230,7 +246,11 @@ def handle(state: SessionState, event: Event, *, now_s: float) -> tuple[SessionS
         case TaskDone(attempt_id=attempt_id, has_update=has_update):
             state = replace(state, busy=None, outbox=attempt_id if has_update else state.outbox)
             return _proceed(state, now_s)
-        case Tick(uploading=uploading):
+        case Tick(uploading=uploading, resting=resting):
+            if resting and not state.resting and _may_rest(state):
+                return _rest(state)
+            if state.resting and not resting:
+                return _wake(state, now_s)
             return _tick(state, uploading, now_s)
         case Received(message=message, payload=payload):
             return _received(state, message, payload or b"", now_s)
@@ -252,13 +272,16 @@ def _received(state: SessionState, message: Message, payload: bytes, now_s: floa
             state, actions = _fetch_or_prepare(state, now_s)
             return state, [StoreResource(info=info, payload=payload), *actions]
         case Assignment() | Evaluate():
+            if state.resting:  # sent before our Goodbye was read; sent again after our Ready if it is still wanted
+                return state, []
             if message.attempt_id in (state.outbox, state.busy):
                 return _announce(state, now_s) if message.attempt_id == state.outbox else (state, [])
             return _proceed(replace(state, pending=StartTask(task=message, payload=payload)), now_s)
         case Ack(attempt_id=attempt_id):
             if attempt_id != state.outbox:
                 return state, []
-            state, actions = _proceed(replace(state, outbox=None, announced_s=None, retry_at_s=None), now_s)
+            answered = replace(state, outbox=None, announced_s=None, retry_at_s=None, acked=attempt_id)
+            state, actions = _proceed(answered, now_s)
             return state, [CommitUpdate(attempt_id=attempt_id), *actions]
         case Refused():
             return _refused(state, message, now_s)
@@ -277,7 +300,8 @@ def _refused(state: SessionState, refused: Refused, now_s: float) -> tuple[Sessi
     if refused.code in FATAL_CODES:
         return _stop(state, EXIT_REFUSED, text)
     if refused.attempt_id is None or refused.attempt_id != state.outbox:
-        return state, [Say(text=text)]
+        is_counted = refused.code == "conflict" and refused.attempt_id is not None and refused.attempt_id == state.acked
+        return state, [] if is_counted else [Say(text=text)]
     if refused.code in RETRY_CODES:
         return replace(state, announced_s=None, retry_at_s=now_s + RETRY_LATER_S), [
             Say(text=f"{text}; kept, trying again")
@@ -292,7 +316,10 @@ def _fetch_or_prepare(state: SessionState, now_s: float) -> tuple[SessionState, 
         return state, [SendFetch(name=state.missing[0].name)]
     assert state.welcome is not None
     actions: list[Action] = [] if state.prepared else [Prepare(welcome=state.welcome)]
-    actions.append(SendReady())
+    if state.resting:
+        actions += [Say(text="outside this site's hours: connected, takes no task until they begin"), Rest()]
+    else:
+        actions.append(SendReady())
     state, more = _proceed(replace(state, phase=Phase.READY, prepared=True), now_s)
     return state, actions + more
 
@@ -315,6 +342,24 @@ def _announce(state: SessionState, now_s: float) -> tuple[SessionState, list[Act
     attempt_id = state.outbox
     state = replace(state, announced_s=now_s, retry_at_s=None)
     return state, [AnnounceUpdate(attempt_id=attempt_id)]
+
+
+def _may_rest(state: SessionState) -> bool:
+    """True if the aggregator waits for nothing of ours, or could not be told now."""
+    return state.phase is not Phase.READY or (state.busy, state.pending, state.outbox) == (None, None, None)
+
+
+def _rest(state: SessionState) -> tuple[SessionState, list[Action]]:
+    told: list[Action] = [Rest(), SendHello()] if state.phase is Phase.READY else []
+    return replace(state, resting=True, pending=None), told
+
+
+def _wake(state: SessionState, now_s: float) -> tuple[SessionState, list[Action]]:
+    state = replace(state, resting=False)
+    if state.phase is not Phase.READY:
+        return state, []
+    state, more = _proceed(state, now_s)
+    return state, [SendReady(), *more]
 
 
 def _tick(state: SessionState, uploading: bool, now_s: float) -> tuple[SessionState, list[Action]]:

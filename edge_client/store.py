@@ -8,18 +8,99 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from fedblocks.protocol import codec
 from fedblocks.protocol.durable import sync_folder, write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.messages import AttemptId, Delta, ResourceInfo
-from fedblocks.protocol.tensors import State, flatten, unflatten
+from fedblocks.protocol.tensors import FloatArray, flatten
+
+
+class LazyTensors(Mapping[str, FloatArray]):
+    """Tensors by name, each made anew whenever it is asked for: a block's fp32 values need not be in memory at once."""
+
+    def __init__(self, names: Iterable[str], read: Callable[[str], FloatArray]) -> None:
+        self._names = tuple(names)
+        self._read = read
+
+    def __getitem__(self, name: str) -> FloatArray:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+LazyState = dict[int, LazyTensors]
+
+
+def lazy_state(path: Path, factor: float = 1.0) -> LazyState:
+    """The blocks of a file named as :func:`fedblocks.protocol.tensors.flatten` names them, times ``factor``.
+
+    The file is open for as long as one of them is held: its content stays, also if the file is replaced or deleted.
+
+    Raises:
+        SafetensorError: the file is no such file.
+    """
+    file = safe_open(path, framework="numpy").__enter__()  # closes when nothing holds it any more
+
+    def reader(block: str) -> Callable[[str], FloatArray]:
+        def read(name: str) -> FloatArray:
+            values: FloatArray = file.get_tensor(f"{block}/{name}")
+            return values if factor == 1.0 else values * np.float32(factor)
+
+        return read
+
+    names: dict[str, list[str]] = {}
+    for key in file.keys():  # noqa: SIM118  (no mapping)
+        block, name = key.split("/", 1)
+        names.setdefault(block, []).append(name)
+    return {int(block): LazyTensors(found, reader(block)) for block, found in names.items()}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, FloatArray], metadata: Mapping[str, str] | None = None) -> str:
+    """A safetensors file of fp32 tensors, durable, without a second copy of them in memory; its SHA-256."""
+    end = 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, values in tensors.items():
+        header[name] = {"dtype": "F32", "shape": values.shape, "data_offsets": [end, end + values.nbytes]}
+        end += values.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
+    digest = hashlib.sha256()
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        for part in (
+            len(text).to_bytes(8, "little"),
+            text,
+            *(np.ascontiguousarray(v, "<f4").data for v in tensors.values()),
+        ):
+            digest.update(part)
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_folder(path.parent)
+    return digest.hexdigest()
 
 
 class ClientStore:
@@ -68,26 +149,22 @@ class ClientStore:
             )
         write_durably(self._resources / info.name, payload)
 
-    def held_state(self) -> tuple[int, State]:
-        """The published version on disk and its accumulated deltas; version 0 and nothing if there is none."""
+    def held_state(self) -> tuple[int, LazyState]:
+        """The published version on disk and its accumulated deltas, read as they are asked for; version 0 and nothing
+        if there is none."""
         path = self.folder / "held.safetensors"
-        meta_path = self.folder / "held.json"
         try:
-            meta = json.loads(meta_path.read_text())
-            payload = path.read_bytes()
-            if hashlib.sha256(payload).hexdigest() != meta["sha256"]:
+            meta = json.loads((self.folder / "held.json").read_text())
+            if _sha256(path) != meta["sha256"]:
                 return 0, {}
-            tensors = load_tensors(payload)
+            return int(meta["version"]), lazy_state(path)
         except (FileNotFoundError, json.JSONDecodeError, KeyError, SafetensorError):
             return 0, {}
-        return int(meta["version"]), unflatten(tensors)
 
-    def put_held_state(self, version: int, state: State) -> None:
+    def put_held_state(self, version: int, state: Mapping[int, Mapping[str, FloatArray]]) -> None:
         """Keep a published version. A kill between the two files leaves a mismatch, which reads as version 0."""
-        payload = save_tensors(flatten(state))
-        write_durably(self.folder / "held.safetensors", payload)
-        meta = {"version": version, "sha256": hashlib.sha256(payload).hexdigest()}
-        write_durably(self.folder / "held.json", json.dumps(meta).encode())
+        sha256 = write_tensors(self.folder / "held.safetensors", flatten(state))
+        write_durably(self.folder / "held.json", json.dumps({"version": version, "sha256": sha256}).encode())
 
     def put_update(self, delta: Delta, payload: bytes) -> None:
         """Put a finished update into the outbox: from here on it survives any kill until it is answered."""

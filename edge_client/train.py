@@ -14,8 +14,9 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,16 +25,22 @@ import torch
 from torch import Tensor
 
 from fedblocks.edge_client.expanded_model import ExpandedModel, ParamGroup
+from fedblocks.edge_client.optimizer import AdamW
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.kernels.ops import linear_cross_entropy, linear_kl_topk
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.messages import Assignment
 
 if TYPE_CHECKING:
     from fedblocks.edge_client.anchor import Teacher, TeacherRecord
     from fedblocks.edge_client.prefix_cache import PrefixStates
+    from fedblocks.profiles.cost import OptimizerMode
 
 MAX_SKIPS = 3
 """Steps in a row with a non-finite gradient after which training stops."""
+
+ROUND_CACHE_MIN_USES = 1.5
+"""Uses of each text in a round from which hidden states at the assignment's own cut are worth keeping."""
 
 Status = Callable[[str, int], None]
 """Called with the phase and the steps done, between steps; may raise to stop the training."""
@@ -127,8 +134,8 @@ class StepsResult:
 class TrainResult:
     """A finished assignment: the deltas and the figures of methods.md 5.5."""
 
-    deltas: dict[int, dict[str, npt.NDArray[np.float32]]]
-    """Block id -> tensor name -> trained value minus start value."""
+    deltas: Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
+    """Block id -> tensor name -> trained value minus start value, computed when it is asked for."""
     steps: int
     num_target_tokens: int
     loss_first: float
@@ -145,8 +152,7 @@ def stack_losses(model: ExpandedModel, from_position: int) -> Losses:
     """The loss parts of a model whose inputs enter at ``from_position``; only labelled rows reach the head."""
 
     def final_rows(inputs: Tensor, rows: Tensor) -> Tensor:
-        h = model.forward(inputs, from_position)
-        return model.final_rows(h.flatten(0, 1).index_select(0, rows))
+        return model.final_rows(model.forward(inputs, from_position, rows=rows))
 
     def task(batch: TaskBatch, scale: float) -> Tensor:
         return linear_cross_entropy(final_rows(batch.inputs, batch.rows), model.head, batch.targets, scale)
@@ -167,6 +173,7 @@ def run_steps(
     hyper: Hyper,
     now: Callable[[], float],
     status: Status,
+    optimizer_mode: OptimizerMode = "fp32",
 ) -> StepsResult:
     """Takes ``hyper.steps`` AdamW steps; the optimizer's state begins and ends here.
 
@@ -176,6 +183,7 @@ def run_steps(
         task: windows of micro-batches; a window without target tokens is skipped and is not a step.
         anchor: windows of anchor micro-batches; read only on steps that use them.
         hyper: the step rule.
+        optimizer_mode: how the optimizer's state is stored.
         now: seconds, for the durations.
         status: called after every step with ``"training"`` and the number of steps done.
 
@@ -183,48 +191,48 @@ def run_steps(
         NonFiniteError: :data:`MAX_SKIPS` steps in a row without a finite gradient.
         TrainingError: the windows ran out, or none of many has a target token.
     """
-    parameters = [tensor for group in groups for tensor in group.tensors]
-    optimizer = torch.optim.AdamW(_decay_groups(groups, hyper), betas=hyper.betas, eps=hyper.eps, fused=True)
-    scored = [group for group in groups if group.decayed]
-    energy = [0.0] * len(scored)
+    optimizer = AdamW(groups, mode=optimizer_mode, betas=hyper.betas, eps=hyper.eps, weight_decay=hyper.weight_decay)
+    energy = [0.0 for group in groups if group.decayed]
     second_half = hyper.steps - hyper.steps // 2
     windows, anchors = _with_targets(task), iter(anchor)
     result = StepsResult()
     skips = 0
-    for step in range(hyper.steps):
-        began = now()
-        window = next(windows, None)
-        if window is None:
-            raise TrainingError(f"the data ended after {step} of {hyper.steps} steps")
-        tokens = sum(len(batch.targets) for batch in window)
-        result.task_loss.append(sum(_backward(losses.task(batch, 1 / tokens)) for batch in window))
-        result.num_target_tokens += tokens
-        if hyper.anchor_weight > 0 and step % hyper.anchor_every == 0:
-            anchor_window = next(anchors)
-            weight = hyper.anchor_weight * hyper.anchor_every
-            scale = weight / sum(len(batch.rows) for batch in anchor_window)
-            kl = sum(_backward(losses.anchor(batch, scale)) for batch in anchor_window)
-            result.anchor_kl.append((step, kl / weight))
-        in_second_half = step >= hyper.steps - second_half
-        energies = [group.energy().item() for group in scored] if in_second_half else []
-        norm = torch.nn.utils.clip_grad_norm_(parameters, hyper.clip_norm).item()
-        if math.isfinite(norm):
-            skips = 0
-            for parameter_group in optimizer.param_groups:
-                parameter_group["lr"] = hyper.learning_rate * min(1.0, (step + 1) / hyper.warmup_steps)
-            optimizer.step()
-            energy = [total + new for total, new in zip(energy, energies, strict=True)] if in_second_half else energy
-        else:
-            skips += 1
-            result.skipped += 1
-            if skips == MAX_SKIPS:
-                raise NonFiniteError(
-                    f"the gradient was not finite in {MAX_SKIPS} steps in a row (steps {step - MAX_SKIPS + 2} to "
-                    f"{step + 1} of {hyper.steps}); a lower learning rate than {hyper.learning_rate:g} may help"
-                )
-        optimizer.zero_grad(set_to_none=True)
-        result.step_s.append(now() - began)
-        status("training", step + 1)
+    optimizer.begin()
+    try:
+        for step in range(hyper.steps):
+            began = now()
+            window = next(windows, None)
+            if window is None:
+                raise TrainingError(f"the data ended after {step} of {hyper.steps} steps")
+            tokens = sum(len(batch.targets) for batch in window)
+            result.task_loss.append(sum(_backward(losses.task(batch, 1 / tokens)) for batch in window))
+            result.num_target_tokens += tokens
+            if hyper.anchor_weight > 0 and step % hyper.anchor_every == 0:
+                anchor_window = next(anchors)
+                weight = hyper.anchor_weight * hyper.anchor_every
+                scale = weight / sum(len(batch.rows) for batch in anchor_window)
+                kl = sum(_backward(losses.anchor(batch, scale)) for batch in anchor_window)
+                result.anchor_kl.append((step, kl / weight))
+            in_second_half = step >= hyper.steps - second_half
+            energies = optimizer.energies(groups) if in_second_half else []
+            if math.isfinite(optimizer.clip_norm(hyper.clip_norm)):
+                skips = 0
+                optimizer.step(hyper.learning_rate * min(1.0, (step + 1) / hyper.warmup_steps))
+                if in_second_half:
+                    energy = [total + new for total, new in zip(energy, energies, strict=True)]
+            else:
+                skips += 1
+                result.skipped += 1
+                if skips == MAX_SKIPS:
+                    raise NonFiniteError(
+                        f"the gradient was not finite in {MAX_SKIPS} steps in a row (steps {step - MAX_SKIPS + 2} to "
+                        f"{step + 1} of {hyper.steps}); a lower learning rate than {hyper.learning_rate:g} may help"
+                    )
+            optimizer.zero_grad()
+            result.step_s.append(now() - began)
+            status("training", step + 1)
+    finally:
+        optimizer.close()
     result.gradient_energy = [total / second_half for total in energy]
     return result
 
@@ -232,14 +240,6 @@ def run_steps(
 def _backward(loss: Tensor) -> float:
     loss.backward()
     return loss.item()
-
-
-def _decay_groups(groups: Sequence[ParamGroup], hyper: Hyper) -> list[dict[str, object]]:
-    decayed = [tensor for group in groups for tensor in group.decayed]
-    ids = {id(tensor) for tensor in decayed}
-    others = [tensor for group in groups for tensor in group.tensors if id(tensor) not in ids]
-    made = ({"params": decayed, "weight_decay": hyper.weight_decay}, {"params": others, "weight_decay": 0.0})
-    return [{**g, "lr": hyper.learning_rate} for g in made if g["params"]]
 
 
 def _with_targets(windows: Iterable[Sequence[TaskBatch]]) -> Iterator[Sequence[TaskBatch]]:
@@ -301,6 +301,20 @@ def anchor_batch(records: Sequence[TeacherRecord], inputs: Tensor) -> AnchorBatc
     )
 
 
+def _states_at_own_cut(
+    model: ExpandedModel, task: Assignment, prefix: PrefixStates, max_bytes: int, warn: Callable[[str], None]
+) -> PrefixStates:
+    """Hidden states at the lowest block that this assignment trains, in memory for this round; or ``prefix`` itself."""
+    from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore
+
+    assert model.plan is not None
+    low = min(model.plan.position(block) for block in task.blocks)
+    if low == prefix.cut or max_bytes <= 0:
+        return prefix
+    store = RecordStore(Path(), location="ram", max_bytes=max_bytes, warn=warn)
+    return PrefixStates(model, store, cut=low, source=prefix)
+
+
 def train(
     *,
     model: ExpandedModel,
@@ -308,6 +322,8 @@ def train(
     data: Sequence[TokenisedSample],
     teacher: Teacher | None,
     prefix: PrefixStates,
+    mode: ExecutionMode | None = None,
+    round_cache_bytes: int = 0,
     now: Callable[[], float],
     status: Status,
 ) -> TrainResult:
@@ -318,15 +334,22 @@ def train(
     Args:
         teacher: the base's records of the anchor set; may be None where ``task.anchor_weight`` is 0.
         prefix: hidden states at the base cut, cached or computed.
+        mode: how to carry it out; default as the assignment says.
+        round_cache_bytes: memory for hidden states at the assignment's own cut: where the lowest block that is trained
+            lies above the lowest of the plan, the blocks between them run once for each sample instead of each step.
         now: monotonic seconds.
         status: see :data:`Status`; phases are ``"prefix"`` and ``"training"``.
 
     Raises:
         NonFiniteError: see :func:`run_steps`.
-        TrainingError: no data, an optimizer mode that this device does not have, or an anchor weight without anchors.
+        TrainingError: no data, or an anchor weight without anchors.
     """
-    if task.optimizer_mode == "split_8bit":
-        raise TrainingError("optimizer mode split_8bit is not available on this device; expected fp32 or split")
+
+    mode = mode or ExecutionMode(
+        optimizer=task.optimizer_mode,
+        micro_batch_size=task.micro_batch_size,
+        checkpoint=task.checkpoint_activations,
+    )
     hyper = Hyper.of(task)
     uses_anchor = hyper.anchor_weight > 0 and task.anchor_batch_size > 0
     if uses_anchor and teacher is None:
@@ -347,29 +370,39 @@ def train(
         num_windows = -(-task.steps // task.anchor_every)
         anchor_windows = [[train_part[i] for i in window] for window in itertools.islice(anchor_order, num_windows)]
         teacher.fill(sorted(set(itertools.chain.from_iterable(anchor_windows))))
+    states = _states_at_own_cut(model, task, prefix, round_cache_bytes, warn=lambda _line: None)
+    if states is not prefix:
+        uses = sum(map(len, (*windows, *anchor_windows)))
+        texts = [data[i].ids for i in sorted(set(itertools.chain.from_iterable(windows)))]
+        if teacher is not None:
+            texts += [teacher.anchors.sequences[i] for i in sorted(set(itertools.chain.from_iterable(anchor_windows)))]
+        states = states if uses >= ROUND_CACHE_MIN_USES * len(texts) else prefix
+        if states is not prefix:
+            states.fill(texts)
     prefix_s = now() - began
 
     def task_windows() -> Iterator[list[TaskBatch]]:
         for window in itertools.chain(windows, order):
             yield [
-                task_batch([data[i] for i in part], prefix.padded([data[i].ids for i in part]))
-                for part in cut_into(window, task.micro_batch_size)
+                task_batch([data[i] for i in part], states.padded([data[i].ids for i in part]))
+                for part in cut_into(window, mode.micro_batch_size)
             ]
 
     def anchor_batches() -> Iterator[list[AnchorBatch]]:
         assert teacher is not None
         for window in anchor_windows:
             yield [
-                anchor_batch(teacher.records(part), prefix.padded([teacher.anchors.sequences[i] for i in part]))
-                for part in cut_into(window, task.micro_batch_size)
+                anchor_batch(teacher.records(part), states.padded([teacher.anchors.sequences[i] for i in part]))
+                for part in cut_into(window, mode.micro_batch_size)
             ]
 
     began = now()
-    model.recompute = task.checkpoint_activations
-    groups = model.train_blocks(task.blocks)
+    model.recompute = mode.checkpoint
+    groups = model.train_blocks(task.blocks, mode.optimizer)
     result = run_steps(
         groups=groups,
-        losses=stack_losses(model, model.base_cut),
+        losses=stack_losses(model, states.cut),
+        optimizer_mode=mode.optimizer,
         task=task_windows(),
         anchor=anchor_batches(),
         hyper=hyper,

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
@@ -21,12 +24,12 @@ from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel, load_libraries
 from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory
-from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_key, evict_others
+from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_fields, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.store import ClientStore
 from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
-from fedblocks.profiles.cost import StackLayout, Workload, step_time
+from fedblocks.profiles.cost import ModeChoice, NoFit, StackLayout, Workload, choose_mode, step_time
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -41,8 +44,9 @@ from fedblocks.protocol.messages import (
     StateUpdate,
     TrainReport,
 )
+from fedblocks.protocol.site_file import CacheSettings
 from fedblocks.protocol.state import apply_update
-from fedblocks.protocol.tensors import encode_delta
+from fedblocks.protocol.tensors import FloatArray, encode_delta
 
 #: Anchor sequences of ``kl_val`` that a client measures the forgetting on before it trains (methods.md 5.3).
 KL_VAL_SEQUENCES = 8
@@ -58,6 +62,12 @@ class Emulation:
     """The emulated device, scaled."""
 
 
+class DoesNotFitError(RuntimeError):
+    """This device cannot train even the smallest assignment of the run; the text says what it would take."""
+
+    exit_code = 5
+
+
 class Workbench:
     """Everything that the tasks of one run need, loaded once.
 
@@ -67,7 +77,9 @@ class Workbench:
         data: the site's samples.
         encoder: tokenizer and data format.
         client: this client's key: chooses its share of the anchor texts.
+        profile: this device, or the one to emulate: its rates choose between ways of execution that fit.
         memory_limit_bytes: most memory above the imports that a task may take; 0 means no limit but the device's.
+        cache: how much the caches may take, where, and whether they outlive the session.
         emulation: the device to emulate, if any.
         say: for warnings.
     """
@@ -80,7 +92,9 @@ class Workbench:
         data: SiteData,
         encoder: TextEncoder,
         client: ClientKey,
+        profile: DeviceProfile,
         memory_limit_bytes: int,
+        cache: CacheSettings | None = None,
         emulation: Emulation | None,
         say: Callable[[str], None],
     ) -> None:
@@ -94,29 +108,60 @@ class Workbench:
             num_entries=len(self.plan.stack()), positions={b: self.plan.position(b) for b in self.plan.block_ids}
         )
         content_hash = base_hash(checkpoint.folder, store.cache_folder)
+        self.profile = profile
         self.held_version, state = store.held_state()
-        self.state = state
+        self.state: Mapping[int, Mapping[str, FloatArray]] = state
+        self._say = say
+        self._said_mode = ""
+        self._cache = cache or CacheSettings()
         load_libraries(checkpoint.config)
-        # Below the base cut the layers run once per sample, from the cache then on: they need not stay decoded.
-        resident = self.plan.shape.num_layers - self.plan.base_cut
-        backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash, resident=resident)
+        backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash)
+        say(f"4-bit layers by {backbone.quantiser}, read by our own decoder; arithmetic in {profile.compute_dtype}")
         # What a task holds is counted from here: libraries are imported, nothing of the model is in memory yet.
         give_back_freed_memory()
         self._after_imports_bytes = anonymous_bytes()
-        self.model = ExpandedModel(backbone=backbone, checkpoint=checkpoint, plan=self.plan, state=state)
+        dtype = torch.float32 if profile.compute_dtype == "float32" else torch.bfloat16
+        self.model = ExpandedModel(
+            backbone=backbone, checkpoint=checkpoint, plan=self.plan, state=self.state, dtype=dtype
+        )
+        anchors = AnchorSet.from_bytes(store.resource("anchor.bin").read_bytes())
+        fields = cut_fields(self.model, content_hash, cut=self.model.base_cut)
         key = cut_key(self.model, content_hash, cut=self.model.base_cut)
         prefix_folder = store.cache_folder / "prefix"
-        evict_others(prefix_folder, [key, f"{key}.teacher"])
-        self.prefix = PrefixStates(self.model, RecordStore(prefix_folder / key, warn=say))
-        self.teacher = Teacher(
-            anchors=AnchorSet.from_bytes(store.resource("anchor.bin").read_bytes()),
-            model=self.model,
-            prefix=self.prefix,
-            store=RecordStore(prefix_folder / f"{key}.teacher", warn=say),
-        )
+        evict_others(prefix_folder, [key, f"{key}.teacher"], say, now=fields)
+        self._stores = [
+            self._open_store(prefix_folder / key, fields),
+            self._open_store(prefix_folder / f"{key}.teacher", fields),
+        ]
+        self.prefix = PrefixStates(self.model, self._stores[0])
+        self.teacher = Teacher(anchors=anchors, model=self.model, prefix=self.prefix, store=self._stores[1])
         self.residuals = ResidualStore(store.residual_folder, plan=self.plan)
         general = store.resource("general.jsonl")
         self.general: Sequence[TokenisedSample] = tokenise_file(general, encoder) if general.is_file() else ()
+
+        self._refuse_a_device_that_is_too_small()
+
+    def _open_store(self, folder: Path, meta: Mapping[str, Any]) -> RecordStore:
+        """On the disk unless the site wants otherwise: there a restart finds it, and it takes no memory from a task."""
+        location = "ram" if self._cache.location == "ram" else "disk"
+        return RecordStore(folder, max_bytes=self._cache.max_bytes, location=location, meta=meta, warn=self._say)
+
+    def close(self) -> None:
+        """Lets the caches go, and wipes them where the site wants nothing of its text to stay."""
+        for store in self._stores:
+            store.close() if self._cache.keep else store.wipe()
+
+    def _refuse_a_device_that_is_too_small(self) -> None:
+        """Before anything is allocated: can this device train the cheapest block, one sequence at a time?"""
+        if not self.data.train:
+            return
+        work = self._workload(batch_size=1, micro_batch_size=1, steps=1, anchor_batch_size=1, anchor_every=1)
+        found = self._choose((self._layout.top_block,), work, self.memory_limit_bytes)
+        if isinstance(found, NoFit):
+            raise DoesNotFitError(
+                f"this device cannot take part: training block {self._layout.top_block} alone, one sequence at a "
+                f"time, {found.text}; free memory, raise the limit, or shorten the texts"
+            )
 
     def take_state(self, update: StateUpdate, payload: bytes) -> None:
         """Go to the published state that a task starts from, and keep it on disk.
@@ -129,6 +174,9 @@ class Workbench:
         if update.to_version != self.held_version:
             self.held_version = update.to_version
             self.store.put_held_state(update.to_version, self.state)
+            version, state = self.store.held_state()
+            if version == update.to_version:  # from here on read from the file, when a block's value is made
+                self.state = state
         self.model.load_state(self.state)
 
     def measure(self, wanted: Sequence[Measure], *, seed: int) -> tuple[Measurement, ...]:
@@ -175,7 +223,9 @@ class Workbench:
     def evaluate(self, task: Evaluate, payload: bytes) -> Report:
         """Carry out an evaluation."""
         self.take_state(task.state, payload)
+        self.model.hold(residency="suffix", frozen="decoded")
         measurements = self.measure(task.measure, seed=task.round)
+        self.model.release()
         return Report(attempt_id=task.attempt_id, round=task.round, measurements=measurements)
 
     def train(self, task: Assignment, payload: bytes, *, status: Status) -> tuple[Delta, bytes] | Report:
@@ -183,13 +233,19 @@ class Workbench:
 
         On success the new residual is staged under the attempt id; the caller commits or discards it.
         """
-        refusal = self._refuse(task)
-        if refusal is not None:
-            return refusal
+        unknown = [b for b in task.blocks if b not in self.plan.block_ids]
+        if unknown:
+            return self._failed(task, "internal", f"blocks {unknown} are not in this run's plan {self.plan.block_ids}")
+        limit = self._memory_budget(task)
+        chosen = self._choose(task.blocks, self._workload_of(task), limit)
+        if isinstance(chosen, NoFit):
+            return self._failed(task, "over_memory_budget", f"blocks {list(task.blocks)} do not fit: {chosen.text}")
+        self._say_mode(chosen)
         began = time.monotonic()
-        self.take_state(task.state, payload)
         try:
             with PeakMemory(self._after_imports_bytes) as memory:
+                self.take_state(task.state, payload)
+                self.model.hold(residency=chosen.mode.residency, frozen=chosen.mode.frozen)
                 status("measuring", 0)
                 measurements = self.measure(task.measure, seed=task.round)
                 give_back_freed_memory()  # what measuring has freed must not stand beside what training takes
@@ -197,13 +253,16 @@ class Workbench:
                 result = train(
                     model=self.model,
                     task=task,
+                    mode=chosen.mode,
                     data=self.data.train,
                     teacher=self.teacher,
                     prefix=self.prefix,
+                    round_cache_bytes=self._round_cache_bytes(chosen, limit),
                     now=time.monotonic,
                     status=self._paced(task, status),
                 )
                 trained = time.monotonic()
+                self.model.release()
                 encoded = encode_delta(
                     self.plan.shape,
                     task.blocks,
@@ -221,9 +280,9 @@ class Workbench:
             return self._failed(task, "oom", str(error)[:300] or type(error).__name__)
         finally:
             self.model.load_state(self.state)
-        limit = self._memory_budget(task)
+            self.model.release()
+        predicted = chosen.memory.peak
         if limit and memory.peak_bytes > limit:
-            predicted = task.predicted_peak_bytes
             text = f"measured peak {memory.peak_bytes} bytes, the budget is {limit} (predicted {predicted})"
             return self._failed(task, "over_memory_budget", text)
         self.residuals.stage(task.attempt_id, encoded.residuals, round=task.round)
@@ -250,22 +309,29 @@ class Workbench:
                 encode_s=time.monotonic() - trained,
                 step_s=result.train_s / result.steps,  # pauses of an emulated device included
                 peak_memory_bytes=memory.peak_bytes,
-                predicted_peak_bytes=task.predicted_peak_bytes,
+                predicted_peak_bytes=predicted,
                 gradient_energy=result.gradient_energy,
             ),
             measurements=measurements,
         )
         return delta, body
 
-    def _refuse(self, task: Assignment) -> Report | None:
-        unknown = [b for b in task.blocks if b not in self.plan.block_ids]
-        if unknown:
-            return self._failed(task, "internal", f"blocks {unknown} are not in this run's plan {self.plan.block_ids}")
-        limit = self._memory_budget(task)
-        if limit and task.predicted_peak_bytes > limit:
-            text = f"predicted peak {task.predicted_peak_bytes} bytes does not fit the budget of {limit} bytes"
-            return self._failed(task, "over_memory_budget", text)
-        return None
+    def _choose(self, blocks: Sequence[int], work: Workload, limit: int) -> ModeChoice | NoFit:
+        """The fastest exact way to train these blocks within the limit, or within what is free now."""
+        own = max(0, anonymous_bytes() - self._after_imports_bytes)
+        budget = limit or psutil.virtual_memory().available + own
+        return choose_mode(self.profile, self.plan.shape, self._layout, blocks, work, budget_bytes=budget)
+
+    def _round_cache_bytes(self, chosen: ModeChoice, limit: int) -> int:
+        """Room for hidden states at the assignment's own cut: what the budget leaves, and never much."""
+        free = psutil.virtual_memory().available // 4
+        return max(0, min(free, limit - chosen.memory.peak) if limit else free)
+
+    def _say_mode(self, chosen: ModeChoice) -> None:
+        text = chosen.mode.text()
+        if text != self._said_mode:
+            self._said_mode = text
+            self._say(f"trains {text}; predicted peak {chosen.memory.peak / 2**20:.0f} MiB above the imports")
 
     def _memory_budget(self, task: Assignment) -> int:
         limits = [x for x in (self.memory_limit_bytes, task.memory_budget_bytes) if x > 0]
@@ -278,7 +344,7 @@ class Workbench:
         """``status``, and with an emulated device a pause after each step until that device would have done it."""
         if self.emulation is None:
             return status
-        step_s = step_time(self.emulation.profile, self.plan.shape, self._layout, task.blocks, self._workload(task))
+        step_s = step_time(self.emulation.profile, self.plan.shape, self._layout, task.blocks, self._workload_of(task))
         started: list[float] = []
 
         def paced(phase: str, steps_done: int) -> None:
@@ -294,17 +360,29 @@ class Workbench:
 
         return paced
 
-    def _workload(self, task: Assignment) -> Workload:
+    def _workload_of(self, task: Assignment) -> Workload:
+        return self._workload(
+            batch_size=task.batch_size,
+            micro_batch_size=task.micro_batch_size,
+            steps=task.steps,
+            anchor_batch_size=task.anchor_batch_size if task.anchor_weight > 0 else 0,
+            anchor_every=task.anchor_every,
+        )
+
+    def _workload(
+        self, *, batch_size: int, micro_batch_size: int, steps: int, anchor_batch_size: int, anchor_every: int
+    ) -> Workload:
         statistics = self.data.statistics()
         anchors = self.teacher.anchors
         return Workload(
-            batch_size=task.batch_size,
-            micro_batch_size=task.micro_batch_size,
+            batch_size=batch_size,
+            micro_batch_size=micro_batch_size,
             mean_tokens=statistics.mean_tokens,
             max_tokens=statistics.max_tokens,
             label_share=statistics.num_target_tokens / (statistics.num_examples * statistics.mean_tokens),
-            steps=task.steps,
-            anchor_batch_size=task.anchor_batch_size if task.anchor_weight > 0 else 0,
+            steps=steps,
+            anchor_batch_size=anchor_batch_size,
             anchor_tokens=max(1, anchors.num_tokens // len(anchors.sequences)),
-            anchor_every=task.anchor_every,
+            anchor_every=anchor_every,
+            dtype_bytes=self.model.dtype.itemsize,
         )

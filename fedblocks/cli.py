@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -153,12 +154,24 @@ def serve(run: RunArgument, overrides: SetOption = None) -> None:
 
 
 @app.command(epilog="Example: fedblocks status runs/clinic --json")
-def status(run: RunArgument, as_json: JsonFlag = False) -> None:
+def status(
+    run: RunArgument,
+    as_json: JsonFlag = False,
+    follow_it: Annotated[
+        bool,
+        typer.Option("--follow", help="say it again on every change until the run ends or Ctrl-C; JSON: one line each"),
+    ] = False,
+) -> None:
     """Say where a run stands: rounds, clients, scores, refusals. Reads the ledger only."""
-    from fedblocks.aggregator.status import describe, run_status
+    from fedblocks.aggregator.status import describe, follow, run_status
 
-    content = run_status(run)
-    typer.echo(json.dumps(content, indent=2) if as_json else describe(content))
+    if not follow_it:
+        content = run_status(run)
+        typer.echo(json.dumps(content, indent=2) if as_json else describe(content))
+        return
+    with contextlib.suppress(KeyboardInterrupt):  # that is how one stops watching
+        for i, text in enumerate(follow(run, json.dumps if as_json else describe)):
+            typer.echo(text if as_json or i == 0 else f"\n{text}")
 
 
 @app.command(epilog="Example: fedblocks plan runs/clinic --device jetson-orin-nano-8gb --device rtx-4090")
@@ -216,7 +229,24 @@ def join(
     evaluate: Annotated[bool, typer.Option(help="also measure general ability for the run")] = False,
     dry_run: Annotated[bool, typer.Option(help="print what would leave this machine, then stop")] = False,
     wait: Annotated[bool, typer.Option(help="wait for enrolment even if the key is not new")] = False,
-    memory_limit_mib: Annotated[float, typer.Option(help="most memory above the imports, MiB; 0: what is free")] = 0.0,
+    cache_gb: Annotated[
+        float | None, typer.Option(help="cache.max_gb: most that the cache may take, GB; 0: a share of what is free")
+    ] = None,
+    cache_location: Annotated[
+        str | None, typer.Option(metavar="WHERE", help="cache.location: auto, disk or ram")
+    ] = None,
+    keep_cache: Annotated[
+        bool | None,
+        typer.Option("--keep-cache/--no-keep-cache", help="cache.keep: keep hidden states for the next session"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="TYPE", help="runtime.dtype: auto, float32 or bfloat16")] = None,
+    memory_gb: Annotated[
+        float | None,
+        typer.Option(help="runtime.memory_gb: most memory above the imports, GB; 0: what the device has"),
+    ] = None,
+    hours: Annotated[
+        str | None, typer.Option(metavar="FROM-TO", help="join.hours: local hours in which to take tasks, e.g. 22-6")
+    ] = None,
     emulate: Annotated[
         str | None,
         typer.Option(metavar="DEVICE", help="behave like this catalog device: pauses, and its memory budget"),
@@ -226,19 +256,30 @@ def join(
         str | None, typer.Option(metavar="HOST:PORT", help="SOCKS5 proxy for the connection")
     ] = None,
 ) -> None:
-    """Take part in a run as a site. The data never leave this machine."""
+    """Take part in a run as a site. The data never leave this machine.
+
+    Options that name a section.key may stand in SITE.toml as well; given here they go over it.
+    """
     from fedblocks.edge_client.client import JoinOptions
     from fedblocks.edge_client.client import join as join_run
+    from fedblocks.protocol import site_file
 
+    own = {
+        "cache.max_gb": cache_gb,
+        "cache.location": cache_location,
+        "cache.keep": keep_cache,
+        "runtime.dtype": dtype,
+        "runtime.memory_gb": memory_gb,
+        "join.hours": hours,
+    }
     options = JoinOptions(
-        site=site,
+        site=site_file.load(site, {key: value for key, value in own.items() if value is not None}),
         data=data,
         model=model,
         home=home.expanduser(),
         evaluate_general=evaluate,
         dry_run=dry_run,
         wait_for_enrolment=wait,
-        memory_limit_bytes=int(memory_limit_mib * 2**20),
         emulate=emulate,
         emulate_scale=emulate_scale,
         socks_proxy=socks_proxy,

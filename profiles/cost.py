@@ -1,31 +1,48 @@
-"""What do training steps, transfers and memory cost for a model of this shape on this device?
+"""What do training steps, transfers and memory cost for a model of this shape on this device, and which mode is best?
 
 Pure arithmetic without torch: FLOPs, seconds and bytes as functions of the model's sizes, of the positions of the
-expanded blocks in the stack and of the device's rates.
-The formulas are those of docs/runtime.md 1.1 (FLOPs) and 4.1 (memory) and docs/methods.md 6.2 (time) and 7.1 (bytes).
+expanded blocks in the stack, of the device's rates and of the mode in which the work is done. Aggregator and client
+choose the mode with the same function, :func:`choose_mode`.
+The formulas are those of docs/runtime.md 1.1 (FLOPs) and 4 (memory, modes) and docs/methods.md 6.2 (time) and 7.1
+(bytes).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from fedblocks.profiles.device import Accelerator, DeviceProfile
 from fedblocks.profiles.model_shape import ModelShape
 
 PayloadFormat = Literal["int8", "bf16", "fp32"]
+OptimizerMode = Literal["fp32", "split", "split_8bit"]
+"""How a trained value, its gradient and its moments are stored (runtime.md 4.2); the weights are exact in all three."""
+Residency = Literal["resident", "suffix"]
+"""Are the layers below the cut (packed) and the embedding table held in memory, or read when they are needed?"""
+FrozenForm = Literal["decoded", "nf4"]
+"""Frozen base layers above the cut: decoded once and held, or held packed and decoded at each use."""
+Phase = Literal["state", "prefix", "measuring", "training", "delta", "encoding"]
+"""Of a task: taking the published state, the first pass over samples, measuring, the steps, trained minus start, and
+the update's bytes."""
 
 #: Bytes per weight of a double-quantised NF4 matrix: codes, 8-bit scales, one fp32 per 256 scales (runtime.md 4.1).
 NF4_BYTES_PER_WEIGHT: Final = 0.5 + 1 / 64 + 4 / (64 * 256)
-#: Bytes moved per trained parameter by one AdamW step: w, g, m, v read, w, m, v written, all fp32 (runtime.md 5.2).
-OPTIMIZER_BYTES_MOVED: Final = 28
-#: Rows of logits that exist at once (methods.md 6.2).
-LOGITS_CHUNK_ROWS: Final = 256
-#: One token's teacher record: 32 log-probabilities and ids of four bytes each, and the tail (methods.md 5.2).
-TEACHER_BYTES_PER_TOKEN: Final = 260
+#: Bytes moved per trained parameter by one AdamW step. fp32: w, g, m, v read, w, m, v written (runtime.md 5.2).
+OPTIMIZER_BYTES_MOVED: Final[Mapping[OptimizerMode, float]] = {"fp32": 28, "split": 28, "split_8bit": 28}
+#: Bytes moved per weight that is decoded from NF4.
+NF4_DECODE_BYTES_MOVED: Final[Mapping[Accelerator, float]] = {"cpu": 20, "cuda": 4.5}
+#: Tokens that go through the prefix together: each of its layers is read and decoded once for them (runtime.md 2.2).
+WAVE_TOKENS: Final = 8192
+#: Rows of the topmost block are computed apart up to this share of rows with a label (runtime.md 1, item 8).
+ROWS_APART_SHARE: Final = 0.9
+#: Differences of predicted time below this share do not justify an approximation: it is the accuracy that predictions
+#: are held to (runtime.md 10).
+TIME_TOLERANCE: Final = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +93,7 @@ class Workload:
     batch_size: int
     """Sequences per optimizer step."""
     micro_batch_size: int
-    """Sequences per forward pass."""
+    """Most sequences per forward pass."""
     mean_tokens: float
     """Tokens per sequence, for time."""
     max_tokens: int
@@ -97,12 +114,19 @@ class Workload:
     """The same for anchor tokens; they also need the teacher's pass."""
     measure_tokens: float = 0.0
     """Tokens that run forward only, to measure the state before training."""
+    fresh_share: float = 1.0
+    """Share of the steps' samples that run through the frozen part below the lowest trained block; below 1 where the
+    round keeps its own cache there (first use over uses)."""
+    fresh_anchor_share: float = 1.0
+    """The same of anchor sequences."""
+    cache_bytes: int = 0
+    """Hidden states that are kept in memory instead of files: the round's own cache, or all."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "micro_batch_size", "max_tokens", "steps", "anchor_tokens", "anchor_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"workload: {name} is {getattr(self, name)}, expected at least 1")
-        for name in ("anchor_batch_size", "new_tokens", "new_anchor_tokens", "measure_tokens"):
+        for name in ("anchor_batch_size", "new_tokens", "new_anchor_tokens", "measure_tokens", "cache_bytes"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"workload: {name} is {getattr(self, name)}, expected 0 or more")
         if not 0 < self.mean_tokens <= self.max_tokens:
@@ -110,10 +134,66 @@ class Workload:
                 f"workload: mean_tokens is {self.mean_tokens}, expected above 0 and at most max_tokens "
                 f"({self.max_tokens})"
             )
-        if not 0 <= self.label_share <= 1:
-            raise ValueError(f"workload: label_share is {self.label_share}, expected a number in [0, 1]")
+        for name in ("label_share", "fresh_share", "fresh_anchor_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"workload: {name} is {getattr(self, name)}, expected a number in [0, 1]")
         if self.dtype_bytes not in (2, 4):
             raise ValueError(f"workload: dtype_bytes is {self.dtype_bytes}, expected 2 or 4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionMode:
+    """How an assignment is carried out; the weights are exact in every mode (runtime.md 4).
+
+    Raises:
+        ValueError: no sequence per forward pass.
+    """
+
+    optimizer: OptimizerMode = "fp32"
+    residency: Residency = "suffix"
+    frozen: FrozenForm = "decoded"
+    micro_batch_size: int = 1
+    """Sequences per forward pass."""
+    checkpoint: bool = False
+    """Recompute each block's activations in the backward pass instead of keeping them."""
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"execution mode: micro_batch_size is {self.micro_batch_size}, expected at least 1")
+
+    @property
+    def approximate(self) -> bool:
+        """True where the moments are rounded."""
+        return self.optimizer == "split_8bit"
+
+    def special(self) -> tuple[str, ...]:
+        """What it does otherwise than usual, apart from smaller passes: ``recomputed activations``, ..."""
+        each = (
+            ("recomputed activations", self.checkpoint),
+            ("frozen layers decoded at each use", self.frozen == "nf4"),
+            ("8-bit moments", self.optimizer == "split_8bit"),
+            ("the whole backbone in memory", self.residency == "resident"),
+        )
+        return tuple(text for text, used in each if used)
+
+    def text(self) -> str:
+        """E.g. ``2 sequences at a time, with recomputed activations and 8-bit moments``."""
+        many = "s" if self.micro_batch_size > 1 else ""
+        return f"{self.micro_batch_size} sequence{many} at a time{with_special(self)}"
+
+
+def with_special(mode: ExecutionMode) -> str:
+    """``, with recomputed activations and 8-bit moments``; nothing for a usual mode."""
+    *parts, last = mode.special() or ("",)
+    return f", with {', '.join(parts)} and {last}" if parts else f", with {last}" if last else ""
+
+
+def usual_mode(work: Workload) -> ExecutionMode:
+    """Nothing is rounded, recomputed or decoded twice: what is fastest where memory does not matter."""
+    return ExecutionMode(
+        optimizer="fp32" if work.dtype_bytes == 4 else "split",
+        micro_batch_size=min(work.micro_batch_size, work.batch_size),
+    )
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +202,31 @@ def _sizes(shape: ModelShape) -> tuple[int, int]:
     return shape.linear_parameters, shape.block_parameters
 
 
-# FLOPs per token (runtime.md 1.1). ``context`` is the length of the sequence that the token stands in.
+class _Set(NamedTuple):
+    """What the cost of a set of trained blocks depends on: all sets that agree in these cost the same."""
+
+    low: int
+    """Position of the lowest."""
+    count: int
+    top_trains: bool
+    """Whether one stands at the top of the stack, where only rows with a label are computed."""
+
+
+def _set_of(layout: StackLayout, blocks: Iterable[int]) -> _Set:
+    chosen = set(blocks)
+    positions = layout.positions
+    if not chosen or not chosen <= positions.keys():
+        unknown = sorted(chosen - positions.keys())
+        raise ValueError(
+            f"blocks are {sorted(chosen)}, expected at least one of {sorted(positions)}"
+            + (f"; unknown: {unknown}" if unknown else "")
+        )
+    taken = [positions[block] for block in chosen]
+    return _Set(min(taken), len(taken), max(taken) == layout.num_entries - 1)
+
+
+# FLOPs per token (runtime.md 1.1). ``context`` is the length of the sequence that the token stands in. ``rows`` is the
+# share of the tokens of which more than keys and values is computed: below 1 in the topmost block only.
 
 
 def attention_flops(shape: ModelShape, context: float) -> float:
@@ -130,19 +234,26 @@ def attention_flops(shape: ModelShape, context: float) -> float:
     return 2.0 * context * shape.q_size
 
 
-def forward_block_flops(shape: ModelShape, context: float) -> float:
+def _block_flops(shape: ModelShape, context: float, rows: float, products: float, attentions: float) -> float:
+    """``products`` products with every matrix and ``attentions`` times a; the rows stand at the samples' ends."""
+    keys_values = 2 * shape.hidden_size * shape.kv_size
+    linear = keys_values + rows * (_sizes(shape)[0] - keys_values)
+    return products * linear + attentions * attention_flops(shape, context) * (1 - (1 - rows) ** 2)
+
+
+def forward_block_flops(shape: ModelShape, context: float, rows: float = 1.0) -> float:
     """2P + a: a block that only runs forward."""
-    return 2.0 * _sizes(shape)[0] + attention_flops(shape, context)
+    return _block_flops(shape, context, rows, 2.0, 1.0)
 
 
-def trained_block_flops(shape: ModelShape, context: float) -> float:
+def trained_block_flops(shape: ModelShape, context: float, rows: float = 1.0) -> float:
     """6P + 3.5a: forward, input and weight gradients, attention backward with recomputation."""
-    return 6.0 * _sizes(shape)[0] + 3.5 * attention_flops(shape, context)
+    return _block_flops(shape, context, rows, 6.0, 3.5)
 
 
-def frozen_block_flops(shape: ModelShape, context: float) -> float:
+def frozen_block_flops(shape: ModelShape, context: float, rows: float = 1.0) -> float:
     """4P + 3.5a: a frozen block above a trained one, which passes the gradient on."""
-    return 4.0 * _sizes(shape)[0] + 3.5 * attention_flops(shape, context)
+    return _block_flops(shape, context, rows, 4.0, 3.5)
 
 
 def head_flops(shape: ModelShape, label_share: float) -> float:
@@ -155,29 +266,97 @@ def prefix_flops(shape: ModelShape, layout: StackLayout, context: float) -> floa
     return layout.base_cut * forward_block_flops(shape, context)
 
 
-def suffix_flops(shape: ModelShape, layout: StackLayout, blocks: Iterable[int], context: float) -> float:
+def suffix_flops(
+    shape: ModelShape,
+    layout: StackLayout,
+    blocks: Iterable[int],
+    context: float,
+    label_share: float = 1.0,
+    *,
+    fresh_share: float = 1.0,
+    checkpoint: bool = False,
+) -> float:
     """The stack from the base cut up, without the head: forward up to the lowest trained block, both ways above it.
+
+    Args:
+        label_share: f; where that saves something, the topmost block computes the rows with a label alone.
+        fresh_share: of the tokens that run through the frozen part below the lowest trained block; the others are
+            found in the round's own cache.
+        checkpoint: with the recomputation of every block that passes a gradient.
 
     Raises:
         ValueError: no block, or one that the layout does not hold.
     """
-    low, count = _low_and_count(layout, blocks)
-    above = layout.num_entries - low
-    return (
-        (low - layout.base_cut) * forward_block_flops(shape, context)
-        + count * trained_block_flops(shape, context)
-        + (above - count) * frozen_block_flops(shape, context)
+    of = _set_of(layout, blocks)
+    return _suffix_flops(shape, layout, of, context, label_share, fresh_share=fresh_share, checkpoint=checkpoint)
+
+
+def _suffix_flops(
+    shape: ModelShape,
+    layout: StackLayout,
+    of: _Set,
+    context: float,
+    label_share: float,
+    *,
+    fresh_share: float,
+    checkpoint: bool,
+) -> float:
+    above = layout.num_entries - of.low - 1  # with a gradient, the topmost left out
+    trained = of.count - of.top_trains
+    rows = _rows_apart(label_share)
+    total = fresh_share * (of.low - layout.base_cut) * forward_block_flops(shape, context)
+    total += trained * trained_block_flops(shape, context) + (above - trained) * frozen_block_flops(shape, context)
+    total += (trained_block_flops if of.top_trains else frozen_block_flops)(shape, context, rows)
+    if checkpoint:
+        total += above * forward_block_flops(shape, context) + forward_block_flops(shape, context, rows)
+    return total
+
+
+def _rows_apart(label_share: float) -> float:
+    return label_share if label_share <= ROWS_APART_SHARE else 1.0
+
+
+def step_flops(
+    shape: ModelShape,
+    layout: StackLayout,
+    blocks: Iterable[int],
+    work: Workload,
+    *,
+    checkpoint: bool = False,
+) -> float:
+    """FLOPs of one optimizer step with a warm prefix cache: the batch, and its share of the anchor batch."""
+    return _step_flops(shape, layout, _set_of(layout, blocks), work, checkpoint)
+
+
+def _step_flops(shape: ModelShape, layout: StackLayout, of: _Set, work: Workload, checkpoint: bool) -> float:
+    kinds = (
+        (work.batch_size * work.mean_tokens, work.mean_tokens, work.label_share, work.fresh_share),
+        (
+            work.anchor_batch_size * work.anchor_tokens / work.anchor_every,
+            work.anchor_tokens,
+            1.0,
+            work.fresh_anchor_share,
+        ),
+    )
+    return sum(
+        tokens
+        * (
+            _suffix_flops(shape, layout, of, context, share, fresh_share=fresh, checkpoint=checkpoint)
+            + head_flops(shape, share)
+        )
+        for tokens, context, share, fresh in kinds
+        if tokens
     )
 
 
-def step_flops(shape: ModelShape, layout: StackLayout, blocks: Iterable[int], work: Workload) -> float:
-    """FLOPs of one optimizer step with a warm prefix cache: the batch, and its share of the anchor batch."""
-    blocks = tuple(blocks)
-    task_tokens = work.batch_size * work.mean_tokens
-    anchor_tokens = work.anchor_batch_size * work.anchor_tokens / work.anchor_every
-    return task_tokens * (
-        suffix_flops(shape, layout, blocks, work.mean_tokens) + head_flops(shape, work.label_share)
-    ) + anchor_tokens * (suffix_flops(shape, layout, blocks, work.anchor_tokens) + head_flops(shape, 1.0))
+def fill_flops(shape: ModelShape, layout: StackLayout, work: Workload) -> float:
+    """First pass over samples that are not cached: the prefix, and for anchor samples the base's remaining layers and
+    its head as well (the teacher is the stack without the expanded blocks)."""
+    base_above = layout.num_entries - layout.base_cut - len(layout.positions)
+    teacher = base_above * forward_block_flops(shape, work.anchor_tokens) + 2.0 * shape.vocab_size * shape.hidden_size
+    return work.new_tokens * prefix_flops(shape, layout, work.mean_tokens) + work.new_anchor_tokens * (
+        prefix_flops(shape, layout, work.anchor_tokens) + teacher
+    )
 
 
 # Seconds (methods.md 6.2)
@@ -203,25 +382,90 @@ class TimeBreakdown:
         return self.download_s + self.fill_s + self.measure_s + self.train_s + self.upload_s
 
 
+class _Time:
+    """The time of one client's work; what several modes share is computed once."""
+
+    def __init__(self, device: DeviceProfile, shape: ModelShape, layout: StackLayout, work: Workload) -> None:
+        self._device, self._shape, self._layout, self._work = device, shape, layout, work
+        linear, self._block = _sizes(shape)
+        self._decode_layer_s = NF4_DECODE_BYTES_MOVED[device.accelerator] * linear / device.memory_bytes_per_s
+        anchor_tokens = work.anchor_batch_size * work.anchor_tokens / work.anchor_every
+        state_bytes = (work.batch_size * work.mean_tokens + anchor_tokens) * shape.hidden_size * work.dtype_bytes
+        self._read_s = state_bytes / device.disk_read_bytes_per_s
+        self._blocks_at = tuple(layout.positions.values())
+        self._base_above_cut = layout.num_entries - layout.base_cut - len(self._blocks_at)
+        self._arithmetic: dict[tuple[_Set, bool], float] = {}
+        self._fill: dict[Residency, float] = {}
+
+    def step_s(self, of: _Set, mode: ExecutionMode) -> float:
+        """Seconds of one step."""
+        passes = self._passes(mode.micro_batch_size)
+        arithmetic_s = self._arithmetic.get((of, mode.checkpoint))
+        if arithmetic_s is None:
+            flops = _step_flops(self._shape, self._layout, of, self._work, mode.checkpoint)
+            arithmetic_s = self._arithmetic[of, mode.checkpoint] = flops / self._device.gemm_flops_per_s
+        optimizer_bytes = OPTIMIZER_BYTES_MOVED[mode.optimizer] * of.count * self._block
+        anchored = 1 / self._work.anchor_every if self._work.anchor_batch_size else 0.0
+        decoding_s = 0.0 if mode.frozen == "decoded" else passes * self._decodings(of, mode) * self._decode_layer_s
+        return (
+            # The overhead was measured on steps of one pass of each kind.
+            self._device.step_overhead_s * passes / (1 + anchored)
+            + arithmetic_s
+            + decoding_s
+            + optimizer_bytes / self._device.memory_bytes_per_s
+            + self._read_s
+        )
+
+    def _passes(self, micro_batch_size: int) -> float:
+        """Forward passes of one step, on average over the steps."""
+        work = self._work
+        passes = math.ceil(work.batch_size / micro_batch_size)
+        return passes + math.ceil(work.anchor_batch_size / micro_batch_size) / work.anchor_every
+
+    def _decodings(self, of: _Set, mode: ExecutionMode) -> float:
+        """Layers decoded in one pass: each going forward, those with a gradient going back, and once more between."""
+        above = self._layout.num_entries - of.low - sum(position >= of.low for position in self._blocks_at)
+        below = self._base_above_cut - above
+        return self._work.fresh_share * below + (3 if mode.checkpoint else 2) * above
+
+    def fill_s(self, residency: Residency) -> float:
+        """Seconds of the first pass: its arithmetic, each prefix layer decoded once a wave, and what its reading takes
+        longer than the computation behind which it is hidden (runtime.md 2.2)."""
+        if residency not in self._fill:
+            self._fill[residency] = self._fill_s(residency)
+        return self._fill[residency]
+
+    def _fill_s(self, residency: Residency) -> float:
+        device, shape, layout, work = self._device, self._shape, self._layout, self._work
+        tokens = work.new_tokens + work.new_anchor_tokens
+        layers = math.ceil(tokens / WAVE_TOKENS) * layout.base_cut
+        decode_s = layers * self._decode_layer_s
+        arithmetic_s = fill_flops(shape, layout, work) / device.gemm_flops_per_s
+        if residency == "resident":
+            return arithmetic_s + decode_s
+        prefix_s = decode_s + tokens * prefix_flops(shape, layout, work.mean_tokens) / device.gemm_flops_per_s
+        read_s = layers * _sizes(shape)[0] * NF4_BYTES_PER_WEIGHT / device.disk_read_bytes_per_s
+        return arithmetic_s + decode_s + max(0.0, read_s - prefix_s)
+
+
 def step_time(
-    device: DeviceProfile, shape: ModelShape, layout: StackLayout, blocks: Iterable[int], work: Workload
+    device: DeviceProfile,
+    shape: ModelShape,
+    layout: StackLayout,
+    blocks: Iterable[int],
+    work: Workload,
+    mode: ExecutionMode | None = None,
 ) -> float:
     """Seconds of one optimizer step with a warm prefix cache.
 
-    Arithmetic at the device's matrix rate, the optimizer's traffic at its memory rate, the cached hidden states at its
-    disk rate, and the fixed overhead as often as the batches are cut into more forward passes than they need.
+    Arithmetic at the device's matrix rate; the optimizer's traffic and that of decoding at its memory rate; the cached
+    hidden states at its disk rate; and the fixed overhead as often as the batches are cut into more forward passes than
+    they need.
+
+    Args:
+        mode: default :func:`usual_mode`.
     """
-    blocks = tuple(blocks)
-    tokens = work.batch_size * work.mean_tokens + work.anchor_batch_size * work.anchor_tokens / work.anchor_every
-    anchored = 1 / work.anchor_every if work.anchor_batch_size else 0.0
-    passes = math.ceil(work.batch_size / work.micro_batch_size)
-    passes += anchored * math.ceil(work.anchor_batch_size / work.micro_batch_size)
-    return (
-        device.step_overhead_s * passes / (1 + anchored)
-        + step_flops(shape, layout, blocks, work) / device.gemm_flops_per_s
-        + OPTIMIZER_BYTES_MOVED * len(set(blocks)) * _sizes(shape)[1] / device.memory_bytes_per_s
-        + tokens * shape.hidden_size * work.dtype_bytes / device.disk_read_bytes_per_s
-    )
+    return _Time(device, shape, layout, work).step_s(_set_of(layout, blocks), mode or usual_mode(work))
 
 
 def round_time(
@@ -230,30 +474,23 @@ def round_time(
     layout: StackLayout,
     blocks: Iterable[int],
     work: Workload,
+    mode: ExecutionMode | None = None,
     *,
     upload_num_bytes: int,
     download_num_bytes: int,
     scale: float = 1.0,
 ) -> TimeBreakdown:
     """Seconds of a whole round; ``scale`` corrects the computed parts (not the transfers) by measured / predicted."""
-    step_s = scale * step_time(device, shape, layout, blocks, work)
+    mode = mode or usual_mode(work)
+    time = _Time(device, shape, layout, work)
+    step_s = scale * time.step_s(_set_of(layout, blocks), mode)
     return TimeBreakdown(
         download_s=download_num_bytes / device.downlink_bytes_per_s,
-        fill_s=scale * fill_flops(shape, layout, work) / device.gemm_flops_per_s,
+        fill_s=scale * time.fill_s(mode.residency),
         measure_s=measure_time(device, shape, layout, work, scale=scale),
         step_s=step_s,
         train_s=work.steps * step_s,
         upload_s=upload_num_bytes / device.uplink_bytes_per_s,
-    )
-
-
-def fill_flops(shape: ModelShape, layout: StackLayout, work: Workload) -> float:
-    """First pass over samples that are not cached: the prefix, and for anchor samples the base's remaining layers and
-    its head as well (the teacher is the stack without the expanded blocks)."""
-    base_above = layout.num_entries - layout.base_cut - len(layout.positions)
-    teacher = base_above * forward_block_flops(shape, work.anchor_tokens) + 2.0 * shape.vocab_size * shape.hidden_size
-    return work.new_tokens * prefix_flops(shape, layout, work.mean_tokens) + work.new_anchor_tokens * (
-        prefix_flops(shape, layout, work.anchor_tokens) + teacher
     )
 
 
@@ -313,64 +550,358 @@ def download_bytes(
     return min(replay, upload_bytes(shape, num_blocks, "fp32"))
 
 
-# Memory (runtime.md 4.1)
+# Memory (runtime.md 4): what a client holds at each moment of a task
 
-#: Share of the transient bytes that a caching or fragmenting allocator holds on top of them. CUDA: the 6 % of
-#: runtime.md 4.1. CPU: glibc's heap under plain autograd; fitted, with the floor below, to 13 measured assignments of
-#: the starter model (peaks of 9 to 56 MiB, largest error 1.2 MiB).
+#: Tokens of one forward pass of the prefix (runtime.md 2.2).
+PREFIX_BATCH_TOKENS: Final = 2048
+#: The buffer of logits, the least number of its rows, and how much of it is widened to fp32 at a time (runtime.md 3).
+LOGITS_BYTES: Final = 64 << 20
+LOGITS_MIN_ROWS: Final = 256
+LOGITS_ROW_MULTIPLE: Final = 32
+LOGITS_PIECE_BYTES: Final = 4 << 20
+#: One anchor token's teacher record in memory: 32 ids of eight bytes, 32 log-probabilities, the tail.
+TEACHER_RECORD_BYTES: Final = 388
+#: Code tables and header of a packed matrix, whatever its size.
+NF4_MATRIX_BYTES: Final = 4 * (16 + 256) + 512
+#: Gradient, and moments, per trained value; the value itself takes four bytes in every mode (runtime.md 4.2).
+GRADIENT_BYTES: Final = 4
+MOMENT_BYTES: Final[Mapping[OptimizerMode, float]] = {"fp32": 8, "split": 8, "split_8bit": 2 + 2 * 4 / 256}
+#: Elements that the optimizer has in fp32 at a time where weights or moments are stored otherwise, and its buffers.
+OPTIMIZER_CHUNK: Final = 1 << 18
+OPTIMIZER_CHUNK_BUFFERS: Final = 5
+#: Beside the live bytes: share of the temporaries, and a constant.
+#: CUDA: the 6 % of runtime.md 4.1. CPU: what glibc's heap and the matrix libraries hold.
 ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.22, "cuda": 0.06}
-#: What the first training step leaves behind whatever its size: arenas, thread stacks, library buffers (CPU, same fit).
 ALLOCATOR_FLOOR_BYTES: Final = 15 * 2**18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBreakdown:
-    """Predicted bytes above the imports, by what they hold; ``work`` and ``logits`` never exist at the same time."""
+    """Predicted bytes above the imports at the moment of a task that takes the most, by what they hold."""
 
+    phase: Phase
     runtime: int
     """R: context, workspaces, and what the process holds before a model is loaded."""
-    packed: int
-    """One NF4 layer on its way from the file to its decoded form."""
-    decoded: int
-    """The base layers above the cut, and one below it while it is read, decoded."""
+    frozen: int
+    """Base layers, decoded or packed: those that are held, and those on their way from the files."""
     blocks: int
-    """All expanded blocks: fp32 value, and the accumulated delta that it was made from."""
+    """Expanded blocks that do not train."""
     head: int
-    """Embedding and head (once if tied)."""
+    """The head's matrix, and the embedding's where it is held and is another."""
     trained: int
-    """What training adds per trained parameter: gradient and two moments, and the compute copy where there is one."""
+    """Values that train, with gradients and moments, or with the change that they have made."""
     activations: int
-    """Saved for the backward pass, of the larger of a task and an anchor pass."""
+    """Saved for the backward pass."""
     inputs: int
-    """Cached hidden states and teacher records of one step."""
+    """Cached hidden states and teacher records of one step, and what is kept in memory for the round."""
     work: int
-    """Temporaries of one block's forward and backward."""
-    logits: int
-    """One chunk of logits and their gradient."""
+    """Temporaries: of a block's passes, of the head, of the optimizer, of the encoder."""
     allocator: int
-    """What the allocator holds beyond the live bytes."""
+    """What the allocator and the libraries hold beyond the live bytes."""
 
     @property
     def peak(self) -> int:
-        """Sum of the terms, with the larger of ``work`` and ``logits``."""
-        fixed = sum(getattr(self, f.name) for f in fields(self) if f.name not in ("work", "logits"))
-        return fixed + max(self.work, self.logits)
+        """Sum of the terms."""
+        held = self.frozen + self.blocks + self.head + self.trained
+        return self.runtime + held + self.activations + self.inputs + self.work + self.allocator
 
     @property
     def largest(self) -> str:
         """Name of the largest term besides R."""
-        return max((f.name for f in fields(self) if f.name != "runtime"), key=lambda name: int(getattr(self, name)))
+        names = (f.name for f in fields(self) if f.name not in ("phase", "runtime"))
+        return max(names, key=lambda name: int(getattr(self, name)))
 
 
-def saved_bytes_trained(shape: ModelShape) -> int:
-    """Bytes per token that autograd keeps for one trained block in 2-byte activations (runtime.md 4.3, hf trained)."""
-    q, kv, h, i = shape.q_size, shape.kv_size, shape.hidden_size, shape.intermediate_size
-    return 2 * (q + 2 * kv) + 2 * q + 8 * i + 16 * h + 4 * shape.head_dim + 4 * shape.num_heads + 8
+@dataclass(frozen=True, slots=True)
+class SavedBytes:
+    """What our block keeps for its backward pass (``edge_client/decoder_block.py``), to the byte.
+
+    That is its input, q, k and v after the rotation, the attention's output and normaliser, the residual between the
+    halves, gate and up, and one number per row of each norm; where the block trains, the inputs of its matrices too:
+    both norms' outputs and silu(gate)·up. Keys and values that several query heads share are kept as often as the
+    attention reads them.
+    """
+
+    every: int
+    """Per token, whether its row is wanted or not."""
+    row: int
+    """Per token on top of that, where all rows are computed."""
+    wanted_row: int
+    """Per wanted row instead of that, where only those are computed."""
+    mask: int
+    """The same per wanted row and token of its sample: the attention mask."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, dtype_bytes: int, *, trained: bool) -> SavedBytes:
+        """Of one block; activations take ``dtype_bytes`` each."""
+        h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
+        repeated = 1 < shape.num_kv_heads < shape.num_heads  # a single head is repeated by a view
+        if shape.qk_norm:  # the norms keep what was projected; what is rotated is q and k apart
+            every, row, wanted = 2 * kv + (2 * q if repeated else kv), 2 * q, 2 * q
+        else:  # q and k are rotated together and stay together; v stays where it was projected, unless it is repeated
+            every, row, wanted = (2 * q, q + kv, q) if repeated else (3 * kv, 2 * q, q)
+        half = h + q + 2 * i
+        if trained:
+            every, half, wanted = every + h, half + h + i, wanted + h
+        norms = (4 * shape.num_heads, 4 * shape.num_kv_heads) if shape.qk_norm else (0, 0)
+        numbers = 4 * shape.num_heads + 4 + norms[0]
+        return cls(
+            every=dtype_bytes * (h + every) + 4 + norms[1],
+            row=dtype_bytes * (row + half) + numbers,
+            wanted_row=dtype_bytes * (wanted + half + 2 * shape.head_dim) + numbers + 8,
+            mask=dtype_bytes,
+        )
+
+    def total(self, sequences: int, tokens: int, rows: float = 1.0) -> int:
+        """Bytes of sequences of this many tokens, with the same share of rows wanted in each."""
+        if rows == 1:
+            return sequences * tokens * (self.every + self.row)
+        wanted = math.ceil(rows * tokens)
+        return sequences * (tokens * self.every + wanted * (self.wanted_row + self.mask * tokens))
 
 
-def saved_bytes_frozen(shape: ModelShape) -> int:
-    """The same for a frozen block above a trained one (hf frozen): its matrices keep no input."""
-    return saved_bytes_trained(shape) - 2 * shape.intermediate_size - 8 * shape.hidden_size
+class _Moment(NamedTuple):
+    phase: Phase
+    frozen: int
+    blocks: int
+    head: int
+    trained: int
+    activations: int
+    inputs: int
+    work: int
+
+    @property
+    def live(self) -> int:
+        return self.frozen + self.blocks + self.head + self.trained + self.activations + self.inputs + self.work
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One kind of forward and backward pass: of the task's samples, or of the anchor's."""
+
+    sequences: int
+    tokens: int
+    """Per sequence."""
+    rows: float
+    """Share of the tokens with a label."""
+    repeated: bool
+    """Whether gradients are there already when it begins."""
+
+
+class _Memory:
+    """The memory of one client's work; what does not depend on blocks and mode is computed once."""
+
+    def __init__(self, shape: ModelShape, layout: StackLayout, work: Workload, accelerator: Accelerator) -> None:
+        self._work, self._accelerator, e = work, accelerator, work.dtype_bytes
+        h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
+        linear, self._block = _sizes(shape)
+        self._e, self._h, self._i = e, h, i
+        self._base_cut, self._entries, self._num_blocks = layout.base_cut, layout.num_entries, len(layout.positions)
+        self._positions = tuple(layout.positions.values())
+        self._base_above = layout.num_entries - layout.base_cut - len(layout.positions)
+        vectors = self._block - linear
+        self._packed = math.ceil(linear * NF4_BYTES_PER_WEIGHT) + 4 * vectors + 7 * NF4_MATRIX_BYTES
+        self._largest = max(2 * h * i, (q + 2 * kv) * h)
+        """Elements of the largest matrix: gate and up are one."""
+        self._largest_tensor = max(h * i, q * h)
+        table = shape.vocab_size * h * e
+        self._vocab = shape.vocab_size
+        self._head = table
+        self._embedding = 0 if shape.tied_embeddings else table
+        # Read in the checkpoint's two bytes, then widened.
+        self._head_reading = shape.vocab_size * h * 2 if e == 4 else 0
+        self._saved = {trained: SavedBytes.of(shape, e, trained=trained) for trained in (False, True)}
+        #: Per token of a forward pass without a tape: residual, norm, gate, up, their product; q, k, v; what attention
+        #: gave.
+        self._forward = e * (2 * h + 3 * i + 3 * q + 3 * kv)
+        self._inputs = work.cache_bytes + (
+            (work.batch_size * work.max_tokens + work.anchor_batch_size * work.anchor_tokens) * h * e
+            + work.anchor_batch_size * work.anchor_tokens * TEACHER_RECORD_BYTES
+        )
+        longest = max(work.max_tokens, work.anchor_tokens if work.anchor_batch_size else 0)
+        tokens = work.steps * (work.batch_size * work.mean_tokens + work.anchor_batch_size * work.anchor_tokens)
+        wave = max(longest, min(WAVE_TOKENS, math.ceil(tokens)))
+        batch = max(longest, min(wave, PREFIX_BATCH_TOKENS // longest * longest))
+        self._prefix_work = wave * h * e + batch * self._forward
+        self._before: dict[tuple[FrozenForm, Residency], _Moment] = {}
+        self._passes: dict[tuple[_Set, int, bool, FrozenForm, bool], tuple[int, int, int]] = {}
+        self._measuring_work = longest * self._forward + self._logits(max(longest, 256))
+
+    def _logits(self, rows: int) -> int:
+        """The buffer of logits for this many rows, and what is widened of it."""
+        most = min(max(LOGITS_BYTES // (self._vocab * self._e), LOGITS_MIN_ROWS), rows)
+        if most == 0:
+            return 0
+        even = math.ceil(rows / math.ceil(rows / most))
+        chunk = min(math.ceil(even / LOGITS_ROW_MULTIPLE) * LOGITS_ROW_MULTIPLE, most)
+        piece = min(chunk, max(1, LOGITS_PIECE_BYTES // (4 * self._vocab)))
+        return self._vocab * (chunk * self._e + (0 if self._e == 4 else 4 * piece))
+
+    def _frozen(self, mode: ExecutionMode) -> int:
+        layer = self._block * self._e if mode.frozen == "decoded" else self._packed
+        below = self._base_cut * self._packed if mode.residency == "resident" else 0
+        return self._base_above * layer + below
+
+    def _tables(self, mode: ExecutionMode) -> int:
+        return self._head + (self._embedding if mode.residency == "resident" else 0)
+
+    def before_training(self, mode: ExecutionMode) -> _Moment:
+        """Taking the state, the first pass over the samples, and measuring: all expanded blocks are frozen."""
+        found = self._before.get((mode.frozen, mode.residency))
+        if found is None:
+            found = max(self._before_training(mode), key=self.with_allocator)
+            self._before[mode.frozen, mode.residency] = found
+        return found
+
+    def _before_training(self, mode: ExecutionMode) -> Iterator[_Moment]:
+        frozen, head, block = self._frozen(mode), self._tables(mode), self._block
+        blocks = self._num_blocks * block * self._e
+        kept = self._work.cache_bytes
+        yield _Moment("state", 0, 0, 0, 0, 0, kept, self._num_blocks * block * 5)
+        if self._base_cut:
+            streamed = block * self._e + (0 if mode.residency == "resident" else 2 * self._packed)
+            yield _Moment("prefix", frozen + streamed, blocks, head, 0, 0, kept, self._prefix_work)
+        work = max(self._measuring_work + self._decoding(mode), self._head_reading)
+        yield _Moment("measuring", frozen, blocks, head, 0, 0, kept, work)
+
+    def after_training(self, of: _Set, mode: ExecutionMode) -> Iterator[_Moment]:
+        """The change that the steps have made, one tensor after the other, and its encoding, beside nothing else."""
+        trained, largest, kept = of.count * self._block, self._largest_tensor, self._work.cache_bytes
+        blocks = (self._num_blocks - of.count) * self._block * self._e
+        # Start and difference of one tensor, and its value where that is in two halves; the start is read in 2 bytes.
+        work = largest * ((8 if self._e == 4 else 12) + 2)
+        change = 8 * trained - 4 * largest
+        yield _Moment("delta", self._frozen(mode), blocks, self._tables(mode), change, 0, kept, work)
+        # Value, change, what is still owed, and codes at the usual density; what was owed of one tensor, and its clip.
+        yield _Moment("encoding", 0, 0, 0, 12 * trained + trained // 4, 0, kept, 8 * largest)
+
+    def training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, _Moment]:
+        """The worst moment of a pass, and the optimizer's step."""
+        trained = of.count * self._block
+        frozen, head = self._frozen(mode), self._tables(mode)
+        blocks = (self._num_blocks - of.count) * self._block * self._e
+        moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
+        held = 4 * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
+        gradients, saved, work = self._worst_of_pass(of, mode)
+        chunked = self._e == 2 or mode.approximate
+        scratch = 4 * OPTIMIZER_CHUNK_BUFFERS * min(OPTIMIZER_CHUNK, self._largest) if chunked else 0
+        every = trained * (4 + GRADIENT_BYTES) + moments
+        return (
+            _Moment("training", frozen, blocks, head, held + gradients, saved, self._inputs, work),
+            _Moment("training", frozen, blocks, head, every, 0, self._inputs, scratch),
+        )
+
+    def _autograd_keeps(self, mode: ExecutionMode) -> bool:
+        """Gradients are autograd's own tensors, new in each step; else they are collected in buffers that stay."""
+        return self._e == 4 or mode.optimizer == "fp32"
+
+    def _decoding(self, mode: ExecutionMode) -> int:
+        return self._largest * self._e if mode.frozen == "nf4" and self._base_above else 0
+
+    def _worst_of_pass(self, of: _Set, mode: ExecutionMode) -> tuple[int, int, int]:
+        """Gradients, saved bytes and temporaries when they are most; modes that differ elsewhere share it."""
+        key = (of, mode.micro_batch_size, mode.checkpoint, mode.frozen, self._autograd_keeps(mode))
+        found = self._passes.get(key)
+        if found is None:
+            share = 1 + ALLOCATOR_SHARE[self._accelerator]
+            found = max(self._pass_moments(of, mode), key=lambda m: m[0] + share * (m[1] + m[2]))
+            self._passes[key] = found
+        return found
+
+    def _pass_moments(self, of: _Set, mode: ExecutionMode) -> Iterator[tuple[int, int, int]]:
+        above = self._entries - of.low - sum(position >= of.low for position in self._positions)
+        for kind in self._kinds(mode):
+            if of.low > self._base_cut:
+                before = of.count * self._block * GRADIENT_BYTES if kind.repeated and self._autograd_keeps(mode) else 0
+                forward = kind.sequences * kind.tokens * self._forward + self._decoding(mode)
+                yield before, 0, forward
+            yield from self._backward(of, mode, kind, self._decoding(mode) if above else 0)
+
+    def _kinds(self, mode: ExecutionMode) -> Iterator[_Pass]:
+        work = self._work
+        size = min(mode.micro_batch_size, work.batch_size)
+        yield _Pass(size, work.max_tokens, work.label_share, repeated=size < work.batch_size)
+        if work.anchor_batch_size:
+            size = min(mode.micro_batch_size, work.anchor_batch_size)
+            yield _Pass(size, work.anchor_tokens, 1.0, repeated=True)
+
+    def _backward(self, of: _Set, mode: ExecutionMode, kind: _Pass, decoding: int) -> Iterator[tuple[int, int, int]]:
+        """The same with the logits, then in the backward pass of block after block.
+
+        Blocks are counted from the top, 0; the lowest is the last. Those that train beside it are taken to be the
+        highest, where their gradients come earliest.
+        """
+        e, h, i = self._e, self._h, self._i
+        last = self._entries - of.low - 1
+        tokens = kind.sequences * kind.tokens
+        rows = _rows_apart(kind.rows)
+        wanted = kind.sequences * math.ceil(kind.rows * kind.tokens)
+        top_trains = of.top_trains or last == 0
+        middle = max(0, of.count - (2 if top_trains else 1))  # trained ones at 1 ... middle
+        full = {trained: self._saved[trained].total(kind.sequences, kind.tokens) for trained in (False, True)}
+        top = self._saved[top_trains].total(kind.sequences, kind.tokens, rows)
+        cast = 0 if e == 4 or mode.optimizer != "fp32" else 2 * self._block
+
+        def trains(index: int) -> bool:
+            return (top_trains if index == 0 else index <= middle) or index == last
+
+        def saved_from(index: int) -> int:
+            """Of this block and of all below it, when its backward pass begins."""
+            count = middle - max(index, 1) + 1 if index <= middle else 0
+            count += 1 if last > 0 else 0
+            own = top if index == 0 else full[trains(index)]
+            copies = cast * (count + (top_trains if index == 0 else 0))
+            if mode.checkpoint:
+                return (last - index + 1) * tokens * h * e + own + copies
+            rest = last - max(index, 1) + 1 if last > 0 else 0
+            return count * full[True] + (rest - count) * full[False] + (top if index == 0 else 0) + copies
+
+        def gradients_above(index: int) -> int:
+            count = (1 if top_trains and index > 0 else 0) + min(max(index - 1, 0), middle)
+            return count * self._block * GRADIENT_BYTES
+
+        everything = of.count * self._block * GRADIENT_BYTES
+        autograd_keeps = self._autograd_keeps(mode)
+        at_head = (last + 1) * tokens * h * e if mode.checkpoint else saved_from(0)
+        # Rows, their norm and its gradient; where all rows of the block were computed, those gathered from them.
+        head_work = (3 if rows < 1 else 4) * wanted * h * e + 4 * wanted + self._logits(wanted)
+        yield everything if kind.repeated and autograd_keeps else 0, at_head, head_work
+        # A gradient is added to one that is there, or copied from bf16; else it is the first, and stays.
+        added = self._largest * e if kind.repeated or not autograd_keeps else 0
+        for index in sorted({0, 1, middle, middle + 1, last}):
+            if index > last:
+                continue
+            count = wanted if index == 0 and rows < 1 else tokens
+            passing = (tokens + count) * h * e
+            mlp = count * (3 if trains(index) else 4) * i * e
+            work = passing + max(mlp, added if trains(index) else 0) + decoding
+            gradients = 0
+            if autograd_keeps:
+                own = h * i * GRADIENT_BYTES if trains(index) else 0  # that of the down projection comes first
+                gradients = everything if kind.repeated else gradients_above(index) + own
+            yield gradients, saved_from(index), work
+
+    def peak(self, of: _Set, mode: ExecutionMode) -> int:
+        """Bytes of the moment that takes the most, allocator included."""
+        return max(self.with_allocator(moment) for moment in self._moments(of, mode))
+
+    def _moments(self, of: _Set | None, mode: ExecutionMode) -> tuple[_Moment, ...]:
+        if of is None:
+            return (self.before_training(mode),)
+        return (self.before_training(mode), *self.training(of, mode), *self.after_training(of, mode))
+
+    def _allocator(self, moment: _Moment) -> int:
+        transient = moment.activations + moment.work
+        return ALLOCATOR_FLOOR_BYTES + math.ceil(ALLOCATOR_SHARE[self._accelerator] * transient)
+
+    def with_allocator(self, moment: _Moment) -> int:
+        """Live bytes of a moment and what the allocator adds."""
+        return moment.live + self._allocator(moment)
+
+    def breakdown(self, of: _Set | None, mode: ExecutionMode, runtime_bytes: int) -> MemoryBreakdown:
+        """The moment that takes the most; without a set of blocks, of a client that only measures."""
+        moment = max(self._moments(of, mode), key=self.with_allocator)
+        return MemoryBreakdown(runtime=runtime_bytes, allocator=self._allocator(moment), **moment._asdict())
 
 
 def peak_memory(
@@ -378,29 +909,22 @@ def peak_memory(
     layout: StackLayout,
     blocks: Iterable[int],
     work: Workload,
+    mode: ExecutionMode | None = None,
     *,
     runtime_bytes: int = 0,
     accelerator: Accelerator = "cpu",
 ) -> MemoryBreakdown:
-    """Bytes above the imports while training ``blocks`` with exact fp32 weights and plain autograd.
+    """Bytes above the imports while a client carries out an assignment for ``blocks``, at the worst moment.
 
-    A trained parameter costs 16 bytes (weight, gradient, two moments, all fp32), 18 where the arithmetic reads a 2-byte
-    copy (runtime.md 4.2): 4 of them are in ``blocks``, the rest in ``trained``.
-    Task and anchor micro-batches run forward and backward one after the other, so only the larger one counts.
+    Args:
+        mode: default :func:`usual_mode`.
+        runtime_bytes: R, only added.
+
+    Raises:
+        ValueError: no block, or one that the layout does not hold.
     """
-    low, count = _low_and_count(layout, blocks)
-    above = layout.num_entries - low
-    saved = count * saved_bytes_trained(shape) + (above - count) * saved_bytes_frozen(shape)
-    added_bytes = 12 if work.dtype_bytes == 4 else 14
-    return _breakdown(
-        shape,
-        layout,
-        work,
-        runtime_bytes=runtime_bytes,
-        accelerator=accelerator,
-        trained=count * _sizes(shape)[1] * added_bytes,
-        activations=_pass_tokens(work) * saved * work.dtype_bytes // 2,
-    )
+    memory = _Memory(shape, layout, work, accelerator)
+    return memory.breakdown(_set_of(layout, blocks), mode or usual_mode(work), runtime_bytes)
 
 
 def measure_memory(
@@ -411,57 +935,221 @@ def measure_memory(
     runtime_bytes: int = 0,
     accelerator: Accelerator = "cpu",
 ) -> MemoryBreakdown:
-    """Bytes above the imports while only measuring: no gradients, no optimizer, no saved activations."""
-    return _breakdown(
-        shape, layout, work, runtime_bytes=runtime_bytes, accelerator=accelerator, trained=0, activations=0
-    )
+    """The same of a client that only measures: no gradients, no optimizer, no saved activations."""
+    return _Memory(shape, layout, work, accelerator).breakdown(None, usual_mode(work), runtime_bytes)
 
 
-def _breakdown(
+# The mode (runtime.md 4.5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModeChoice:
+    """The mode that was chosen, and what it costs."""
+
+    mode: ExecutionMode
+    memory: MemoryBreakdown
+    step_s: float
+    """Predicted seconds of one step."""
+    seconds: float
+    """Of the first pass over new samples and of all steps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoFit:
+    """Not even the mode that takes the least memory fits."""
+
+    blocks: tuple[int, ...]
+    mode: ExecutionMode
+    """That mode."""
+    memory: MemoryBreakdown
+    """What it takes."""
+    budget_bytes: int
+    fitting_blocks: tuple[int, ...]
+    """The largest part of the blocks that fits, its lowest block given up first; empty if none does."""
+    fitting_blocks_bytes: int
+    fitting_tokens: int
+    """How long the longest sequence may be for all the blocks to fit; 0 if no length helps."""
+
+    @property
+    def text(self) -> str:
+        """What it would take, what there is, and what would fit."""
+        needed, budget = _mib(self.memory.peak), _mib(self.budget_bytes)
+        helps: list[str] = []
+        if self.fitting_blocks:
+            many = "s" if len(self.fitting_blocks) > 1 else ""
+            names = ", ".join(map(str, self.fitting_blocks))
+            helps.append(f"block{many} {names} alone would fit with {_mib(self.fitting_blocks_bytes)}")
+        if self.fitting_tokens:
+            helps.append(f"sequences of at most {self.fitting_tokens} tokens would fit")
+        return (
+            f"it takes at least {needed} ({self.mode.text()}), the budget is {budget}; "
+            f"{' or '.join(helps) if helps else 'no smaller part of it would fit'}"
+        )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+class ModeSearch:
+    """All modes of one workload on one device; a planner asks about many sets of blocks.
+
+    Tried are both residencies, both forms of frozen layers, exact and 8-bit moments, the batch and its halvings, and
+    recomputation. Not tried is what another mode never loses to: fp32 master weights beside bf16 copies.
+
+    Args:
+        work: ``micro_batch_size`` is the largest pass that is tried.
+        optimizers: those that may be used; ``split`` stands for ``fp32`` where the arithmetic is fp32.
+    """
+
+    def __init__(
+        self,
+        device: DeviceProfile,
+        shape: ModelShape,
+        layout: StackLayout,
+        work: Workload,
+        optimizers: Iterable[OptimizerMode] = ("fp32", "split", "split_8bit"),
+    ) -> None:
+        self._layout, self._work = layout, work
+        self._memory = _Memory(shape, layout, work, device.accelerator)
+        self._time = _Time(device, shape, layout, work)
+        self._modes = tuple(_modes(layout, work, set(optimizers)))
+        self._timed: dict[_Set, list[tuple[float, int, ExecutionMode]]] = {}
+        self._peaks: dict[tuple[_Set, ExecutionMode], int] = {}
+
+    def least_bytes(self, blocks: Iterable[int]) -> tuple[int, ExecutionMode]:
+        """The mode that takes the least memory for these blocks, and its bytes."""
+        of = _set_of(self._layout, blocks)
+        return min(((self._peak(of, mode), mode) for mode in self._modes), key=lambda found: found[0])
+
+    def best(
+        self, blocks: Iterable[int], *, budget_bytes: float = math.inf, max_seconds: float = math.inf
+    ) -> tuple[ExecutionMode, float] | None:
+        """The best mode within both limits and its seconds (first pass and all steps); None if no mode is.
+
+        The fastest, unless it rounds the moments and an exact one is slower by no more than :data:`TIME_TOLERANCE`.
+        Among equally fast ones that with the larger passes, then that with the usual residency.
+        """
+        of = _set_of(self._layout, blocks)
+        fastest: tuple[ExecutionMode, float] | None = None
+        for seconds, _, mode in self._by_time(of):
+            if seconds > max_seconds or (fastest and seconds > (1 + TIME_TOLERANCE) * fastest[1]):
+                break
+            if (fastest and mode.approximate) or self._peak(of, mode) > budget_bytes:
+                continue
+            if not mode.approximate:
+                return mode, seconds
+            fastest = mode, seconds
+        return fastest
+
+    def fastest_s(self, blocks: Iterable[int], *, budget_bytes: float = math.inf) -> float:
+        """Seconds of the fastest mode within the budget; infinite if none is."""
+        of = _set_of(self._layout, blocks)
+        found = (seconds for seconds, _, mode in self._by_time(of) if self._peak(of, mode) <= budget_bytes)
+        return next(found, math.inf)
+
+    def peak_bytes(self, blocks: Iterable[int], mode: ExecutionMode) -> int:
+        """Predicted peak of a mode, R left out."""
+        return self._peak(_set_of(self._layout, blocks), mode)
+
+    def _peak(self, of: _Set, mode: ExecutionMode) -> int:
+        found = self._peaks.get((of, mode))
+        if found is None:
+            found = self._peaks[of, mode] = self._memory.peak(of, mode)
+        return found
+
+    def _by_time(self, of: _Set) -> list[tuple[float, int, ExecutionMode]]:
+        """(seconds, place among equals, mode), the best first."""
+        found = self._timed.get(of)
+        if found is None:
+            steps, time = self._work.steps, self._time
+            found = sorted(
+                (time.fill_s(mode.residency) + steps * time.step_s(of, mode), place, mode)
+                for place, mode in enumerate(self._modes)
+            )
+            self._timed[of] = found
+        return found
+
+
+def _modes(layout: StackLayout, work: Workload, optimizers: Collection[OptimizerMode]) -> Iterator[ExecutionMode]:
+    """Everything that is tried; of equally fast modes the first is taken: exact, large passes, little memory."""
+    exact: OptimizerMode = "fp32" if work.dtype_bytes == 4 else "split"
+    kinds = [exact] if "fp32" in optimizers or "split" in optimizers else []
+    kinds += ["split_8bit"] if "split_8bit" in optimizers else []
+    forms: tuple[FrozenForm, ...] = ("decoded", "nf4")
+    residencies: tuple[Residency, ...] = ("suffix", "resident")
+    if layout.num_entries - layout.base_cut == len(layout.positions):
+        forms = ("decoded",)
+    for optimizer in kinds:
+        size = min(work.micro_batch_size, work.batch_size)
+        while size:
+            for checkpoint, form, residency in itertools.product((False, True), forms, residencies):
+                yield ExecutionMode(
+                    optimizer=optimizer,
+                    residency=residency,
+                    frozen=form,
+                    micro_batch_size=size,
+                    checkpoint=checkpoint,
+                )
+            size //= 2
+
+
+def choose_mode(
+    device: DeviceProfile,
     shape: ModelShape,
     layout: StackLayout,
+    blocks: Iterable[int],
     work: Workload,
     *,
-    runtime_bytes: int,
-    accelerator: Accelerator,
-    trained: int,
-    activations: int,
-) -> MemoryBreakdown:
-    linear, block = _sizes(shape)
-    vectors = block - linear
-    tokens = _pass_tokens(work)
-    task_tokens, anchor_tokens = work.batch_size * work.max_tokens, work.anchor_batch_size * work.anchor_tokens
-    temporaries = tokens * (8 * shape.hidden_size + 6 * shape.intermediate_size) * work.dtype_bytes // 2
-    logits = 8 * min(LOGITS_CHUNK_ROWS, tokens) * shape.vocab_size + 4 * shape.hidden_size * tokens
-    transient = activations + max(temporaries, logits)
-    return MemoryBreakdown(
-        runtime=runtime_bytes,
-        packed=math.ceil(linear * NF4_BYTES_PER_WEIGHT + 4 * vectors),
-        decoded=(layout.num_entries - layout.base_cut - len(layout.positions) + 1) * block * work.dtype_bytes,
-        blocks=8 * len(layout.positions) * block,
-        head=(1 if shape.tied_embeddings else 2) * shape.vocab_size * shape.hidden_size * work.dtype_bytes,
-        trained=trained,
-        activations=activations,
-        inputs=(task_tokens + anchor_tokens) * shape.hidden_size * work.dtype_bytes
-        + anchor_tokens * TEACHER_BYTES_PER_TOKEN,
-        work=temporaries,
-        logits=logits,
-        allocator=ALLOCATOR_FLOOR_BYTES + math.ceil(ALLOCATOR_SHARE[accelerator] * transient),
+    budget_bytes: float,
+    optimizers: Collection[OptimizerMode] = ("fp32", "split", "split_8bit"),
+) -> ModeChoice | NoFit:
+    """The fastest mode whose predicted peak, R left out, is within the budget (:meth:`ModeSearch.best`).
+
+    Margins are the caller's: the whole budget may be filled.
+
+    Raises:
+        ValueError: no block, or one that the layout does not hold.
+    """
+    blocks = tuple(sorted(set(blocks), key=lambda block: layout.positions.get(block, -1)))
+    search = ModeSearch(device, shape, layout, work, optimizers)
+    best = search.best(blocks, budget_bytes=budget_bytes)
+    if best is not None:
+        mode, seconds = best
+        return ModeChoice(
+            mode=mode,
+            memory=peak_memory(shape, layout, blocks, work, mode, accelerator=device.accelerator),
+            step_s=step_time(device, shape, layout, blocks, work, mode),
+            seconds=seconds,
+        )
+    _, mode = search.least_bytes(blocks)
+    parts = (blocks[dropped:] for dropped in range(1, len(blocks)))
+    fitting = next((part for part in parts if search.least_bytes(part)[0] <= budget_bytes), ())
+    return NoFit(
+        blocks=tuple(sorted(blocks)),
+        mode=mode,
+        memory=peak_memory(shape, layout, blocks, work, mode, accelerator=device.accelerator),
+        budget_bytes=int(budget_bytes),
+        fitting_blocks=fitting,
+        fitting_blocks_bytes=search.least_bytes(fitting)[0] if fitting else 0,
+        fitting_tokens=_fitting_tokens(shape, layout, blocks, work, mode, device.accelerator, budget_bytes),
     )
 
 
-def _pass_tokens(work: Workload) -> int:
-    """Tokens of the largest forward pass: task and anchor sequences run in passes of their own."""
-    task = min(work.micro_batch_size, work.batch_size) * work.max_tokens
-    return max(task, min(work.micro_batch_size, work.anchor_batch_size) * work.anchor_tokens)
-
-
-def _low_and_count(layout: StackLayout, blocks: Iterable[int]) -> tuple[int, int]:
-    chosen = set(blocks)
-    unknown = chosen - set(layout.positions)
-    if not chosen or unknown:
-        raise ValueError(
-            f"blocks are {sorted(chosen)}, expected at least one of {sorted(layout.positions)}"
-            + (f"; unknown: {sorted(unknown)}" if unknown else "")
-        )
-    return min(layout.positions[block] for block in chosen), len(chosen)
+def _fitting_tokens(
+    shape: ModelShape,
+    layout: StackLayout,
+    blocks: Iterable[int],
+    work: Workload,
+    mode: ExecutionMode,
+    accelerator: Accelerator,
+    budget_bytes: float,
+) -> int:
+    """The longest sequences with which the blocks fit in this mode; 0 if none do."""
+    fits, too_long = 0, work.max_tokens
+    while too_long - fits > 1:
+        tokens = (fits + too_long) // 2
+        shorter = replace(work, max_tokens=tokens, mean_tokens=min(work.mean_tokens, tokens))
+        peak = peak_memory(shape, layout, blocks, shorter, mode, accelerator=accelerator).peak
+        fits, too_long = (tokens, too_long) if peak <= budget_bytes else (fits, tokens)
+    return fits

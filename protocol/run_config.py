@@ -87,6 +87,9 @@ class ForgettingSection:
 
     max_kl: float = _key(0.03, "nats per token of KL to the base model that the run may spend")
     lambda_start: float = _key(1.0, "first weight of the anchor term")
+    min_lambda: float = _key(
+        1.0, "the controller never goes below this; 0: pure dual ascent, which may drop the anchor"
+    )
     lambda_max: float = _key(20.0, "largest weight of the anchor term")
     eta: float = _key(0.25, "step of the controller")
 
@@ -169,6 +172,7 @@ class RunConfig:
             "allocation.deadline_s",
             "allocation.debt_weight",
             "forgetting.lambda_start",
+            "forgetting.min_lambda",
         ):
             self._require(key, self.value(key) >= 0, "0 or more")
         for key in ("delta.density", "delta.down_density", "allocation.quorum"):
@@ -179,6 +183,11 @@ class RunConfig:
             "forgetting.max_kl",
             self.forgetting.max_kl > 0,
             "a positive number (for no change at all use strength 0, or do not train)",
+        )
+        self._require(
+            "forgetting.min_lambda",
+            self.forgetting.min_lambda <= self.forgetting.lambda_start,
+            f"at most forgetting.lambda_start ({self.forgetting.lambda_start:g})",
         )
         self._require(
             "forgetting.lambda_max",
@@ -210,21 +219,23 @@ def from_mapping(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> 
     values: dict[str, Any] = {}
     for section, content in sections.items():
         if not isinstance(content, dict):
-            raise ConfigError(f"{section!r} stands outside a section; nearest key: {_nearest(section)}")
+            raise ConfigError(
+                f"{section!r} stands outside a section; nearest key: {nearest_key(section, known_keys())}"
+            )
         values.update({f"{section}.{key}": v for key, v in typing.cast("dict[str, Any]", content).items()})
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise ConfigError(f"--set {override!r}: expected section.key=value")
         values[key.strip()] = _parse_scalar(text.strip())
-    known = set(known_keys())
+    known = known_keys()
     sections_out: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(RunConfig)}
     for key, value in values.items():
         if key not in known:
-            raise ConfigError(f"unknown key {key!r}; nearest key: {_nearest(key)}")
+            raise ConfigError(f"unknown key {key!r}; nearest key: {nearest_key(key, known)}")
         section, name = key.split(".")
         hint = typing.get_type_hints(_section(section))[name]
-        sections_out[section][name] = _checked(key, hint, value)
+        sections_out[section][name] = checked_value(key, hint, value)
     return RunConfig(**{name: _section(name)(**content) for name, content in sections_out.items()})
 
 
@@ -266,8 +277,8 @@ def _section(name: str) -> type[Any]:
     return typing.cast("type[Any]", typing.get_type_hints(RunConfig).get(name))
 
 
-def _nearest(key: str) -> str:
-    names = known_keys()
+def nearest_key(key: str, names: Sequence[str]) -> str:
+    """Of the known ``section.key`` names the one that was probably meant."""
     close = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
     tail = [n for n in names if n.split(".")[1] == key.split(".")[-1]]
     return (tail or close)[0]
@@ -280,7 +291,12 @@ def _parse_scalar(text: str) -> Any:
         return text
 
 
-def _checked(key: str, hint: Any, value: Any) -> Any:
+def checked_value(key: str, hint: Any, value: Any) -> Any:
+    """``value`` as the type that ``key`` has; a whole number serves where a real one is meant.
+
+    Raises:
+        ConfigError: it is of another type, or none of the allowed texts.
+    """
     if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
         if value not in options:

@@ -136,14 +136,18 @@ def initial_state(config: RunConfig) -> MethodState:
 def next_anchor_weight(
     anchor_weight: float, armed: bool, kl: float | None, forgetting: ForgettingSection
 ) -> tuple[float, bool]:
-    """lambda and ``armed`` after a round in which the global model's KL was measured as ``kl`` (methods.md 5.3)."""
+    """lambda and ``armed`` after a round in which the global model's KL was measured as ``kl`` (methods.md 5.3).
+
+    It never goes below ``min_lambda``: where KL lies far below the budget, pure dual ascent gives the anchor away and
+    retention falls, for no fewer rounds (docs/results.md).
+    """
     if kl is None or math.isinf(forgetting.max_kl):
         return anchor_weight, armed
     r = kl / (SET_POINT * forgetting.max_kl)
     if not armed and r < ARMING_SHARE:
         return anchor_weight, False
     moved = anchor_weight + forgetting.eta * min(2.0, max(-1.0, r - 1.0))
-    return min(forgetting.lambda_max, max(0.0, moved)), True
+    return min(forgetting.lambda_max, max(forgetting.min_lambda, moved)), True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

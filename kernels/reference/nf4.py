@@ -21,6 +21,10 @@ from torch import Tensor
 BLOCKSIZE: Final = 64
 NESTED_BLOCKSIZE: Final = 256
 
+PIECE: Final = 1 << 18
+"""Weights decoded at a time; a multiple of a nested group's 64 · 256, small enough to stay in a CPU's cache."""
+PIECE_ON_ACCELERATOR: Final = 1 << 24
+
 NF4_VALUES: Final = (
     -1.0,
     -0.6961928009986877,
@@ -157,19 +161,46 @@ def nf4_dequant(
     nested_absmax: Tensor,
     code: Tensor,
     offset: float,
-    shape: list[int],
-    dtype: torch.dtype,
+    out: Tensor,
+) -> None:
+    """Decodes into ``out`` (N, K), contiguous, in its dtype: fp32 arithmetic, one cast at the end.
+
+    One look-up gives both values of a byte. Piece by piece, so that what is held beside ``out`` stays below 8 MiB for
+    :data:`PIECE` weights at a time, whatever their number.
+    """
+    n = out.numel()
+    flat = out.view(-1)
+    piece = PIECE if out.device.type == "cpu" else PIECE_ON_ACCELERATOR
+    pairs = torch.cartesian_prod(code, code).view(torch.int64).view(-1)  # (256,): two fp32 values each
+    bytes_ = min(piece, n + n % 2) // 2
+    index = packed.new_empty(bytes_, dtype=torch.int32)
+    looked_up = packed.new_empty(bytes_, dtype=torch.int64)
+    for start in range(0, n, piece):
+        target = flat[start : start + piece]
+        size = target.numel()
+        num_bytes = -(-size // 2)
+        index[:num_bytes].copy_(packed[start // 2 : start // 2 + num_bytes])
+        torch.index_select(pairs, 0, index[:num_bytes], out=looked_up[:num_bytes])
+        values = looked_up[:num_bytes].view(torch.float32)[:size]
+        scale = _scales(absmax, nested_code, nested_absmax, offset, start // BLOCKSIZE, -(-size // BLOCKSIZE))
+        whole = size - size % BLOCKSIZE
+        _scale_into(target[:whole].view(-1, BLOCKSIZE), values[:whole].view(-1, BLOCKSIZE), scale[: whole // BLOCKSIZE])
+        if whole < size:
+            _scale_into(target[whole:].view(1, -1), values[whole:].view(1, -1), scale[-1:])
+
+
+def _scales(
+    absmax: Tensor, nested_code: Tensor, nested_absmax: Tensor, offset: float, first: int, count: int
 ) -> Tensor:
-    """Decodes to ``dtype`` (N, K): fp32 arithmetic, one cast at the end."""
-    n = shape[0] * shape[1]
-    groups = absmax.numel()
-    nested_scale = nested_absmax.repeat_interleave(NESTED_BLOCKSIZE)[:groups]
-    scale = nested_code[absmax.int()] * nested_scale + offset  # (G,)
-    pairs = torch.cartesian_prod(code, code)  # (256, 2): what each byte holds
-    values = pairs[packed.int()].view(-1)  # (2·ceil(n / 2),)
-    full = n // BLOCKSIZE
-    if full * BLOCKSIZE == n:
-        values = values.view(full, BLOCKSIZE) * scale.unsqueeze(1)
+    """Scales (count,) of the groups ``first, first + 1, ...``; ``first`` begins a nested group."""
+    scale = nested_code.index_select(0, absmax[first : first + count].int())
+    nested = nested_absmax[first // NESTED_BLOCKSIZE :][: -(-count // NESTED_BLOCKSIZE)]
+    return scale.mul_(nested.repeat_interleave(NESTED_BLOCKSIZE)[:count]).add_(offset)
+
+
+def _scale_into(target: Tensor, values: Tensor, scale: Tensor) -> None:
+    """``target = values · scale`` of (groups, size), rounded once more if the target is narrower; spoils ``values``."""
+    if target.dtype == values.dtype:
+        torch.mul(values, scale.unsqueeze(1), out=target)
     else:
-        values = values[:n] * scale.repeat_interleave(BLOCKSIZE)[:n]
-    return values.view(shape).to(dtype)
+        target.copy_(values.mul_(scale.unsqueeze(1)))

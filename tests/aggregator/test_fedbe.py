@@ -87,7 +87,7 @@ def pooled(version: int, **values: float | None) -> fedbe.Pooled:
 
 
 def test_lambda_waits_until_the_kl_first_comes_near_the_set_point() -> None:
-    forgetting = config("forgetting.max_kl=0.1").forgetting
+    forgetting = config("forgetting.max_kl=0.1", "forgetting.min_lambda=0").forgetting
     assert fedbe.next_anchor_weight(1.0, False, 0.0, forgetting) == (1.0, False)
     assert fedbe.next_anchor_weight(1.0, False, 0.0719, forgetting) == (1.0, False)
     weight, armed = fedbe.next_anchor_weight(1.0, False, 0.0721, forgetting)
@@ -96,19 +96,50 @@ def test_lambda_waits_until_the_kl_first_comes_near_the_set_point() -> None:
 
 
 def test_lambda_rises_above_the_set_point_and_falls_below_it_once_armed() -> None:
-    forgetting = config("forgetting.max_kl=0.1").forgetting
+    forgetting = config("forgetting.max_kl=0.1", "forgetting.min_lambda=0").forgetting
     assert fedbe.next_anchor_weight(1.0, True, 0.18, forgetting)[0] == pytest.approx(1.25)
     assert fedbe.next_anchor_weight(1.0, True, 0.045, forgetting)[0] == pytest.approx(0.875)
     assert fedbe.next_anchor_weight(1.0, True, 9.0, forgetting)[0] == pytest.approx(1.5)
 
 
-@given(st.floats(0, 20), st.booleans(), st.none() | st.floats(-1e-5, 1e3, allow_nan=False), st.floats(1e-6, 1e3))
+def test_lambda_gives_back_what_it_rose_by_and_stops_at_its_floor() -> None:
+    forgetting = config("forgetting.max_kl=0.1").forgetting
+    assert fedbe.next_anchor_weight(1.5, True, 0.045, forgetting)[0] == pytest.approx(1.375)
+    assert fedbe.next_anchor_weight(1.1, True, 0.0, forgetting)[0] == 1.0
+    assert fedbe.next_anchor_weight(1.0, True, 0.0, forgetting) == (1.0, True)
+    assert fedbe.next_anchor_weight(1.0, True, 0.18, forgetting)[0] == pytest.approx(1.25)
+
+
+def test_a_floor_of_zero_is_pure_dual_ascent() -> None:
+    forgetting = config("forgetting.max_kl=0.1", "forgetting.min_lambda=0").forgetting
+    weights = [1.0]
+    for _ in range(5):
+        weights.append(fedbe.next_anchor_weight(weights[-1], True, 0.0, forgetting)[0])
+    assert weights == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+
+
+def test_a_run_whose_kl_stays_far_below_the_budget_keeps_its_anchor() -> None:
+    run = config("forgetting.max_kl=0.1")
+    state = fedbe.initial_state(run)
+    for version, kl in enumerate((0.08, 0.001, 0.002, 0.001)):
+        state = fedbe.observe(state, pooled(version, kl=kl), run)
+    assert (state.anchor_weight, state.armed) == (1.0, True)
+
+
+@given(
+    st.floats(0, 1),
+    st.floats(0, 20),
+    st.booleans(),
+    st.none() | st.floats(-1e-5, 1e3, allow_nan=False),
+    st.floats(1e-6, 1e3),
+)
 def test_lambda_never_leaves_its_bounds_and_rises_exactly_when_the_kl_is_above_the_set_point(
-    weight: float, armed: bool, kl: float | None, budget: float
+    floor: float, above: float, armed: bool, kl: float | None, budget: float
 ) -> None:
-    forgetting = replace(config().forgetting, max_kl=budget)
+    forgetting = replace(config().forgetting, max_kl=budget, min_lambda=floor)
+    weight = min(20.0, floor + above)
     after, armed_after = fedbe.next_anchor_weight(weight, armed, kl, forgetting)
-    assert 0 <= after <= 20
+    assert floor <= after <= 20
     assert armed_after or not armed
     if kl is not None and kl > 0.9 * budget:
         assert after > weight or weight == 20 or after == pytest.approx(weight)

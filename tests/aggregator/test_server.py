@@ -122,6 +122,26 @@ def test_the_same_attempt_with_other_content_is_a_conflict(make_world: Callable[
     assert world.ledger.num_updates() == 1
 
 
+def test_an_update_that_comes_again_is_acknowledged_before_its_transfer_is_ended_and_nobody_is_told(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", "bob")
+    world.join()
+    ann = world.sites["ann"]
+    delta, payload = ann.train(ann.tasks[-1])
+    world.endpoint.announce(ann.key, delta, payload)
+    world.step()
+    ann.receive()
+    told = len(world.lines)
+    world.endpoint.announce(ann.key, delta, payload)
+    world.step()
+    answers = [m for k, m, _ in world.endpoint.sent if k == ann.key]
+    assert [type(m) for m in answers] == [Ack, Refused]
+    assert {m.attempt_id for m in answers} == {delta.attempt_id}
+    assert len(world.lines) == told
+    assert world.ledger.refusals() == {}
+
+
 def test_an_attempt_of_another_client_is_unknown_and_closes_nothing(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "bob")
     world.join()
@@ -310,6 +330,59 @@ def test_a_client_whose_model_is_still_loading_is_not_planned_for(make_world: Ca
     bob.receive()
 
     assert bob.tasks
+
+
+def test_a_client_that_rests_is_not_planned_for_and_comes_back_when_it_is_ready(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=9",))
+    world.join()
+    bob = world.sites["bob"]
+    world.round()
+    bob.work()
+    bob.say(Goodbye(reason="rests: outside its hours"))
+    bob.hello()
+    world.sites["ann"].work()
+    world.step()
+    world.sites["ann"].receive()
+    assert "bob left: rests: outside its hours" in world.lines
+    bob.heartbeat()
+    world.step(5.0)
+    assert world.aggregator.state.round == 3
+    assert set(world.aggregator.state.tasks) == {world.sites["ann"].key}
+    bob.say(Ready())
+    world.sites["ann"].work()
+    world.step()
+    assert world.aggregator.state.round == 4
+    assert set(world.aggregator.state.tasks) == {world.sites["ann"].key, bob.key}
+
+
+def test_the_first_round_does_not_wait_for_a_site_that_says_it_rests(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob")
+    bob = world.sites["bob"]
+    bob.hello()
+    for _ in range(2):
+        bob.say(Goodbye(reason="rests: outside its hours"))
+    world.step()
+    world.join("ann")
+    world.step(0.5)
+    assert (world.aggregator.state.phase, len(world.aggregator.state.tasks)) == ("open", 1)
+    assert world.lines.count("bob left: rests: outside its hours") == 1
+
+
+def test_a_client_that_loads_or_rests_is_told_that_the_run_is_finished(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=1",))
+    world.join("ann")
+    world.sites["bob"].hello()
+    world.step(11.0)
+    world.sites["ann"].receive()
+    for _ in range(3):
+        world.sites["ann"].work()
+        world.step(11.0)
+        world.sites["ann"].receive()
+    assert world.aggregator.finished
+    told = [m for k, m, _ in world.endpoint.sent if k == world.sites["bob"].key]
+    assert Goodbye(reason="the run is finished: max_rounds", finished=True) in told
 
 
 def test_nothing_is_believed_of_a_key_that_never_said_hello(make_world: Callable[..., Any]) -> None:

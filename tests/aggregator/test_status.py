@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+import fedblocks.aggregator.status as status_module
 from fedblocks.aggregator.run_folder import RunFolderError
-from fedblocks.aggregator.status import describe, is_served, run_status
+from fedblocks.aggregator.status import FOLLOW_INTERVAL_S, describe, follow, is_served, run_status
+from fedblocks.cli import app
 
 
 def test_a_run_that_was_never_served_says_how_to_start_it(make_world: Callable[..., Any]) -> None:
@@ -89,6 +92,69 @@ def test_a_finished_run_shows_its_result_and_all_rounds(make_world: Callable[...
     assert [r["round"] for r in status["rounds"]] == [1, 2]
     assert status["state_sha256"] == status["final"]["state_sha256"]
     assert all(c["last_round"]["outcome"] == "stored" for c in status["clients"])
+
+
+def test_following_a_run_tells_each_change_once_and_ends_with_the_run(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
+    steps: list[Callable[[], Any]] = [lambda: None, world.join, lambda: None, world.round, world.round, world.finish]
+    slept: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        steps.pop(0)()
+
+    texts = list(follow(world.path, describe, sleep=sleep))
+
+    assert set(slept) == {FOLLOW_INTERVAL_S}
+    assert len(slept) == 6
+    assert len(texts) == len(set(texts)) == 5  # twice nothing had changed
+    assert "finished" in texts[-1]
+    assert "finished" not in texts[-2]
+
+
+def test_a_countdown_alone_is_no_change(make_world: Callable[..., Any]) -> None:
+    import os
+
+    world = make_world("ann", "bob")
+    descriptor = world.folder.lock()
+    world.join()
+    world.step(1.5)
+    first = world.aggregator.state.elapsed_s
+    steps: list[Callable[[], Any]] = [lambda: world.step(2.0), lambda: world.step(2.0), world.finish]
+    try:
+        texts = list(follow(world.path, json.dumps, sleep=lambda seconds: steps.pop(0)()))
+    finally:
+        os.close(descriptor)
+    assert world.aggregator.state.elapsed_s != first
+    assert [json.loads(text)["phase"] for text in texts] == ["running", "finished"]
+
+
+def test_a_finished_run_is_told_once_without_waiting(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
+    world.join()
+    world.finish()
+
+    assert len(list(follow(world.path, describe, sleep=lambda seconds: pytest.fail("it waited")))) == 1
+
+
+def test_status_follow_prints_json_lines_or_texts_and_ctrl_c_is_no_error(
+    make_world: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(run: Path, render: Callable[[dict[str, Any]], str]) -> Iterator[str]:
+        for round in (1, 2):
+            yield render({**run_status(run), "round": round})
+        raise KeyboardInterrupt
+
+    world = make_world("ann")
+    monkeypatch.setattr(status_module, "follow", interrupted)
+    lines, texts = (
+        CliRunner().invoke(app, ["status", str(world.path), "--follow", *more]) for more in (["--json"], [])
+    )
+    assert (lines.exit_code, texts.exit_code) == (0, 0)
+    assert [json.loads(line)["round"] for line in lines.output.splitlines()] == [1, 2]
+    first, second = texts.output.split("\n\n")
+    assert "round 1/" in first
+    assert "round 2/" in second
 
 
 def test_a_folder_that_is_no_run_is_an_error_that_says_how_to_make_one(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -91,6 +92,64 @@ def test_a_buffer_is_read_into_again_and_must_match(folder: Path) -> None:
     for wrong in (buffer.half(), torch.empty(191, 64), torch.empty(64, 192).t()):
         with pytest.raises(ValueError, match="needs a contiguous F32 tensor"):
             checkpoint.read_into(checkpoint.layer_name(0, "mlp.up_proj.weight"), wrong)
+
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(indices=st.lists(st.integers(0, 127), max_size=40))
+def test_rows_are_those_of_the_whole_matrix_in_any_order_with_repeats(folder: Path, indices: list[int]) -> None:
+    checkpoint = Checkpoint.open(folder)
+    got = checkpoint.rows(EMBEDDING, np.array(indices, dtype=np.int64), torch.float32)
+    assert got.shape == (len(indices), 64)
+    assert torch.equal(got, checkpoint.tensor(EMBEDDING)[indices])
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_cast_as_the_whole_matrix_would_be(
+    tmp_path: Path, tiny_checkpoint: Factory, stored: str, dtype: torch.dtype
+) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path, dtype=stored, shards=2))
+    indices = np.array([5, 127, 0, 5])
+    expected = checkpoint.tensor(EMBEDDING).to(dtype)[torch.from_numpy(indices)]
+    got = checkpoint.rows(EMBEDDING, indices, dtype)
+    assert got.dtype == dtype
+    assert torch.equal(got, expected)
+
+
+def test_only_these_rows_are_read_and_neighbours_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(folder)
+    start, real, calls = checkpoint.stored[EMBEDDING].offset, os.preadv, []
+
+    def noted(fd: int, buffers: Any, offset: int) -> int:
+        calls.append(((offset - start) // 256, len(buffers[0]) // 256))  # first row, rows
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(module.os, "preadv", noted)
+    checkpoint.rows(EMBEDDING, np.array([9, 3, 127, 4, 3, 0, 5]), torch.float32)
+    assert calls == [(0, 1), (3, 3), (9, 1), (127, 1)]
+    calls.clear()
+    assert checkpoint.rows(EMBEDDING, np.array([], dtype=np.int64), torch.float32).shape == (0, 64)
+    assert calls == []
+
+
+@pytest.mark.parametrize(("indices", "wrong"), [([0, -1], "-1"), ([127, 128], "128"), ([-5, 500], "-5")])
+def test_an_index_that_is_no_row_is_refused(folder: Path, indices: list[int], wrong: str) -> None:
+    with pytest.raises(IndexError, match=f"index {wrong} of model.embed_tokens.weight, expected 0 to 127"):
+        Checkpoint.open(folder).rows(EMBEDDING, np.array(indices), torch.float32)
+
+
+def test_rows_of_what_is_no_matrix_or_of_a_changed_file_are_refused(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(ValueError, match="expected a matrix"):
+        checkpoint.rows("model.norm.weight", np.array([0]), torch.float32)
+    with pytest.raises(KeyError):
+        checkpoint.rows("model.norm", np.array([0]), torch.float32)
+    edit_tensors(folder, lambda tensors: tensors["model.norm.weight"].add_(1))
+    with pytest.raises(CheckpointError, match="has changed since it was opened"):
+        checkpoint.rows(EMBEDDING, np.array([0]), torch.float32)
 
 
 def test_a_layer_has_the_tensors_of_the_shape_in_its_order(folder: Path) -> None:

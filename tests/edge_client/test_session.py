@@ -173,6 +173,32 @@ def test_a_final_refusal_discards_the_update_and_frees_the_way_for_the_next_task
     assert state.outbox is None
 
 
+def test_the_refusal_that_follows_the_ack_of_a_resent_update_is_quiet():
+    state, _ = run(ready(outbox=AttemptId("a")), received(Ack(attempt_id=AttemptId("a"), payload_sha256="x")))
+
+    state, actions = run(state, received(Refused(code="conflict", text="counted before", attempt_id=AttemptId("a"))))
+
+    assert actions == []
+    assert state.outbox is None
+
+
+@pytest.mark.parametrize("attempt", ["b", None])
+def test_a_conflict_of_anything_but_the_acknowledged_update_is_said(attempt):
+    state, _ = run(ready(outbox=AttemptId("a")), received(Ack(attempt_id=AttemptId("a"), payload_sha256="x")))
+
+    _, actions = run(state, received(Refused(code="conflict", text="other content", attempt_id=attempt)))
+
+    assert actions == [s.Say(text="refused (conflict): other content")]
+
+
+def test_a_conflict_of_the_update_in_the_outbox_is_said_and_discards_it():
+    state = ready(outbox=AttemptId("a"), acked=AttemptId("z"), announced_s=0.0)
+
+    _, actions = run(state, received(Refused(code="conflict", text="other content", attempt_id=AttemptId("a"))))
+
+    assert actions == [s.DiscardUpdate(attempt_id=AttemptId("a"), text="refused (conflict): other content")]
+
+
 @pytest.mark.parametrize("code", ["version_skew", "model_mismatch", "not_enrolled", "revoked"])
 def test_a_refusal_of_the_client_itself_ends_the_session_with_exit_code_4(code):
     state, actions = run(ready(), received(Refused(code=code, text="why")))
@@ -194,3 +220,69 @@ def test_the_end_of_the_run_is_exit_code_0():
     _, actions = run(ready(), received(Goodbye(reason="finished", finished=True)))
 
     assert actions == [s.Stop(exit_code=0, text="finished")]
+
+
+def test_outside_its_hours_a_client_leaves_and_greets_again_without_becoming_ready():
+    state, actions = run(ready(), s.Tick(resting=True))
+    assert actions == [s.Rest(), s.SendHello()]
+
+    state, actions = run(state, received(welcome()))
+    assert [type(a) for a in actions] == [s.Say, s.Rest]
+
+    _, actions = run(state, s.Tick(resting=True))
+    assert actions == []
+
+
+def test_when_its_hours_begin_a_resting_client_is_ready_again():
+    state, _ = run(ready(), s.Tick(resting=True), received(welcome()))
+
+    state, actions = run(state, s.Tick(resting=False))
+    assert actions == [s.SendReady()]
+
+    _, actions = run(state, received(task("a")))
+    assert [type(a) for a in actions] == [s.StartTask]
+
+
+def test_a_client_that_starts_outside_its_hours_is_not_ready_until_they_begin():
+    state, actions = run(s.SessionState(resting=True), s.Connected(), received(welcome()))
+    assert [type(a) for a in actions] == [s.Prepare, s.Say, s.Rest]
+
+    _, actions = run(state, s.Tick())
+    assert actions == [s.SendReady()]
+
+
+def test_a_task_that_was_sent_before_the_aggregator_knew_of_the_rest_is_not_started():
+    state, _ = run(ready(), s.Tick(resting=True))
+
+    state, actions = run(state, received(task("a")))
+
+    assert (actions, state.pending) == ([], None)
+
+
+@pytest.mark.parametrize("opened", [{"outbox": AttemptId("a")}, {"busy": AttemptId("a")}])
+def test_what_is_open_is_answered_before_the_rest(opened):
+    state = ready(announced_s=0.0, **opened)
+
+    state, actions = run(state, s.Tick(resting=True), now_s=s.ANSWER_TIMEOUT_S + 1)
+
+    assert not state.resting
+    assert s.Rest() not in actions
+    assert [type(a) for a in actions] == [s.AnnounceUpdate] * ("outbox" in opened)
+
+
+def test_an_update_that_was_left_open_is_delivered_outside_the_hours_too():
+    state = s.SessionState(outbox=AttemptId("old"), resting=True)
+
+    state, actions = run(state, s.Connected(), received(welcome()))
+    assert [type(a) for a in actions] == [s.Prepare, s.Say, s.Rest, s.AnnounceUpdate]
+
+    _, actions = run(state, received(Ack(attempt_id=AttemptId("old"), payload_sha256="x")))
+    assert actions == [s.CommitUpdate(attempt_id=AttemptId("old"))]
+
+
+def test_a_client_that_is_not_connected_when_its_hours_end_tells_nobody():
+    state, actions = run(ready(), s.Disconnected(), s.Tick(resting=True))
+    assert (actions, state.resting) == ([], True)
+
+    _, actions = run(state, s.Connected(), received(welcome()))
+    assert [type(a) for a in actions] == [s.Say, s.Rest]

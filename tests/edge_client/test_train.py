@@ -346,8 +346,6 @@ def test_a_status_that_raises_stops_the_training(make_model, make_samples, make_
 
 
 def test_what_cannot_be_carried_out_is_refused_in_words(make_model, make_samples, make_assignment):
-    with pytest.raises(TrainingError, match="split_8bit"):
-        trained(make_model(), make_assignment(optimizer_mode="split_8bit"), make_samples())
     model = make_model()
     with pytest.raises(TrainingError, match="no anchor set"):
         train(

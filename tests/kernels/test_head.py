@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fedblocks.kernels import ops
 from fedblocks.kernels.reference import head
@@ -110,3 +112,143 @@ def test_a_complete_record_gives_the_full_kl():
     assert torch.isneginf(log_tail).all()
     kl = ops.linear_kl_topk(h + 0.5, weight, ids, logp, log_tail, 1.0).item()
     assert kl == pytest.approx(full_kl(h @ weight.T, (h + 0.5) @ weight.T).item(), rel=1e-4)
+
+
+# Memory and work
+
+
+class Watch(TorchDispatchMode):
+    """Remembers the storages that were made, in bytes, and how often each operation ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+        self.calls = {}
+        self._kept = []  # so that no address is used twice
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.calls[name] = self.calls.get(name, 0) + 1
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()).data_ptr() not in given:
+                self.storages[storage.data_ptr()] = storage.nbytes()
+                self._kept.append(tensor)
+        return result
+
+
+BOTH_LOSSES = pytest.mark.parametrize("loss", ["cross entropy", "kl"])
+
+
+def watched(loss, dtype, grad, monkeypatch, rows=200, vocab=3000):
+    """What one forward and backward pass makes with chunks of 64 rows and pieces of 4."""
+    monkeypatch.setattr(head, "MIN_ROWS", 32)
+    monkeypatch.setattr(head, "LOGITS_BYTES", 64 * vocab * dtype.itemsize)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * vocab * 4)
+    h, weight, target = operands(rows=rows, vocab=vocab, hidden=8, dtype=torch.float32)
+    h, weight = h.to(dtype), weight.to(dtype)
+    record = ops.top_k(h + 0.1, weight, 5)
+    h.requires_grad_(grad)
+    with Watch() as watch:
+        if loss == "kl":
+            total = ops.linear_kl_topk(h, weight, *record, 1 / rows)
+        else:
+            total = ops.linear_cross_entropy(h, weight, target, 1 / rows)
+        if grad:
+            total.backward()
+    return watch
+
+
+@BOTH_LOSSES
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_chunk_of_logits_is_all_that_is_ever_made_of_rows_times_vocabulary(loss, dtype, grad, monkeypatch):
+    watch = watched(loss, dtype, grad, monkeypatch)
+    largest = sorted(watch.storages.values(), reverse=True)
+    assert largest[0] == 64 * 3000 * dtype.itemsize  # a third of all logits
+    wide = [4 * 3000 * 4] if dtype == torch.bfloat16 else []
+    assert largest[1 : 1 + len(wide)] == wide  # what is widened to fp32 at a time
+    assert largest[1 + len(wide)] < 3000 * 4  # less than one row of logits
+
+
+def test_the_record_of_the_teacher_is_made_in_one_chunk_too(monkeypatch):
+    monkeypatch.setattr(head, "MIN_ROWS", 32)
+    monkeypatch.setattr(head, "LOGITS_BYTES", 32 * 3000 * 4)
+    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 3000 * 4)
+    h, weight, _ = operands(rows=200, vocab=3000, hidden=8, dtype=torch.float32)
+    with Watch() as watch:
+        ops.top_k(h, weight, 5)
+    chunk, *rest = sorted(watch.storages.values(), reverse=True)
+    assert chunk == 32 * 3000 * 4
+    assert rest[0] <= 4 * 3000 * 4
+
+
+@BOTH_LOSSES
+def test_without_a_gradient_there_is_one_matrix_product_a_chunk_and_with_one_there_are_two(loss, monkeypatch):
+    assert watched(loss, torch.float32, False, monkeypatch).calls["mm"] == 4
+    assert watched(loss, torch.float32, True, monkeypatch).calls["mm"] == 8
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (0, 0),
+        (1, 1),
+        (255, 255),
+        (256, 256),
+        (640, 640),  # exactly the budget
+        (641, 352),  # one more: two even chunks
+        (1281, 448),
+    ],
+)
+def test_chunks_are_even_and_within_the_budget(rows, expected, monkeypatch):
+    monkeypatch.setattr(head, "LOGITS_BYTES", 640 * 1000 * 4)
+    assert head.chunk_rows(rows, 1000, 4) == expected
+
+
+def test_a_vocabulary_too_wide_for_the_budget_still_gets_the_smallest_chunk():
+    assert head.chunk_rows(10_000, 1 << 20, 4) == head.MIN_ROWS
+
+
+def test_softmax_and_its_logarithm_may_overwrite_what_they_read():
+    for shape in ((1, 1), (3, 7), (5, 33), (2, 1000), (17, 4099)):
+        for dtype in (torch.float32, torch.float64):
+            z = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype) * 5
+            for made, expected in ((head._log_softmax_out, torch.log_softmax), (head._softmax_out, torch.softmax)):
+                place = z.clone()
+                made(place, 1, False, out=place)
+                assert torch.equal(place, expected(z, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_narrow_operands_give_the_loss_and_gradient_of_wide_ones(dtype, monkeypatch):
+    """Against fp64 on the same rounded operands; logits are rounded once to the operands' dtype."""
+    monkeypatch.setattr(head, "PIECE_BYTES", 3 * 300 * 4)
+    h, weight, target = operands(rows=40, vocab=300, hidden=16, dtype=torch.float64)
+    h, weight = h.to(dtype), weight.to(dtype)
+    record = ops.top_k(h.double().flip(0), weight.double(), 8)
+    eps = torch.finfo(dtype).eps
+    for loss, args in ((ops.linear_cross_entropy, (target,)), (ops.linear_kl_topk, record)):
+        results = []
+        for wide in (False, True):
+            a, w = (h.double(), weight.double()) if wide else (h.clone(), weight)
+            a.requires_grad_()
+            total = loss(a, w, *args, 1 / 40)
+            total.backward()
+            results.append((total.item(), a.grad.double()))
+        (ours, grad), (exact, exact_grad) = results
+        assert ours == pytest.approx(exact, rel=4 * eps, abs=16 * eps)
+        assert (grad - exact_grad).norm() <= 4 * eps * exact_grad.norm() + 1e-6
+
+
+def test_logits_far_apart_give_finite_losses_and_gradients():
+    weight = torch.eye(4)
+    student = torch.tensor([[300.0, 0, 0, 0], [0.0, 300, 0, -300]], requires_grad=True)
+    teacher = ops.top_k(torch.tensor([[2.0, 1, 0, 0], [1.0, 2, 0, 0]]), weight, 2)
+    ce = ops.linear_cross_entropy(student, weight, torch.tensor([1, 1]), 1.0)
+    assert ce.item() == pytest.approx(300)
+    kl = ops.linear_kl_topk(student, weight, *teacher, 1.0)
+    assert kl.isfinite()
+    (ce + kl).backward()
+    assert student.grad.isfinite().all()

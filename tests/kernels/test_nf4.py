@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedblocks.kernels import ops
 from fedblocks.kernels.reference import nf4
@@ -80,6 +81,60 @@ def test_any_shape_decodes_as_the_layout_says(n, k, seed):
     assert torch.equal(ops.nf4_dequant(weight, torch.float32), decoded_slowly(weight))
 
 
+@pytest.mark.parametrize("k", [80, 96, 288, 400])
+def test_widths_that_bitsandbytes_decodes_wrongly_on_a_cpu_are_right_here(k):
+    """Its CPU path is wrong where K is a multiple of 16 but not of 64 (0.50.2): error 25 % instead of 9 %."""
+    dense = a_weight(32, k)
+    packed, state, ours = from_bitsandbytes(dense)
+    decoded = ops.nf4_dequant(ours, torch.float32)
+    assert (decoded - dense).norm() / dense.norm() < 0.12
+    theirs = bitsandbytes().functional.dequantize_4bit(packed, state)
+    if torch.equal(theirs, decoded):
+        pytest.skip("this bitsandbytes decodes these widths rightly on this CPU")
+    assert (theirs - dense).norm() / dense.norm() > 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [16383, 16384, 16385, 16384 + 63, 16384 + 64, 3 * 16384 + 65])
+def test_the_pieces_in_which_it_is_decoded_change_nothing(n, dtype, monkeypatch):
+    weight = ops.quantize_nf4(a_weight(1, n))
+    whole = ops.nf4_dequant(weight, dtype)
+    assert n != 16385 or torch.equal(whole, decoded_slowly(weight).to(dtype))
+    monkeypatch.setattr(nf4, "PIECE", 16384)
+    assert torch.equal(ops.nf4_dequant(weight, dtype), whole)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the bytes of the largest tensor that was made and that does not lie in a given one."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given = {tensor.untyped_storage().data_ptr() for tensor in given}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.given:
+                    self.bytes = max(self.bytes, storage.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_into_a_buffer_makes_nothing_of_the_weights_size(dtype, monkeypatch):
+    monkeypatch.setattr(nf4, "PIECE", 16384)
+    weight = ops.quantize_nf4(a_weight(64, 4096))
+    out = torch.empty(64, 4096, dtype=dtype)
+    with Largest(out, weight.packed, weight.absmax) as largest:
+        nf4.nf4_dequant(
+            weight.packed, weight.absmax, weight.nested_code, weight.nested_absmax, weight.code, weight.offset, out
+        )
+    assert torch.equal(out, ops.nf4_dequant(weight, dtype))
+    assert 0 < largest.bytes <= 4 * 16384
+
+
 def test_an_all_zero_group_decodes_to_zero_although_its_scale_is_not_zero():
     dense = a_weight(4, 256)
     dense[1, 64:128] = 0
@@ -117,8 +172,10 @@ def test_wrong_calls_say_what_was_got_and_what_was_expected():
     weight = ops.quantize_nf4(a_weight(5, 64))
     with pytest.raises(ValueError, match=r"dtype is torch\.float64"):
         ops.nf4_dequant(weight, torch.float64)
-    with pytest.raises(ValueError, match=r"out is torch\.float32 \(4, 64\), expected torch\.float32 \(5, 64\)"):
+    with pytest.raises(ValueError, match=r"out is torch\.float32 \(4, 64\) .*, expected torch\.float32 \(5, 64\)"):
         ops.nf4_dequant(weight, torch.float32, out=torch.empty(4, 64))
+    with pytest.raises(ValueError, match="contiguous"):
+        ops.nf4_dequant(weight, torch.float32, out=torch.empty(64, 5).T)
     with pytest.raises(ValueError, match=r"packed is torch\.uint8 \(3,\)"):
         ops.Nf4Weight(
             packed=weight.packed[:3],
@@ -134,10 +191,9 @@ def test_wrong_calls_say_what_was_got_and_what_was_expected():
             ops.quantize_nf4(bad)
 
 
-def test_the_registered_operation_passes_opcheck():
+def test_the_registered_operations_pass_opcheck():
     w = ops.quantize_nf4(a_weight(6, 96))
+    parts = (w.packed, w.absmax, w.nested_code, w.nested_absmax, w.code, w.offset)
     for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(
-            torch.ops.fedblocks.nf4_dequant.default,
-            (w.packed, w.absmax, w.nested_code, w.nested_absmax, w.code, w.offset, list(w.shape), dtype),
-        )
+        torch.library.opcheck(torch.ops.fedblocks.nf4_dequant.default, (*parts, list(w.shape), dtype))
+        torch.library.opcheck(torch.ops.fedblocks.nf4_dequant_into.default, (*parts, torch.empty(6, 96, dtype=dtype)))

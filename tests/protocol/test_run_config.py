@@ -50,6 +50,8 @@ def test_an_unknown_key_is_an_error_that_names_the_nearest_one(key, nearest):
         "delta.format=int4",
         "run.max_rounds='ten'",
         "forgetting.lambda_max=0.5",
+        "forgetting.min_lambda=-0.1",
+        "forgetting.min_lambda=1.01",
     ],
 )
 def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_and_named(override):
@@ -57,6 +59,15 @@ def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_and_named(override
 
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         run_config.from_mapping({}, [override])
+
+
+def test_the_anchors_weight_has_its_start_as_its_floor_unless_it_is_told_otherwise():
+    forgetting = RunConfig().forgetting
+
+    assert forgetting.min_lambda == forgetting.lambda_start == 1.0
+    assert run_config.from_mapping({}, ["forgetting.min_lambda=0"]).forgetting.min_lambda == 0.0
+    with pytest.raises(ConfigError, match=r"min_lambda is 1\.0, expected at most forgetting\.lambda_start \(0\.5\)"):
+        run_config.from_mapping({}, ["forgetting.lambda_start=0.5"])
 
 
 def test_a_whole_number_serves_where_a_real_one_is_meant():
