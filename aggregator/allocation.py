@@ -7,26 +7,28 @@ Clients are served weakest first. For each one the search enumerates the lowest 
 it in the order of their value: for a fixed ``a`` every further block costs the same, so taking the most valuable first
 is optimal and the enumeration is exact (docs/methods.md 6.4, full width).
 Planned coverage is booked at once, so that stronger clients fill the gaps that weaker ones leave.
-What is given up first when something does not fit: sequences per forward pass (memory only; it changes no result), then
-blocks, then steps (halved down to four), then training itself (evaluate, else rest).
+Each option is predicted in the best mode that fits (``profiles/cost.py``): smaller passes, recomputed activations,
+frozen layers decoded at each use and 8-bit moments save memory and leave the weights exact.
+What is given up when nothing of that helps: blocks, then steps (halved down to four), then training itself (evaluate,
+else rest).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from fedblocks.profiles.cost import (
+    ExecutionMode,
+    ModeSearch,
+    OptimizerMode,
     StackLayout,
-    TimeBreakdown,
     Workload,
     download_bytes,
     measure_memory,
     measure_time,
-    peak_memory,
-    round_time,
     upload_bytes,
 )
 from fedblocks.profiles.device import DeviceProfile
@@ -76,6 +78,8 @@ class AllocationSettings:
     """The user's deadline; 0: computed."""
     debt_weight: float = 1.0
     """beta of methods.md 6.3."""
+    optimizers: tuple[OptimizerMode, ...] = ("fp32", "split", "split_8bit")
+    """How trained values and their moments may be stored; without ``split_8bit`` all moments are exact too."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "anchor_tokens", "anchor_every"):
@@ -162,6 +166,8 @@ class Prediction:
     memory_bytes: int
     largest_memory: str
     """The term of the memory model that takes the most."""
+    mode: ExecutionMode
+    """How the work is done."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +205,8 @@ class RunnerUp:
 
     blocks: tuple[int, ...]
     steps: int
-    micro_batch_size: int
+    mode: ExecutionMode
+    """The best for these blocks if there were no limit."""
     value: float
     why_not: str
     limit: Binding
@@ -218,7 +225,6 @@ class Choice:
     """Ascending ids; empty unless the role is train."""
     steps: int
     batch_size: int
-    micro_batch_size: int
     predicted: Prediction | None
     """None for a client that rests."""
     limits: Limits
@@ -229,6 +235,16 @@ class Choice:
     refused: tuple[Refused, ...]
     reason: str
     """Why a client that does not train does not; empty for one that does."""
+
+    @property
+    def mode(self) -> ExecutionMode | None:
+        """How a client that trains does it."""
+        return self.predicted.mode if self.predicted is not None and self.role == "train" else None
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences per forward pass; 0 without training."""
+        return self.mode.micro_batch_size if self.mode is not None else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,9 +290,7 @@ def plan_round(
         raise ValueError(f"plan of round {round}: {len(clients)} clients, expected at least one and each key only once")
     problem = _Problem(layout=layout, shape=shape, settings=settings, round=round)
     slowness = {
-        client.key: problem.predict(client, (layout.top_block,), settings.steps, settings.batch_size).seconds
-        for client in clients
-        if client.statistics.num_examples > 0
+        client.key: problem.seconds_of_top_block(client) for client in clients if client.statistics.num_examples > 0
     }
     deadline = next_deadline(deadline, settings=settings, seconds=tuple(slowness.values()), round=round)
     gains = relative_gains(clients, layout.blocks)
@@ -353,14 +367,14 @@ class _Option:
     blocks: tuple[int, ...]
     """Ascending ids."""
     steps: int
-    micro_batch_size: int
+    mode: ExecutionMode
     value: float
-    predicted: Prediction
+    upload_bytes: int
 
     def rank(self, layout: StackLayout) -> tuple[float, int, int, int]:
         """Larger is better: value, fewer bytes up, the higher lowest block, larger forward passes."""
         low = min(layout.positions[block] for block in self.blocks)
-        return (self.value, -self.predicted.upload_bytes, low, self.micro_batch_size)
+        return (self.value, -self.upload_bytes, low, self.mode.micro_batch_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -372,7 +386,7 @@ class _Problem:
     settings: AllocationSettings
     round: int
 
-    def workload(self, client: AllocationClient, steps: int, micro_batch_size: int) -> Workload:
+    def workload(self, client: AllocationClient, steps: int) -> Workload:
         """The client's round in numbers; padding and label share follow from its data statistics."""
         settings, data = self.settings, client.statistics
         mean_tokens = max(1.0, data.mean_tokens)
@@ -383,7 +397,7 @@ class _Problem:
         )
         return Workload(
             batch_size=settings.batch_size,
-            micro_batch_size=micro_batch_size,
+            micro_batch_size=settings.batch_size,
             mean_tokens=mean_tokens,
             max_tokens=max(data.max_tokens, math.ceil(mean_tokens)),
             label_share=min(1.0, data.num_target_tokens / max(1.0, data.num_examples * data.mean_tokens)),
@@ -398,40 +412,26 @@ class _Problem:
             measure_tokens=settings.measure_sequences * settings.anchor_tokens if anchored else 0,
         )
 
-    def predict(
-        self, client: AllocationClient, blocks: tuple[int, ...], steps: int, micro_batch_size: int
-    ) -> Prediction:
-        """Seconds, bytes and memory of an option."""
-        settings, profile = self.settings, client.profile
-        work = self.workload(client, steps, micro_batch_size)
-        up = upload_bytes(self.shape, len(blocks), settings.delta_format, settings.delta_density)
-        down = self._download_bytes(client)
-        time: TimeBreakdown = round_time(
-            profile,
-            self.shape,
-            self.layout,
-            blocks,
-            work,
-            upload_num_bytes=up,
-            download_num_bytes=down,
-            scale=client.time_scale,
-        )
-        memory = peak_memory(self.shape, self.layout, blocks, work, accelerator=profile.accelerator)
-        return Prediction(
-            seconds=TIME_SAFETY * time.total_s,
-            step_s=time.step_s,
-            upload_bytes=up,
-            download_bytes=down,
-            memory_bytes=profile.runtime_memory_bytes + math.ceil(client.memory_scale * memory.peak),
-            largest_memory=memory.largest,
+    def seconds_of_top_block(self, client: AllocationClient) -> float:
+        """Predicted time of the cheapest block at full steps, in the best mode that fits, else in the best of all."""
+        candidate = _Candidate(self, client, self.settings.steps, self.limits(client, math.inf))
+        blocks = (self.layout.top_block,)
+        return candidate.prediction(blocks, candidate.best_mode(blocks) or candidate.free_mode(blocks)).seconds
+
+    def limits(self, client: AllocationClient, deadline_s: float) -> Limits:
+        """What the client's predictions are held against."""
+        profile = client.profile
+        above_runtime = max(0, profile.memory_usable_bytes - profile.runtime_memory_bytes)
+        return Limits(
+            deadline_s=deadline_s, memory_bytes=profile.runtime_memory_bytes + int(MEMORY_SAFETY * above_runtime)
         )
 
     def predict_measuring(self, client: AllocationClient) -> Prediction:
-        """The same for a client that only measures."""
+        """Of a client that only measures."""
         profile = client.profile
-        work = self.workload(client, 1, 1)
+        work = self.workload(client, 1)
         memory = measure_memory(self.shape, self.layout, work, accelerator=profile.accelerator)
-        down = self._download_bytes(client)
+        down = self.download_bytes(client)
         seconds = down / profile.downlink_bytes_per_s
         seconds += measure_time(profile, self.shape, self.layout, work, scale=client.time_scale)
         return Prediction(
@@ -439,101 +439,88 @@ class _Problem:
             step_s=0.0,
             upload_bytes=0,
             download_bytes=down,
-            memory_bytes=profile.runtime_memory_bytes + math.ceil(client.memory_scale * memory.peak),
+            memory_bytes=_scaled_memory(client, memory.peak),
             largest_memory=memory.largest,
+            mode=ExecutionMode(),
+        )
+
+    def upload_bytes(self, num_blocks: int) -> int:
+        """Largest payload of an update."""
+        return upload_bytes(self.shape, num_blocks, self.settings.delta_format, self.settings.delta_density)
+
+    def download_bytes(self, client: AllocationClient) -> int:
+        """Largest payload of catching up."""
+        return download_bytes(
+            self.shape,
+            len(self.layout.positions),
+            self.settings.delta_format,
+            self.settings.down_density,
+            client.versions_behind,
         )
 
     def choose(
         self, client: AllocationClient, deadline_s: float, coverage: Coverage, gains: Mapping[int, float]
     ) -> Choice:
         """The best option that fits; the exact search of methods.md 6.4 at full width."""
-        profile = client.profile
-        above_runtime = max(0, profile.memory_usable_bytes - profile.runtime_memory_bytes)
-        limits = Limits(
-            deadline_s=deadline_s,
-            memory_bytes=profile.runtime_memory_bytes + int(MEMORY_SAFETY * above_runtime),
-        )
+        limits = self.limits(client, deadline_s)
         debts = {block: self.settings.debt_weight * coverage.debt(block) for block in self.layout.blocks}
         worth = {block: gains[block] + debts[block] for block in self.layout.blocks}
         refused: list[Refused] = []
-        best: _Option | None = None
         steps = self.settings.steps
-        if client.statistics.num_examples > 0:
-            while True:
-                fitting = self._fitting(client, steps, limits, worth, refused)
-                if fitting or steps // 2 < MIN_STEPS or not _deadline_is_in_the_way(refused, steps):
-                    break
-                steps //= 2
-            best = max(fitting, key=lambda option: option.rank(self.layout), default=None)
-            if best is not None:
-                return self._training(client, best, fitting, limits, worth, gains, debts, tuple(refused))
+        while client.statistics.num_examples > 0:
+            candidate = _Candidate(self, client, steps, limits)
+            fitting = self._fitting(candidate, worth, refused)
+            if fitting:
+                best = max(fitting, key=lambda option: option.rank(self.layout))
+                return self._training(candidate, best, fitting, worth, gains, debts, tuple(refused))
+            if steps // 2 < MIN_STEPS or not _deadline_is_in_the_way(refused, steps):
+                break
+            steps //= 2
         return self._not_training(client, limits, tuple(refused))
 
-    def _fitting(
-        self,
-        client: AllocationClient,
-        steps: int,
-        limits: Limits,
-        worth: Mapping[int, float],
-        refused: list[Refused],
-    ) -> list[_Option]:
-        """Every option of the enumeration that fits; what ends a branch is noted in ``refused``."""
+    def _fitting(self, candidate: _Candidate, worth: Mapping[int, float], refused: list[Refused]) -> list[_Option]:
+        """Every option of the enumeration that fits; what ends a branch is noted in ``refused``.
+
+        Blocks above the lowest cost the same, save one at the top of the stack, which costs less: so the sets with it
+        and those without it are two branches.
+        """
         positions = self.layout.positions
+        top = self.layout.top_block if positions[self.layout.top_block] == self.layout.num_entries - 1 else None
         found: list[_Option] = []
         for lowest in self.layout.blocks:
-            above = [block for block in self.layout.blocks if positions[block] > positions[lowest]]
+            above = [block for block in self.layout.blocks if positions[block] > positions[lowest] and block != top]
             above.sort(key=lambda block: (-worth[block], -positions[block]))
-            for count in range(len(above) + 1):
-                blocks = tuple(sorted((lowest, *above[:count])))
-                option, refusal = self._fit(client, blocks, steps, limits, worth)
-                if option is None:
-                    assert refusal is not None
-                    refused.append(refusal)
-                    break
-                found.append(option)
+            starts = ((lowest,),) if top in (None, lowest) else ((lowest,), (lowest, top))
+            for start in starts:
+                for count in range(len(above) + 1):
+                    blocks = tuple(sorted((*start, *above[:count])))
+                    mode = candidate.best_mode(blocks)
+                    if mode is None:
+                        refused.append(candidate.refusal(blocks))
+                        break
+                    found.append(
+                        _Option(
+                            blocks=blocks,
+                            steps=candidate.steps,
+                            mode=mode,
+                            value=math.fsum(worth[block] for block in blocks),
+                            upload_bytes=self.upload_bytes(len(blocks)),
+                        )
+                    )
         return found
-
-    def _fit(
-        self,
-        client: AllocationClient,
-        blocks: tuple[int, ...],
-        steps: int,
-        limits: Limits,
-        worth: Mapping[int, float],
-    ) -> tuple[_Option | None, Refused | None]:
-        """The option with the largest forward passes that fit, or why none does."""
-        refusal: Refused | None = None
-        for micro_batch_size in _halvings(self.settings.batch_size):
-            predicted = self.predict(client, blocks, steps, micro_batch_size)
-            refusal = _refusal(blocks, steps, predicted, limits)
-            if refusal is None:
-                value = math.fsum(worth[block] for block in blocks)
-                return (
-                    _Option(
-                        blocks=blocks,
-                        steps=steps,
-                        micro_batch_size=micro_batch_size,
-                        value=value,
-                        predicted=predicted,
-                    ),
-                    None,
-                )
-            if refusal.reason == "deadline":
-                break
-        return None, refusal
 
     def _training(
         self,
-        client: AllocationClient,
+        candidate: _Candidate,
         best: _Option,
         fitting: Sequence[_Option],
-        limits: Limits,
         worth: Mapping[int, float],
         gains: Mapping[int, float],
         debts: Mapping[int, float],
         refused: tuple[Refused, ...],
     ) -> Choice:
-        runner_up = self._runner_up(client, best, fitting, limits, worth, refused)
+        client = candidate.client
+        runner_up = self._runner_up(candidate, best, fitting, worth, refused)
         return Choice(
             client=client.key,
             name=client.name,
@@ -542,9 +529,8 @@ class _Problem:
             blocks=best.blocks,
             steps=best.steps,
             batch_size=self.settings.batch_size,
-            micro_batch_size=best.micro_batch_size,
-            predicted=best.predicted,
-            limits=limits,
+            predicted=candidate.prediction(best.blocks, best.mode),
+            limits=candidate.limits,
             value=best.value,
             parts=ValueParts(
                 gain=math.fsum(gains[block] for block in best.blocks),
@@ -575,7 +561,6 @@ class _Problem:
             blocks=(),
             steps=0,
             batch_size=0,
-            micro_batch_size=0,
             predicted=measuring if role == "evaluate" else None,
             limits=limits,
             value=0.0,
@@ -588,34 +573,34 @@ class _Problem:
 
     def _runner_up(
         self,
-        client: AllocationClient,
+        candidate: _Candidate,
         best: _Option,
         fitting: Sequence[_Option],
-        limits: Limits,
         worth: Mapping[int, float],
         refused: tuple[Refused, ...],
     ) -> RunnerUp | None:
-        """What would have been taken next: without limits, with larger forward passes, or at a lower value.
+        """What would have been taken next: without limits, in a faster mode, or at a lower value.
 
         A branch that ends at its j-th block is ended for every larger set as well, so the largest set of each branch
         stands for what the limit cost.
         """
         positions = self.layout.positions
-        candidates: list[tuple[int, float, tuple[int, ...]]] = []
+        largest_sets: list[tuple[int, float, tuple[int, ...]]] = []
         for refusal in refused:
             low = min(positions[block] for block in refusal.blocks)
             largest = tuple(sorted(block for block in self.layout.blocks if positions[block] >= low))
-            candidates.append((refusal.steps, math.fsum(worth[block] for block in largest), largest))
-        wanted = max(candidates, default=None)
+            largest_sets.append((refusal.steps, math.fsum(worth[block] for block in largest), largest))
+        wanted = max(largest_sets, default=None)
         if wanted is not None and wanted[:2] > (best.steps, best.value):
             steps, value, blocks = wanted
-            over = self._in_the_way(client, blocks, steps, limits)
-            return _runner_up(blocks, steps, self.settings.batch_size, value, _excess_text(over), over.reason)
-        if best.micro_batch_size < self.settings.batch_size:
-            larger = next(m for m in reversed(_halvings(self.settings.batch_size)) if m > best.micro_batch_size)
-            over = _refusal(best.blocks, best.steps, self.predict(client, best.blocks, best.steps, larger), limits)
-            assert over is not None
-            return _runner_up(best.blocks, best.steps, larger, best.value, _excess_text(over), over.reason)
+            other = candidate if steps == best.steps else _Candidate(self, candidate.client, steps, candidate.limits)
+            over = other.refusal(blocks)
+            return _runner_up(blocks, steps, other.free_mode(blocks), value, _excess_text(over), over.reason)
+        free = candidate.free_mode(best.blocks)
+        if free != best.mode:
+            over = _refusal(best.blocks, best.steps, candidate.prediction(best.blocks, free), candidate.limits)
+            assert over is not None, "the best mode of all is within the limits, and was not taken"
+            return _runner_up(best.blocks, best.steps, free, best.value, _excess_text(over), over.reason)
         others = [option for option in fitting if option.blocks != best.blocks]
         if not others:
             return None
@@ -624,54 +609,90 @@ class _Problem:
             why = f"it is worth {best.value - second.value:.2f} less"
         else:
             why = "it is worth the same, but costs more to send or to compute"
-        return _runner_up(second.blocks, second.steps, second.micro_batch_size, second.value, why, "none")
+        return _runner_up(second.blocks, second.steps, second.mode, second.value, why, "none")
 
-    def _in_the_way(self, client: AllocationClient, blocks: tuple[int, ...], steps: int, limits: Limits) -> Refused:
-        """Which limit keeps a set of blocks out.
 
-        Memory, if not even one sequence at a time fits; else the deadline, if even whole batches are too slow; else
-        memory again, because it forbids the passes that would be fast enough.
+class _Candidate:
+    """One client with a number of steps: every set of blocks in every mode, held against the client's limits."""
+
+    def __init__(self, problem: _Problem, client: AllocationClient, steps: int, limits: Limits) -> None:
+        self.client = client
+        self.steps = steps
+        self.limits = limits
+        self._problem = problem
+        profile, work = client.profile, problem.workload(client, steps)
+        self._search = ModeSearch(profile, problem.shape, problem.layout, work, problem.settings.optimizers)
+        self._measure_s = measure_time(profile, problem.shape, problem.layout, work, scale=client.time_scale)
+        self._download_s = problem.download_bytes(client) / profile.downlink_bytes_per_s
+        # A hair below the limits, so that rounding on the way back cannot pass them.
+        above_runtime = limits.memory_bytes - profile.runtime_memory_bytes
+        self._budget_bytes = (1 - 1e-12) * above_runtime / client.memory_scale
+
+    def best_mode(self, blocks: tuple[int, ...]) -> ExecutionMode | None:
+        """The mode to take; None if none is within the limits."""
+        return self._search.best(blocks, budget_bytes=self._budget_bytes, max_seconds=self._compute_limit_s(blocks))
+
+    def free_mode(self, blocks: tuple[int, ...]) -> ExecutionMode:
+        """The mode to take if there were no limit."""
+        mode = self._search.best(blocks)
+        assert mode is not None
+        return mode
+
+    def refusal(self, blocks: tuple[int, ...]) -> Refused:
+        """Which limit keeps these blocks out, and how far they are beyond it.
+
+        Memory, if not even the most sparing mode fits; else the deadline, if even without a memory limit no mode is
+        fast enough; else memory again, because it forbids the modes that would be.
         """
-        one, whole = (self.predict(client, blocks, steps, micro) for micro in (1, self.settings.batch_size))
-        if one.memory_bytes <= limits.memory_bytes and whole.seconds > limits.deadline_s:
-            excess = whole.seconds - limits.deadline_s
-            return Refused(blocks=blocks, steps=steps, reason="deadline", excess=excess)
-        needed = one if one.memory_bytes > limits.memory_bytes else whole
-        excess = float(needed.memory_bytes - limits.memory_bytes)
-        return Refused(blocks=blocks, steps=steps, reason="memory", excess=excess)
+        _, least = self._search.least_memory(blocks)
+        if least <= self._budget_bytes:
+            fast_enough = self._search.least_bytes_in_time(blocks, self._compute_limit_s(blocks))
+            if fast_enough is None:
+                excess = self._total_s(blocks, self._search.fastest_s(blocks)) - self.limits.deadline_s
+                return Refused(blocks=blocks, steps=self.steps, reason="deadline", excess=excess)
+            least = fast_enough
+        excess = float(_scaled_memory(self.client, least) - self.limits.memory_bytes)
+        return Refused(blocks=blocks, steps=self.steps, reason="memory", excess=excess)
 
-    def _download_bytes(self, client: AllocationClient) -> int:
-        return download_bytes(
-            self.shape,
-            len(self.layout.positions),
-            self.settings.delta_format,
-            self.settings.down_density,
-            client.versions_behind,
+    def prediction(self, blocks: tuple[int, ...], mode: ExecutionMode) -> Prediction:
+        """Seconds, bytes and memory of these blocks in this mode."""
+        found = self._search.cost(blocks, mode)
+        return Prediction(
+            seconds=self._total_s(blocks, found.seconds),
+            step_s=self.client.time_scale * found.step_s,
+            upload_bytes=self._problem.upload_bytes(len(blocks)),
+            download_bytes=self._problem.download_bytes(self.client),
+            memory_bytes=_scaled_memory(self.client, found.memory.peak),
+            largest_memory=found.memory.largest,
+            mode=mode,
         )
+
+    def _total_s(self, blocks: tuple[int, ...], seconds: float) -> float:
+        """Of a round whose first pass and steps take ``seconds`` by the cost model."""
+        return TIME_SAFETY * (self._other_s(blocks) + self.client.time_scale * seconds)
+
+    def _compute_limit_s(self, blocks: tuple[int, ...]) -> float:
+        """The inverse: what the deadline leaves for first pass and steps."""
+        left_s = self.limits.deadline_s / TIME_SAFETY - self._other_s(blocks)
+        return (1 - 1e-12) * left_s / self.client.time_scale
+
+    def _other_s(self, blocks: tuple[int, ...]) -> float:
+        upload_s = self._problem.upload_bytes(len(blocks)) / self.client.profile.uplink_bytes_per_s
+        return self._download_s + self._measure_s + upload_s
+
+
+def _scaled_memory(client: AllocationClient, peak_bytes: int) -> int:
+    return client.profile.runtime_memory_bytes + math.ceil(client.memory_scale * peak_bytes)
 
 
 def _runner_up(
-    blocks: tuple[int, ...], steps: int, micro_batch_size: int, value: float, why_not: str, limit: Binding
+    blocks: tuple[int, ...], steps: int, mode: ExecutionMode, value: float, why_not: str, limit: Binding
 ) -> RunnerUp:
-    return RunnerUp(
-        blocks=blocks, steps=steps, micro_batch_size=micro_batch_size, value=value, why_not=why_not, limit=limit
-    )
-
-
-def _halvings(size: int) -> tuple[int, ...]:
-    """``size``, ``size // 2``, ... 1."""
-
-    def each() -> Iterator[int]:
-        left = size
-        while left:
-            yield left
-            left //= 2
-
-    return tuple(each())
+    return RunnerUp(blocks=blocks, steps=steps, mode=mode, value=value, why_not=why_not, limit=limit)
 
 
 def _refusal(blocks: tuple[int, ...], steps: int, predicted: Prediction, limits: Limits) -> Refused | None:
-    """The limit that an option breaks: memory first, because smaller forward passes may mend it."""
+    """The limit that a prediction breaks: memory first, because a slower mode may mend it."""
     if predicted.memory_bytes > limits.memory_bytes:
         excess = float(predicted.memory_bytes - limits.memory_bytes)
         return Refused(blocks=blocks, steps=steps, reason="memory", excess=excess)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fedblocks.aggregator.allocation import Choice, RunnerUp
+from fedblocks.profiles.cost import with_special
 
 
 def record(choice: Choice) -> dict[str, Any]:
@@ -20,6 +22,7 @@ def record(choice: Choice) -> dict[str, Any]:
         "tau": choice.steps,
         "batch_size": choice.batch_size,
         "micro_batch_size": choice.micro_batch_size,
+        "mode": None if choice.mode is None else dataclasses.asdict(choice.mode),
         "predicted": None
         if predicted is None
         else {
@@ -40,7 +43,8 @@ def record(choice: Choice) -> dict[str, Any]:
             "blocks": list(runner_up.blocks),
             "width": 1,
             "tau": runner_up.steps,
-            "micro_batch_size": runner_up.micro_batch_size,
+            "micro_batch_size": runner_up.mode.micro_batch_size,
+            "mode": dataclasses.asdict(runner_up.mode),
             "value": runner_up.value,
             "why_not": runner_up.why_not,
         },
@@ -61,11 +65,11 @@ def sentence(choice: Choice) -> str:
         return f"{choice.name} only measures: {choice.reason}."
     predicted, limits = choice.predicted, choice.limits
     assert predicted is not None
-    passes = ""
-    if choice.micro_batch_size < choice.batch_size:
-        passes = f", {choice.micro_batch_size} of {choice.batch_size} sequences at a time"
+    size = predicted.mode.micro_batch_size
+    passes = f", {size} of {choice.batch_size} sequences at a time" if size < choice.batch_size else ""
     text = (
-        f"{choice.name} trains {_blocks(choice.blocks)} for {choice.steps} steps{passes}: predicted "
+        f"{choice.name} trains {_blocks(choice.blocks)} for {choice.steps} steps{passes}"
+        f"{with_special(predicted.mode)}: predicted "
         f"{predicted.seconds:.1f} s of {limits.deadline_s:.1f} s and {_mib(predicted.memory_bytes)} of "
         f"{_mib(limits.memory_bytes)}"
     )
@@ -79,7 +83,7 @@ def _why(choice: Choice, runner_up: RunnerUp | None) -> str:
         return f"no limit binds; {_blocks(runner_up.blocks)} would do, but {runner_up.why_not}"
     what = _blocks(runner_up.blocks)
     if runner_up.blocks == choice.blocks and runner_up.steps == choice.steps:
-        what = f"{runner_up.micro_batch_size} sequences at a time"
+        what = runner_up.mode.text()
     elif runner_up.steps != choice.steps:
         what += f" for {runner_up.steps} steps"
     return f"{'memory' if runner_up.limit == 'memory' else 'the deadline'} binds: {what} would be {runner_up.why_not}"

@@ -16,9 +16,9 @@ medians. An entry without suffix is fp32 at 40 % label rows; ``_bf16`` and ``_al
 
 ``llama1b_top1`` also has memory, bf16 for all: peak anonymous memory above the imports. Ours is the peak of everything
 from opening the checkpoint on (the NF4 files are there); QLoRA's is that of its steps alone, without its loading.
-transformers leaves bf16 weights mapped from the file, and such pages are not anonymous although every step reads them:
-``qlora`` reads them into memory first, as ours does, ``qlora_mapped`` does not; ``_lean`` has adapters in bf16, not
-peft's fp32.
+``qlora`` is as its packages make it. It leaves embedding and head mapped from the file: pages that every step reads,
+but not anonymous ones; ``_read`` has them read into memory, as ours does. ``_lean`` has adapters in bf16, where peft
+makes them fp32.
 """
 
 from __future__ import annotations
@@ -555,10 +555,10 @@ def run_memory(case: Case, name: str, *, threads: int, work: Path, label_share: 
     for label, system in (
         ("ours", {"kind": "ours", "assigned": assigned}),
         ("ours_8bit", {"kind": "ours", "assigned": assigned, "mode": {"optimizer": "split_8bit"}}),
-        ("qlora", {"kind": "qlora", "mapped": False}),
-        ("qlora_mapped", {"kind": "qlora"}),
-        ("qlora_lean", {"kind": "qlora", "mapped": False, "lean": True}),
-        ("qlora_lean_mapped", {"kind": "qlora", "lean": True}),
+        ("qlora", {"kind": "qlora"}),
+        ("qlora_read", {"kind": "qlora", "mapped": False}),
+        ("qlora_lean", {"kind": "qlora", "lean": True}),
+        ("qlora_lean_read", {"kind": "qlora", "lean": True, "mapped": False}),
     ):
         worker = Worker(do="memory", dtype="bf16", system=system, label_share=label_share, steps=2, **common)
         found[label] = worker.answer()

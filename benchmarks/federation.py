@@ -79,6 +79,8 @@ class Settings:
     batch_size: int = 8
     anchor_batch_size: int = 4
     max_kl: float = 0.03
+    min_lambda: float = 0.0
+    """Floor of the aggregator's lambda; 0: pure dual ascent, as measured before the floor became the default."""
     density: float = 0.25
     """Share of the rows of each matrix that a client's int8 update sends; 1: no row mask."""
     down_density: float = 0.25
@@ -94,7 +96,10 @@ class Settings:
             {
                 "run": {"max_rounds": self.rounds, "seed": self.seed},
                 "training": {"learning_rate": self.learning_rate, "steps": self.steps, "batch_size": self.batch_size},
-                "forgetting": {"max_kl": self.max_kl if self.anchor else math.inf},
+                "forgetting": {
+                    "max_kl": self.max_kl if self.anchor else math.inf,
+                    "min_lambda": self.min_lambda,
+                },
                 "delta": {"density": self.density, "down_density": self.down_density},
             }
         )

@@ -207,6 +207,8 @@ def config_hash(settings: Settings, task: str, base_hash: str, partition_hash: s
     for name in ("density", "down_density"):
         if fields[name] == DEFAULT_DENSITY:
             del fields[name]
+    if fields["min_lambda"] == 0:
+        del fields["min_lambda"]
     plain = [fields, task, base_hash, partition_hash, ANCHOR_SEQUENCES, SEQUENCE_TOKENS]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 

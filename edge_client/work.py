@@ -79,7 +79,7 @@ class Workbench:
         client: this client's key: chooses its share of the anchor texts.
         profile: this device, or the one to emulate: its rates choose between ways of execution that fit.
         memory_limit_bytes: most memory above the imports that a task may take; 0 means no limit but the device's.
-        cache: how much the caches may take, where, and whether they outlive the session.
+        cache: how much the caches may take, and where.
         emulation: the device to emulate, if any.
         say: for warnings.
     """
@@ -129,12 +129,9 @@ class Workbench:
         key = cut_key(self.model, content_hash, cut=self.model.base_cut)
         prefix_folder = store.cache_folder / "prefix"
         evict_others(prefix_folder, [key, f"{key}.teacher"], say, now=fields)
-        self._stores = [
-            self._open_store(prefix_folder / key, fields),
-            self._open_store(prefix_folder / f"{key}.teacher", fields),
-        ]
-        self.prefix = PrefixStates(self.model, self._stores[0])
-        self.teacher = Teacher(anchors=anchors, model=self.model, prefix=self.prefix, store=self._stores[1])
+        self.prefix = PrefixStates(self.model, self._open_store(prefix_folder / key, fields))
+        records = self._open_store(prefix_folder / f"{key}.teacher", fields)
+        self.teacher = Teacher(anchors=anchors, model=self.model, prefix=self.prefix, store=records)
         self.residuals = ResidualStore(store.residual_folder, plan=self.plan)
         general = store.resource("general.jsonl")
         self.general: Sequence[TokenisedSample] = tokenise_file(general, encoder) if general.is_file() else ()
@@ -145,11 +142,6 @@ class Workbench:
         """On the disk unless the site wants otherwise: there a restart finds it, and it takes no memory from a task."""
         location = "ram" if self._cache.location == "ram" else "disk"
         return RecordStore(folder, max_bytes=self._cache.max_bytes, location=location, meta=meta, warn=self._say)
-
-    def close(self) -> None:
-        """Lets the caches go, and wipes them where the site wants nothing of its text to stay."""
-        for store in self._stores:
-            store.close() if self._cache.keep else store.wipe()
 
     def _refuse_a_device_that_is_too_small(self) -> None:
         """Before anything is allocated: can this device train the cheapest block, one sequence at a time?"""

@@ -44,8 +44,15 @@ NUMERICS_CLASS = 1
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@torch.library.custom_op("fedblocks::nf4_dequant", mutates_args=())
-def _nf4_dequant(
+# Defined through Library, not custom_op: the first call of such an op imports the compiler, 67 MiB and 1.5 s.
+_LIBRARY = torch.library.Library("fedblocks", "FRAGMENT")
+_NF4_ARGS = "Tensor packed, Tensor absmax, Tensor nested_code, Tensor nested_absmax, Tensor code, float offset"
+_LIBRARY.define(f"nf4_dequant({_NF4_ARGS}, SymInt[] shape, ScalarType dtype) -> Tensor")
+_LIBRARY.define(f"nf4_dequant_into({_NF4_ARGS}, Tensor(a!) out) -> ()")
+
+
+@torch.library.impl(_LIBRARY, "nf4_dequant", "CompositeExplicitAutograd")
+def _(
     packed: Tensor,
     absmax: Tensor,
     nested_code: Tensor,
@@ -60,7 +67,7 @@ def _nf4_dequant(
     return out
 
 
-@_nf4_dequant.register_fake
+@torch.library.register_fake("fedblocks::nf4_dequant", lib=_LIBRARY)
 def _(
     packed: Tensor,
     absmax: Tensor,
@@ -75,20 +82,10 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("fedblocks::nf4_dequant_into", mutates_args=("out",))
-def _nf4_dequant_into(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor,
-    nested_absmax: Tensor,
-    code: Tensor,
-    offset: float,
-    out: Tensor,
-) -> None:
-    _nf4.nf4_dequant(packed, absmax, nested_code, nested_absmax, code, offset, out)
+_LIBRARY.impl("nf4_dequant_into", _nf4.nf4_dequant, "CompositeExplicitAutograd")
 
 
-@_nf4_dequant_into.register_fake
+@torch.library.register_fake("fedblocks::nf4_dequant_into", lib=_LIBRARY)
 def _(
     packed: Tensor,
     absmax: Tensor,
@@ -151,13 +148,13 @@ def nf4_dequant(weight: Nf4Weight, dtype: torch.dtype, out: Tensor | None = None
         weight.offset,
     )
     if out is None:
-        return _nf4_dequant(*parts, list(weight.shape), dtype)
+        return torch.ops.fedblocks.nf4_dequant(*parts, list(weight.shape), dtype)
     if tuple(out.shape) != weight.shape or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(
             f"nf4_dequant: out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}, expected {dtype} "
             f"{weight.shape}, contiguous"
         )
-    _nf4_dequant_into(*parts, out)
+    torch.ops.fedblocks.nf4_dequant_into(*parts, out)
     return out
 
 

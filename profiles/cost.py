@@ -1017,40 +1017,53 @@ class ModeSearch:
         self._timed: dict[_Set, list[tuple[float, int, ExecutionMode]]] = {}
         self._peaks: dict[tuple[_Set, ExecutionMode], int] = {}
 
-    def least_bytes(self, blocks: Iterable[int]) -> tuple[int, ExecutionMode]:
-        """The mode that takes the least memory for these blocks, and its bytes."""
-        of = _set_of(self._layout, blocks)
-        return min(((self._peak(of, mode), mode) for mode in self._modes), key=lambda found: found[0])
-
     def best(
         self, blocks: Iterable[int], *, budget_bytes: float = math.inf, max_seconds: float = math.inf
-    ) -> tuple[ExecutionMode, float] | None:
-        """The best mode within both limits and its seconds (first pass and all steps); None if no mode is.
+    ) -> ExecutionMode | None:
+        """The best mode within both limits; None if no mode is.
 
-        The fastest, unless it rounds the moments and an exact one is slower by no more than :data:`TIME_TOLERANCE`.
-        Among equally fast ones that with the larger passes, then that with the usual residency.
+        The fastest (first pass and all steps), unless it rounds the moments and an exact one is slower by no more than
+        :data:`TIME_TOLERANCE`. Of equally fast ones that with the larger passes, then that which holds less.
         """
         of = _set_of(self._layout, blocks)
-        fastest: tuple[ExecutionMode, float] | None = None
+        fastest: ExecutionMode | None = None
+        enough_s = max_seconds
         for seconds, _, mode in self._by_time(of):
-            if seconds > max_seconds or (fastest and seconds > (1 + TIME_TOLERANCE) * fastest[1]):
+            if seconds > enough_s:
                 break
-            if (fastest and mode.approximate) or self._peak(of, mode) > budget_bytes:
+            if (fastest is not None and mode.approximate) or self._peak(of, mode) > budget_bytes:
                 continue
             if not mode.approximate:
-                return mode, seconds
-            fastest = mode, seconds
+                return mode
+            fastest = mode
+            enough_s = min(max_seconds, (1 + TIME_TOLERANCE) * seconds)
         return fastest
 
-    def fastest_s(self, blocks: Iterable[int], *, budget_bytes: float = math.inf) -> float:
-        """Seconds of the fastest mode within the budget; infinite if none is."""
+    def least_memory(self, blocks: Iterable[int]) -> tuple[ExecutionMode, int]:
+        """The mode that takes the least memory, and its bytes."""
         of = _set_of(self._layout, blocks)
-        found = (seconds for seconds, _, mode in self._by_time(of) if self._peak(of, mode) <= budget_bytes)
-        return next(found, math.inf)
+        return min(((mode, self._peak(of, mode)) for mode in self._modes), key=lambda found: found[1])
 
-    def peak_bytes(self, blocks: Iterable[int], mode: ExecutionMode) -> int:
-        """Predicted peak of a mode, R left out."""
-        return self._peak(_set_of(self._layout, blocks), mode)
+    def least_bytes_in_time(self, blocks: Iterable[int], max_seconds: float) -> int | None:
+        """The least memory of all modes that are fast enough; None if none is."""
+        of = _set_of(self._layout, blocks)
+        fast_enough = (mode for seconds, _, mode in self._by_time(of) if seconds <= max_seconds)
+        return min((self._peak(of, mode) for mode in fast_enough), default=None)
+
+    def fastest_s(self, blocks: Iterable[int]) -> float:
+        """Seconds of the fastest mode, whatever memory it takes."""
+        return self._by_time(_set_of(self._layout, blocks))[0][0]
+
+    def cost(self, blocks: Iterable[int], mode: ExecutionMode) -> ModeChoice:
+        """What these blocks cost in this mode."""
+        of = _set_of(self._layout, blocks)
+        step_s = self._time.step_s(of, mode)
+        return ModeChoice(
+            mode=mode,
+            memory=self._memory.breakdown(of, mode, 0),
+            step_s=step_s,
+            seconds=self._time.fill_s(mode.residency) + self._work.steps * step_s,
+        )
 
     def _peak(self, of: _Set, mode: ExecutionMode) -> int:
         found = self._peaks.get((of, mode))
@@ -1113,25 +1126,19 @@ def choose_mode(
     """
     blocks = tuple(sorted(set(blocks), key=lambda block: layout.positions.get(block, -1)))
     search = ModeSearch(device, shape, layout, work, optimizers)
-    best = search.best(blocks, budget_bytes=budget_bytes)
-    if best is not None:
-        mode, seconds = best
-        return ModeChoice(
-            mode=mode,
-            memory=peak_memory(shape, layout, blocks, work, mode, accelerator=device.accelerator),
-            step_s=step_time(device, shape, layout, blocks, work, mode),
-            seconds=seconds,
-        )
-    _, mode = search.least_bytes(blocks)
+    mode = search.best(blocks, budget_bytes=budget_bytes)
+    if mode is not None:
+        return search.cost(blocks, mode)
+    mode, _ = search.least_memory(blocks)
     parts = (blocks[dropped:] for dropped in range(1, len(blocks)))
-    fitting = next((part for part in parts if search.least_bytes(part)[0] <= budget_bytes), ())
+    fitting = next((part for part in parts if search.least_memory(part)[1] <= budget_bytes), ())
     return NoFit(
         blocks=tuple(sorted(blocks)),
         mode=mode,
-        memory=peak_memory(shape, layout, blocks, work, mode, accelerator=device.accelerator),
+        memory=search.cost(blocks, mode).memory,
         budget_bytes=int(budget_bytes),
-        fitting_blocks=fitting,
-        fitting_blocks_bytes=search.least_bytes(fitting)[0] if fitting else 0,
+        fitting_blocks=tuple(sorted(fitting)),
+        fitting_blocks_bytes=search.least_memory(fitting)[1] if fitting else 0,
         fitting_tokens=_fitting_tokens(shape, layout, blocks, work, mode, device.accelerator, budget_bytes),
     )
 

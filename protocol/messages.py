@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, NewType
 
+from fedblocks.profiles.cost import OptimizerMode
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.errors import RefusalCode
 
@@ -24,7 +25,6 @@ AttemptId = NewType("AttemptId", str)
 DeltaFormat = Literal["int8", "bf16", "fp32"]
 Measure = Literal["validation", "anchor", "general"]
 """validation: the site's own held-out part; anchor: KL to the base on kl_val; general: the general validation file."""
-OptimizerMode = Literal["fp32", "split", "split_8bit"]
 FailureReason = Literal[
     "oom", "over_memory_budget", "non_finite", "deadline", "data", "disk", "interrupted", "internal"
 ]

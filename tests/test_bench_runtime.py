@@ -216,8 +216,9 @@ def test_a_whole_run_over_processes_gives_the_documented_keys(tmp_path):
     case = Case(model=TINY, assignments={"top1": TOP}, batch_size=2, tokens=16, rivals=("lora", "qlora"))
     entries, rows = run_case("tiny", case, ["top1"], dtype="fp32", repeats=1, threads=1, work=tmp_path)
     assert set(entries) == {"tiny_top1", "tiny_top1_all_labels"}
-    for entry in entries.values():
-        for system in ("qlora", "lora", "qlora_label_only", "no_cache"):
+    for name, entry in entries.items():
+        label_only = ("lora_label_only", "qlora_label_only") if name == "tiny_top1" else ()
+        for system in ("qlora", "lora", "no_cache", *label_only):
             for kind in ("steady", "3_passes"):
                 assert entry[f"speedup_vs_{system}_{kind}"] > 0
                 assert entry[f"ceiling_vs_{system}_{kind}"] > 0
@@ -229,7 +230,7 @@ def test_a_whole_run_over_processes_gives_the_documented_keys(tmp_path):
         }
         assert all(0 < share < 1 for share in entry["phases"].values())
         assert {"torch", "peft", "bitsandbytes"} <= set(entry["versions"])
-    assert {row["system"] for row in rows} == {
+    assert {row["system"] for row in rows if row["entry"] == "tiny_top1"} == {
         "ours",
         "no_cache",
         "lora",

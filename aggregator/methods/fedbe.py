@@ -268,11 +268,15 @@ def smaller_assignment(
         coverage=_coverage(state, run.plan.block_ids),
         round=start.round,
     ).choices
-    needs = (len(failed.blocks), failed.micro_batch_size)
-    if choice.role != "train" or (len(choice.blocks), choice.micro_batch_size) >= needs:
+    if choice.role != "train":
         return None
     issued = assignment(client, choice, run, state, start, issue=1, deadline_s=deadline_s, measure=failed.measure)
-    return issued, choice
+    return None if _needs(issued) == _needs(failed) else (issued, choice)
+
+
+def _needs(task: Assignment) -> tuple[object, ...]:
+    """What decides how much memory a task takes; with a raised memory scale it changes only to something smaller."""
+    return task.blocks, task.micro_batch_size, task.optimizer_mode, task.checkpoint_activations
 
 
 def assignment(
@@ -288,6 +292,7 @@ def assignment(
 ) -> Assignment:
     """The wire form of a choice. Its state update names the version only; the way there is added when it is sent."""
     assert choice.predicted is not None
+    mode = choice.predicted.mode
     training, delta = run.config.training, run.config.delta
     return Assignment(
         attempt_id=attempt_id(run.run_id, start.round, client.key, issue),
@@ -308,9 +313,9 @@ def assignment(
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,
-        optimizer_mode="fp32",
-        micro_batch_size=choice.micro_batch_size,
-        checkpoint_activations=False,
+        optimizer_mode=mode.optimizer,
+        micro_batch_size=mode.micro_batch_size,
+        checkpoint_activations=mode.checkpoint,
         delta_format=delta.format,
         delta_density=delta.density,
         seed=draw(run.config.run.seed, start.round, client.key),

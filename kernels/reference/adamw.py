@@ -11,7 +11,7 @@ another form is brought to fp32 in chunks of :data:`CHUNK` elements, stepped, an
 code. A byte is a small floating-point number, since the magnitudes within one row of a gradient span orders:
 
     m: sign, 4 bits of exponent, 3 of mantissa, less the smallest such number: linear near zero, and zero is exact
-    v: 5 bits of exponent, 3 of mantissa; √v spans 1 : 52,000, and no code is zero
+    v: 5 bits of exponent, 3 of mantissa; √v spans 1 : 63,000, and no code is zero
 
 * Because the smallest ``v`` of a block that is not all zero reads as a positive number, a small ``v`` can only slow an
   element down, never divide its ``m`` by ``eps`` alone. A block of zeros has codes that read as exactly zero.
@@ -21,7 +21,7 @@ code. A byte is a small floating-point number, since the magnitudes within one r
   by the golden ratio each step (a low-discrepancy sequence: the roundings of one element even out over a few steps),
   the same for m and v, so that the two errors of their ratio pull the same way. No generator runs, and equal calls give
   equal bits.
-* torch's float8 types serve worse: on CPUs they convert at 3 ns an element, six times the whole step, and they round to
+* torch's float8 types serve worse: a CPU reads them at 3 ns an element, six times the whole step, and they round to
   the nearest. These codes are made by shifting fp32 bits.
 
 Source: 8-bit block-wise states: Dettmers et al., arXiv 2110.02861; stochastic rounding: Gupta et al., arXiv 1502.02551.
@@ -39,7 +39,7 @@ from torch import Tensor
 from fedblocks.kernels.reference.split import merge_split, split_fp32
 
 CHUNK: Final = 1 << 18
-"""Elements in work at a time, a multiple of :data:`BLOCK`; bounds what is held beside the state to 5 MiB."""
+"""Elements in work at a time, a multiple of :data:`BLOCK`; bounds what is held beside the state to 6 MiB."""
 BLOCK: Final = 256
 """Moments that share a scale."""
 

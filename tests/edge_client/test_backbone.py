@@ -269,12 +269,13 @@ def test_a_reader_is_never_more_than_two_layers_ahead(checkpoint, tmp_path, monk
 @pytest.mark.parametrize("how", ["closed", "forgotten", "raised", "unstarted", "collected"])
 def test_a_stream_that_is_abandoned_leaves_no_thread(checkpoint, tmp_path, how):
     backbone = opened(checkpoint, tmp_path)
-    stream = backbone.stream([0, 1, 2], torch.float32)
+    stream = backbone.stream([0, 1, 2] * 4, torch.float32)
     if how == "unstarted":
         del stream
         assert readers() == []
         return
     next(stream)
+    time.sleep(0.05)  # the thread has read all that it may and waits
     if how == "closed":
         stream.close()
     elif how == "forgotten":

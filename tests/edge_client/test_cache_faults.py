@@ -185,6 +185,32 @@ def test_a_kill_at_every_single_write_and_in_its_middle_changes_no_bit_of_the_fi
     assert any("its head is damaged; everything is made again" in line for line in lines)
 
 
+def test_the_bytes_of_all_shards_are_on_the_disk_before_the_journal_names_them(tmp_path, said, monkeypatch):
+    monkeypatch.setattr(prefix_cache, "SHARD_BYTES", 250)
+    calls = []
+
+    def noted(name):
+        real = getattr(os, name)
+
+        def call(descriptor, *arguments):
+            calls.append((name, os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+            return real(descriptor, *arguments)
+
+        return call
+
+    with opened(tmp_path / "store", said) as store:
+        for name in ("pwrite", "fsync"):
+            monkeypatch.setattr(prefix_cache.os, name, noted(name))
+        store.put(records(3))
+    files = [call for call in calls if call[1] != "store"]  # the folder itself is synced when a shard is new
+    shards = {"shard-00000.bin", "shard-00001.bin"}
+    assert {file for name, file in files[:-2] if name == "fsync"} == shards
+    assert {name for name, _ in files[:3]} == {"pwrite"}
+    assert {name for name, _ in files[3:-2]} == {"fsync"}
+    assert files[-2:] == [("pwrite", "index.journal"), ("fsync", "index.journal")]
+    assert ("fsync", "store") in calls
+
+
 # Bytes that change
 
 

@@ -1,0 +1,159 @@
+"""Tests of edge_client/work.py: one task from payload to update, in the memory that there is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedblocks.edge_client.anchor import sample_anchor
+from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
+from fedblocks.edge_client.data import TextEncoder, load_site_data
+from fedblocks.edge_client.store import ClientStore
+from fedblocks.edge_client.work import DoesNotFitError, Workbench
+from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol.expansion import plan_expansion
+from fedblocks.protocol.messages import DataFormat, Delta, Report, ResourceInfo, StateUpdate
+from fedblocks.protocol.site_file import CacheSettings
+from fedblocks.protocol.state import state_sha256
+
+MIB = 1 << 20
+PROFILE = DeviceProfile(
+    device="test", source="measured", accelerator="cpu", compute_dtype="float32", cpu_cores=1,
+    memory_usable_bytes=1 << 34, runtime_memory_bytes=0, gemm_flops_per_s=1e11, memory_bytes_per_s=1e10,
+    step_overhead_s=0.001, uplink_bytes_per_s=1e7, downlink_bytes_per_s=1e7, disk_read_bytes_per_s=1e9,
+    disk_free_bytes=1 << 40, four_bit="ok",
+)  # fmt: skip
+
+
+@pytest.fixture
+def site(tmp_path, tiny_checkpoint):
+    """A base, a run's files in a client's folder, and data: what ``bench()`` needs."""
+    folder = tiny_checkpoint(tmp_path, layers=6)
+    checkpoint = Checkpoint.open(folder)
+    store = ClientStore(tmp_path / "client")
+    plan = plan_expansion(base_hash=base_hash(folder), config=checkpoint.config, placement="thirds", num_blocks=2)
+    files = {
+        "plan.json": plan.to_json() if isinstance(plan.to_json(), bytes) else plan.to_json().encode(),
+        "anchor.bin": sample_anchor(checkpoint, num_sequences=16, num_tokens=24, seed=1).to_bytes(),
+    }
+    for name, data in files.items():
+        info = ResourceInfo(name=name, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        store.put_resource(info, data)
+    rows = tmp_path / "train.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"ab{i % 7}c", "completion": f"d{i % 5}"}) + "\n" for i in range(60)))
+    encoder = TextEncoder(folder, DataFormat(max_tokens=32, append_eos=False, join=" "))
+    return checkpoint, store, load_site_data(rows, encoder), encoder
+
+
+@pytest.fixture
+def bench(site):
+    said = []
+    checkpoint, store, data, encoder = site
+
+    def make(**kwargs):
+        fields = {"profile": PROFILE, "memory_limit_bytes": 0, "emulation": None, "say": said.append, **kwargs}
+        made = Workbench(checkpoint=checkpoint, store=store, data=data, encoder=encoder, client="k" * 40, **fields)
+        made.said = said
+        return made
+
+    return make
+
+
+def at_version_0(shape):
+    return StateUpdate(encoding="none", from_version=0, to_version=0, state_sha256=state_sha256(shape, {}))
+
+
+def run(bench, make_assignment, **fields):
+    defaults = {"state": at_version_0(bench.plan.shape), "anchor_weight": 1.0, "measure": ("anchor",), "steps": 4}
+    return bench.train(make_assignment(**{**defaults, **fields}), b"", status=lambda _phase, _steps: None)
+
+
+def test_a_device_that_fits_nothing_is_refused_with_code_5_and_the_numbers(bench):
+    with pytest.raises(
+        DoesNotFitError, match=r"cannot take part: .* takes at least [\d.]+ MiB .* budget is 1\.0 MiB"
+    ) as e:
+        bench(memory_limit_bytes=MIB)
+    assert e.value.exit_code == 5
+
+
+def test_an_assignment_that_does_not_fit_is_answered_before_anything_is_allocated(bench, make_assignment, monkeypatch):
+    made = bench()
+    monkeypatch.setattr(made.model, "train_blocks", lambda *_: pytest.fail("allocated"))
+    report = run(made, make_assignment, memory_budget_bytes=MIB)
+    assert isinstance(report, Report)
+    assert report.failure == "over_memory_budget"
+    assert "takes at least" in report.text
+    assert "the budget is 1.0 MiB" in report.text
+
+
+def test_the_mode_is_said_once_and_the_update_reports_predicted_and_measured_peak(bench, make_assignment):
+    made = bench()
+    for _ in range(2):
+        delta, body = run(made, make_assignment)
+        assert isinstance(delta, Delta)
+        assert len(body) == delta.payload_bytes
+        assert delta.train.predicted_peak_bytes > 0
+    assert sum(line.startswith("trains ") for line in made.said) == 1
+    assert sum("read by our own decoder" in line for line in made.said) == 1
+
+
+def test_the_leanest_exact_mode_gives_the_same_update(bench, make_assignment, monkeypatch):
+    """Recomputing, decoding again and what is held change nothing but memory and time."""
+    made = bench()
+    task = {"delta_format": "fp32", "delta_density": 1.0}
+    _, usual = run(made, make_assignment, **task)
+    chosen = made._choose((0, 1), made._workload_of(make_assignment()), 0)
+    mode = replace(chosen.mode, frozen="nf4", checkpoint=True, residency="resident")
+    monkeypatch.setattr(made, "_choose", lambda *_: replace(chosen, mode=mode))
+    _, lean = run(made, make_assignment, **task)
+    assert lean == usual
+    assert any("recomputed activations" in line for line in made.said)
+
+
+def test_a_state_that_was_taken_is_read_from_the_disk_and_is_the_same(bench, make_assignment, random_state):
+    from fedblocks.protocol.state import make_update, publish
+
+    made = bench()
+    rng = np.random.default_rng(0)
+    change = {
+        b: {t.name: (0.01 * rng.standard_normal(t.shape)).astype(np.float32) for t in made.plan.shape.block_tensors()}
+        for b in made.plan.block_ids
+    }
+    publication = publish({}, change, {}, shape=made.plan.shape, format="int8", density=1.0)
+    sha256 = state_sha256(made.plan.shape, publication.published)
+    update, payload = make_update(
+        lambda _v: publication.step, shape=made.plan.shape, from_version=0, to_version=1,
+        published=publication.published, sha256=sha256,
+    )  # fmt: skip
+    made.take_state(update, payload)
+    assert made.held_version == 1
+    assert not isinstance(made.state[0], dict)  # nothing of it is held in memory
+    assert state_sha256(made.plan.shape, made.state) == sha256
+    reopened = bench()
+    assert reopened.held_version == 1
+    assert state_sha256(made.plan.shape, reopened.state) == sha256
+
+
+def test_the_cache_is_where_the_site_wants_it(bench, make_assignment):
+    made = bench(cache=CacheSettings(location="ram"))
+    run(made, make_assignment)
+    folder = made.store.cache_folder / "prefix"
+    assert not folder.exists() or not any(folder.rglob("shard-*"))
+    other = bench()
+    run(other, make_assignment)
+    assert any(folder.rglob("shard-*"))
+    other.prefix._store.close()  # as the end of its process would
+    third = bench()
+    run(third, make_assignment)
+    assert third.prefix.computed == 0  # a restart finds what was there
+
+
+def test_bf16_arithmetic_trains_split_values(bench, make_assignment):
+    made = bench(profile=replace(PROFILE, compute_dtype="bfloat16"))
+    delta, _ = run(made, make_assignment)
+    assert delta.train.loss_last < delta.train.loss_first * 1.05
+    assert any("bfloat16" in line for line in made.said)
