@@ -597,9 +597,8 @@ class _Problem:
             over = other.refusal(blocks)
             return _runner_up(blocks, steps, other.free_mode(blocks), value, _excess_text(over), over.reason)
         free = candidate.free_mode(best.blocks)
-        if free != best.mode:
-            over = _refusal(best.blocks, best.steps, candidate.prediction(best.blocks, free), candidate.limits)
-            assert over is not None, "the best mode of all is within the limits, and was not taken"
+        over = _refusal(best.blocks, best.steps, candidate.prediction(best.blocks, free), candidate.limits)
+        if over is not None:
             return _runner_up(best.blocks, best.steps, free, best.value, _excess_text(over), over.reason)
         others = [option for option in fitting if option.blocks != best.blocks]
         if not others:

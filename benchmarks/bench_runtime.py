@@ -8,10 +8,12 @@ Each system is a process of its own that stays alive; the driver lets one of the
 that all see the same machine. Times are process CPU time (all threads; threads wait asleep, not spinning) beside wall
 time. A *series* is three passes over the same samples with a new optimizer; ours begins with the prefix pass and a new
 cache. *Steady* is a step from the second pass on. Per repeat the mean, over repeats the median; a ratio is one of
-medians. An entry without suffix is fp32 at 40 % label rows; ``_bf16`` and ``_all_labels`` say otherwise.
+medians. An entry without suffix is fp32 at 40 % label rows; ``_bf16`` and ``_all_labels`` say otherwise. A row's
+``start_loss`` is that of the untrained model at 40 %: equal for ours and qlora, and for full and lora.
 
     speedup_vs_X_steady, speedup_vs_X_3_passes     CPU time of X over ours; wall_speedup_... the same of wall time
-    ceiling_vs_X_steady, ceiling_vs_X_3_passes     the same ratio of the FLOPs of runtime.md 1.1
+    ceiling_vs_X_steady, ceiling_vs_X_3_passes     the same ratio of the FLOPs of runtime.md 1.1: what would be
+                                                   measured if X had as many FLOPs a second as ours
     X = qlora, lora, full; each with _label_only (our loss) too, at 40 %; no_cache, base_cut; see rivals.py
 
 ``llama1b_top1`` also has memory, bf16 for all: peak anonymous memory above the imports. Ours is the peak of everything
@@ -348,7 +350,7 @@ class Measured:
 
     def row(self) -> dict[str, Any]:
         """The figures of the results file."""
-        found: dict[str, Any] = {"repeats": len(self.steps), "first_loss": self.steps[0][0]["loss"]}
+        found: dict[str, Any] = {"repeats": len(self.steps)}
         for clock in ("cpu_s", "wall_s"):
             for name, values in (
                 ("step", self.steady(clock)),
@@ -406,7 +408,7 @@ def run_case(
             worker.answer()
         rivals = {kind: workers[kind] for kind in case.rivals}
         warm_up = replace(series, steps=1)
-        measure(workers, warm_up, repeats=1, num_batches=1)
+        warm = measure(workers, warm_up, repeats=1, num_batches=1)
         for suffix, share in LABEL_SHARES.items():
             wanted = replace(series, label_share=share)
             found = measure(workers, wanted, repeats=repeats, num_batches=num_batches)
@@ -436,7 +438,11 @@ def run_case(
                 for system, measured in mine.items():
                     flops = _flops(case, assignment, share, system)
                     row = {"entry": entry, "system": system, **measured.row()}
-                    rows.append({**row, "gflop_per_cpu_s": flops / row["step_cpu_s"] / 1e9})
+                    row["gflop_per_cpu_s"] = flops / row["step_cpu_s"] / 1e9
+                    for key in (system, f"{system} {assignment}"):
+                        if key in warm:
+                            row["start_loss"] = warm[key].steps[0][0]["loss"]
+                    rows.append(row)
                 print(_line(entry, entries[entry]), flush=True)
     finally:
         for worker in workers.values():

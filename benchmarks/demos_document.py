@@ -9,7 +9,7 @@ from typing import Any, Final
 from starter_runs import RESULTS
 
 PAGE: Final = Path(__file__).parents[1] / "docs" / "results.md"
-BEGIN, END = "<!-- begin: benchmarks/demos_document.py -->", "<!-- end: benchmarks/demos_document.py -->"
+MARK: Final = "benchmarks/demos_document.py"
 FIGURES: Final = {
     "downstream_accuracy": "downstream accuracy (400 held-out examples)",
     "general_accuracy": "general accuracy (1300 items)",
@@ -95,11 +95,16 @@ def main() -> None:
         for file, write in (("demo.json", starter), ("stories_demo.json", stories))
         if (RESULTS / file).is_file()
     ]
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    after = rest.partition(END)[2]
-    text = "\n\n".join([BEGIN, *parts, END])
-    PAGE.write_text(f"{before.rstrip()}\n\n{text}\n{after.lstrip()}", encoding="utf-8")
+    replace_part(PAGE, MARK, parts)
+
+
+def replace_part(page: Path, mark: str, parts: list[str]) -> None:
+    """Puts the parts between the page's marks for ``mark``; at the page's end where there are none yet."""
+    begin, end = f"<!-- begin: {mark} -->", f"<!-- end: {mark} -->"
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    after = rest.partition(end)[2]
+    text = "\n\n".join([begin, *parts, end])
+    page.write_text(f"{before.rstrip()}\n\n{text}\n{after.lstrip()}", encoding="utf-8")
 
 
 if __name__ == "__main__":

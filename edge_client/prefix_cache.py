@@ -37,6 +37,7 @@ from torch import Tensor
 from fedblocks.edge_client.decoder_block import BlockWeights
 from fedblocks.edge_client.expanded_model import ExpandedModel
 from fedblocks.kernels.ops import NUMERICS_CLASS
+from fedblocks.profiles import cost
 from fedblocks.protocol.durable import sync_folder, write_durably
 from fedblocks.protocol.expansion import base_fields
 
@@ -48,9 +49,9 @@ KEPT_FREE_BYTES: Final = 256 << 20
 """Free disk space that a cache never takes."""
 RAM_SHARE: Final = 0.25
 """Of the available memory: the most that records may take there unless told otherwise."""
-WAVE_TOKENS: Final = 8192
+WAVE_TOKENS: Final = cost.WAVE_TOKENS
 """Tokens that go through the prefix together: a layer is read and decoded once for each wave."""
-BATCH_TOKENS: Final = 2048
+BATCH_TOKENS: Final = cost.PREFIX_BATCH_TOKENS
 """Tokens that go through one layer at once: large matrices, few activations."""
 _JOURNAL: Final = "index.journal"
 _META: Final = "meta.json"
