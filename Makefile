@@ -43,7 +43,7 @@ test-gpu: setup  ## the tests that need a CUDA device
 # The benchmarks import each other; PYTHONSAFEPATH keeps their folder off the path as well.
 BENCH := PYTHONPATH=benchmarks $(BIN)/python
 
-bench-runtime: setup  ## CPU time and memory of a training step against the usual stacks (long; needs 16 GB of memory)
+bench-runtime: setup  ## CPU time and memory of a training step against the usual stacks (about an hour; 22 GB of memory)
 	$(BENCH) benchmarks/bench_runtime.py
 
 bench-memory: setup  ## predicted against measured peak memory of the client's modes

@@ -109,7 +109,7 @@ BOTH: Final = {
 ONE: Final = {"top1": Assigned(placement="top", num_blocks=1)}
 CASES: Final = {
     "m15": Case(model=MODELS["m15"], assignments=BOTH, batch_size=4, steps_per_pass=2),
-    "m135": Case(model=MODELS["m135"], assignments=BOTH, batch_size=4),
+    "m135": Case(model=MODELS["m135"], assignments=BOTH, batch_size=2, steps_per_pass=2),
     "qwen05": Case(model=MODELS["qwen05"], assignments=ONE, batch_size=1),
     "llama1b": Case(model=MODELS["llama1b"], assignments=ONE, batch_size=1, rivals=("lora", "qlora")),
 }

@@ -212,7 +212,7 @@ class _Set(NamedTuple):
 
     low: int
     """Position of the lowest."""
-    count: int
+    size: int
     top_trains: bool
     """Whether one stands at the top of the stack, where only rows with a label are computed."""
 
@@ -307,7 +307,7 @@ def _suffix_flops(
     checkpoint: bool,
 ) -> float:
     above = layout.num_entries - of.low - 1  # with a gradient, the topmost left out
-    trained = of.count - of.top_trains
+    trained = of.size - of.top_trains
     rows = _rows_apart(label_share)
     total = fresh_share * (of.low - layout.base_cut) * forward_block_flops(shape, context)
     total += trained * trained_block_flops(shape, context) + (above - trained) * frozen_block_flops(shape, context)
@@ -399,27 +399,29 @@ class _Time:
         self._read_s = state_bytes / device.disk_read_bytes_per_s
         self._blocks_at = tuple(layout.positions.values())
         self._base_above_cut = layout.num_entries - layout.base_cut - len(self._blocks_at)
-        self._arithmetic: dict[tuple[_Set, bool], float] = {}
+        # The overhead was measured on steps of one pass of each kind.
+        kinds = 1 + (1 / work.anchor_every if work.anchor_batch_size else 0.0)
+        self._pass_overhead_s = device.step_overhead_s / kinds
+        self._passes_of: dict[int, float] = {}
+        self._parts: dict[tuple[_Set, bool], tuple[float, float]] = {}
         self._fill: dict[Residency, float] = {}
 
     def step_s(self, of: _Set, mode: ExecutionMode) -> float:
         """Seconds of one step."""
-        passes = self._passes(mode.micro_batch_size)
-        arithmetic_s = self._arithmetic.get((of, mode.checkpoint))
-        if arithmetic_s is None:
-            flops = _step_flops(self._shape, self._layout, of, self._work, mode.checkpoint)
-            arithmetic_s = self._arithmetic[of, mode.checkpoint] = flops / self._device.gemm_flops_per_s
-        optimizer_bytes = OPTIMIZER_BYTES_MOVED + (MOMENTS_8BIT_BYTES_MOVED if mode.approximate else 0)
+        passes = self._passes_of.get(mode.micro_batch_size)
+        if passes is None:
+            passes = self._passes_of[mode.micro_batch_size] = self._passes(mode.micro_batch_size)
+        parts = self._parts.get((of, mode.checkpoint))
+        if parts is None:
+            parts = self._parts[of, mode.checkpoint] = self._arithmetic_and_decoding_s(of, mode.checkpoint)
+        arithmetic_s, decoding_s = parts
+        moved = OPTIMIZER_BYTES_MOVED + (MOMENTS_8BIT_BYTES_MOVED if mode.approximate else 0)
         if self._work.dtype_bytes == 2 and mode.optimizer != "fp32":
-            optimizer_bytes += HALVES_BYTES_MOVED
-        anchored = 1 / self._work.anchor_every if self._work.anchor_batch_size else 0.0
-        decoding_s = 0.0 if mode.frozen == "decoded" else passes * self._decodings(of, mode) * self._decode_layer_s
+            moved += HALVES_BYTES_MOVED
         return (
-            # The overhead was measured on steps of one pass of each kind.
-            self._device.step_overhead_s * passes / (1 + anchored)
+            passes * (self._pass_overhead_s + (decoding_s if mode.frozen == "nf4" else 0.0))
             + arithmetic_s
-            + decoding_s
-            + optimizer_bytes * of.count * self._block / self._device.memory_bytes_per_s
+            + moved * of.size * self._block / self._device.memory_bytes_per_s
             + self._read_s
         )
 
@@ -429,11 +431,13 @@ class _Time:
         passes = math.ceil(work.batch_size / micro_batch_size)
         return passes + math.ceil(work.anchor_batch_size / micro_batch_size) / work.anchor_every
 
-    def _decodings(self, of: _Set, mode: ExecutionMode) -> float:
-        """Layers decoded in one pass: each going forward, those with a gradient going back, and once more between."""
+    def _arithmetic_and_decoding_s(self, of: _Set, checkpoint: bool) -> tuple[float, float]:
+        """Of one step; and of one pass in which frozen layers are decoded: each going forward, those with a gradient
+        going back, and once more between where they are computed again."""
+        flops = _step_flops(self._shape, self._layout, of, self._work, checkpoint)
         above = self._layout.num_entries - of.low - sum(position >= of.low for position in self._blocks_at)
-        below = self._base_above_cut - above
-        return self._work.fresh_share * below + (3 if mode.checkpoint else 2) * above
+        layers = self._work.fresh_share * (self._base_above_cut - above) + (3 if checkpoint else 2) * above
+        return flops / self._device.gemm_flops_per_s, layers * self._decode_layer_s
 
     def fill_s(self, residency: Residency) -> float:
         """Seconds of the first pass: its arithmetic, each prefix layer decoded once a wave, and what its reading takes
@@ -576,10 +580,14 @@ MOMENT_BYTES: Final[Mapping[OptimizerMode, float]] = {"fp32": 8, "split": 8, "sp
 #: Elements that the optimizer has in fp32 at a time where weights or moments are stored otherwise, and its buffers.
 OPTIMIZER_CHUNK: Final = 1 << 18
 OPTIMIZER_CHUNK_BUFFERS: Final = 5
-#: Beside the live bytes: share of the temporaries, and a constant.
-#: CUDA: the 6 % of runtime.md 4.1. CPU: what glibc's heap and the matrix libraries hold.
-ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.22, "cuda": 0.06}
-ALLOCATOR_FLOOR_BYTES: Final = 15 * 2**18
+#: Beside the live bytes: a constant, and a share of the temporaries.
+#: CUDA: the 6 % of runtime.md 4.1. CPU, measured (benchmarks/results/memory.json): blocks of 256 KiB or more go back
+#: to the system when they are freed (``edge_client/memory.py``), so that only the few small ones leave holes;
+#: and the matrix library keeps its compiled bf16 kernels and their scratch memory.
+ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.17, "cuda": 0.06}
+ALLOCATOR_MOST_TEMPORARIES: Final[Mapping[Accelerator, float]] = {"cpu": 60 << 20, "cuda": math.inf}
+ALLOCATOR_FLOOR_BYTES: Final = 7 << 19
+CPU_BF16_BYTES: Final = 32 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -682,8 +690,7 @@ class _Moment(NamedTuple):
         return self.frozen + self.blocks + self.head + self.trained + self.activations + self.inputs + self.work
 
 
-@dataclass(frozen=True, slots=True)
-class _Pass:
+class _Pass(NamedTuple):
     """One kind of forward and backward pass: of the task's samples, or of the anchor's."""
 
     sequences: int
@@ -699,7 +706,8 @@ class _Memory:
     """The memory of one client's work; what does not depend on blocks and mode is computed once."""
 
     def __init__(self, shape: ModelShape, layout: StackLayout, work: Workload, accelerator: Accelerator) -> None:
-        self._work, self._accelerator, e = work, accelerator, work.dtype_bytes
+        self._accelerator: Accelerator = accelerator
+        self._work, e = work, work.dtype_bytes
         h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
         linear, self._block = _sizes(shape)
         self._e, self._h, self._i = e, h, i
@@ -731,6 +739,7 @@ class _Memory:
         batch = max(longest, min(wave, PREFIX_BATCH_TOKENS // longest * longest))
         self._prefix_work = wave * h * e + batch * self._forward
         self._before: dict[tuple[FrozenForm, Residency], _Moment] = {}
+        self._totals: dict[tuple[_Pass, float, bool], tuple[int, int, int]] = {}
         self._passes: dict[tuple[_Set, int, bool, FrozenForm, bool], tuple[int, int, int]] = {}
         self._measuring_work = longest * self._forward + self._logits(max(longest, 256))
 
@@ -773,8 +782,8 @@ class _Memory:
 
     def after_training(self, of: _Set, mode: ExecutionMode) -> Iterator[_Moment]:
         """The change that the steps have made, one tensor after the other, and its encoding, beside nothing else."""
-        trained, largest, kept = of.count * self._block, self._largest_tensor, self._work.cache_bytes
-        blocks = (self._num_blocks - of.count) * self._block * self._e
+        trained, largest, kept = of.size * self._block, self._largest_tensor, self._work.cache_bytes
+        blocks = (self._num_blocks - of.size) * self._block * self._e
         # Start and difference of one tensor, and its value where that is in two halves; the start is read in 2 bytes.
         work = largest * ((8 if self._e == 4 else 12) + 2)
         change = 8 * trained - 4 * largest
@@ -784,9 +793,9 @@ class _Memory:
 
     def training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, _Moment]:
         """The worst moment of a pass, and the optimizer's step."""
-        trained = of.count * self._block
+        trained = of.size * self._block
         frozen, head = self._frozen(mode), self._tables(mode)
-        blocks = (self._num_blocks - of.count) * self._block * self._e
+        blocks = (self._num_blocks - of.size) * self._block * self._e
         moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
         held = 4 * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
         gradients, saved, work = self._worst_of_pass(of, mode)
@@ -810,8 +819,7 @@ class _Memory:
         key = (of, mode.micro_batch_size, mode.checkpoint, mode.frozen, self._autograd_keeps(mode))
         found = self._passes.get(key)
         if found is None:
-            share = 1 + ALLOCATOR_SHARE[self._accelerator]
-            found = max(self._pass_moments(of, mode), key=lambda m: m[0] + share * (m[1] + m[2]))
+            found = max(self._pass_moments(of, mode), key=sum)
             self._passes[key] = found
         return found
 
@@ -819,7 +827,7 @@ class _Memory:
         above = self._entries - of.low - sum(position >= of.low for position in self._positions)
         for kind in self._kinds(mode):
             if of.low > self._base_cut:
-                before = of.count * self._block * GRADIENT_BYTES if kind.repeated and self._autograd_keeps(mode) else 0
+                before = of.size * self._block * GRADIENT_BYTES if kind.repeated and self._autograd_keeps(mode) else 0
                 forward = kind.sequences * kind.tokens * self._forward + self._decoding(mode)
                 yield before, 0, forward
             yield from self._backward(of, mode, kind, self._decoding(mode) if above else 0)
@@ -838,15 +846,14 @@ class _Memory:
         Blocks are counted from the top, 0; the lowest is the last. Those that train beside it are taken to be the
         highest, where their gradients come earliest.
         """
-        e, h, i = self._e, self._h, self._i
+        e, row_bytes, block_gradient = self._e, self._h * self._e, self._block * GRADIENT_BYTES
         last = self._entries - of.low - 1
         tokens = kind.sequences * kind.tokens
         rows = _rows_apart(kind.rows)
         wanted = kind.sequences * math.ceil(kind.rows * kind.tokens)
         top_trains = of.top_trains or last == 0
-        middle = max(0, of.count - (2 if top_trains else 1))  # trained ones at 1 ... middle
-        full = {trained: self._saved[trained].total(kind.sequences, kind.tokens) for trained in (False, True)}
-        top = self._saved[top_trains].total(kind.sequences, kind.tokens, rows)
+        middle = max(0, of.size - (2 if top_trains else 1))  # 1 ... middle train
+        frozen, trained, top = self._saved_totals(kind, rows, top_trains)
         cast = 0 if e == 4 or mode.optimizer != "fp32" else 2 * self._block
 
         def trains(index: int) -> bool:
@@ -854,41 +861,51 @@ class _Memory:
 
         def saved_from(index: int) -> int:
             """Of this block and of all below it, when its backward pass begins."""
-            count = middle - max(index, 1) + 1 if index <= middle else 0
-            count += 1 if last > 0 else 0
-            own = top if index == 0 else full[trains(index)]
-            copies = cast * (count + (top_trains if index == 0 else 0))
-            if mode.checkpoint:
-                return (last - index + 1) * tokens * h * e + own + copies
-            rest = last - max(index, 1) + 1 if last > 0 else 0
-            return count * full[True] + (rest - count) * full[False] + (top if index == 0 else 0) + copies
+            below_top = last - max(index, 1) + 1 if last else 0
+            training = max(0, middle - max(index, 1) + 1) + (1 if last else 0)
+            own_top = top if index == 0 else 0
+            copies = cast * (training + (top_trains if index == 0 else 0))
+            if mode.checkpoint:  # the inputs of all of them, and what this one's second forward pass saves
+                again = top if index == 0 else trained if trains(index) else frozen
+                return (last - index + 1) * tokens * row_bytes + again + copies
+            return training * trained + (below_top - training) * frozen + own_top + copies
 
-        def gradients_above(index: int) -> int:
-            count = (1 if top_trains and index > 0 else 0) + min(max(index - 1, 0), middle)
-            return count * self._block * GRADIENT_BYTES
-
-        everything = of.count * self._block * GRADIENT_BYTES
-        autograd_keeps = self._autograd_keeps(mode)
-        at_head = (last + 1) * tokens * h * e if mode.checkpoint else saved_from(0)
+        own_gradients = self._autograd_keeps(mode)
+        every_gradient = of.size * block_gradient if own_gradients else 0
+        at_head = (last + 1) * tokens * row_bytes if mode.checkpoint else saved_from(0)
         # Wanted rows, their norm and its gradient; the rows are gathered where the block computed all of them.
-        head_work = (3 if rows < 1 else 4) * wanted * h * e + 4 * wanted + self._logits(wanted)
-        yield everything if kind.repeated and autograd_keeps else 0, at_head, head_work
-        # A gradient is added to one that is there, or to a buffer in fp32; else it is the first, and stays.
-        added = self._largest * e if kind.repeated or not autograd_keeps else 0
-        if kind.repeated and not autograd_keeps:
-            added += self._largest * GRADIENT_BYTES  # torch widens what it adds
-        for index in sorted({0, 1, middle, middle + 1, last}):
+        head_work = (3 if rows < 1 else 4) * wanted * row_bytes + 4 * wanted + self._logits(wanted)
+        yield every_gradient if kind.repeated else 0, at_head, head_work
+        growing = own_gradients and not kind.repeated
+        # Where gradients only grow, the worst block is at an end of a run of equal ones; else it is one of the highest.
+        for index in sorted({0, 1, middle, middle + 1, last} if growing else {0, 1}):
             if index > last:
                 continue
             count = wanted if index == 0 and rows < 1 else tokens
-            passing = (tokens + count) * h * e
-            mlp = count * (3 if trains(index) else 4) * i * e
-            work = passing + max(mlp, added if trains(index) else 0) + decoding
-            gradients = 0
-            if autograd_keeps:
-                own = h * i * GRADIENT_BYTES if trains(index) else 0  # that of the down projection comes first
-                gradients = everything if kind.repeated else gradients_above(index) + own
-            yield gradients, saved_from(index), work
+            work = (3 if trains(index) else 4) * count * self._i * e
+            gradients = every_gradient
+            if trains(index) and not growing:
+                work = max(work, self._new_gradient_bytes(mode, kind))
+            elif growing:
+                above = (top_trains and index > 0) + min(max(index - 1, 0), middle)
+                first = self._h * self._i * GRADIENT_BYTES if trains(index) else 0  # the down projection's
+                gradients = above * block_gradient + first
+            yield gradients, saved_from(index), (tokens + count) * row_bytes + work + decoding
+
+    def _saved_totals(self, kind: _Pass, rows: float, top_trains: bool) -> tuple[int, int, int]:
+        """Saved bytes of a frozen block, of a trained one, and of the topmost."""
+        key = (kind, rows, top_trains)
+        found = self._totals.get(key)
+        if found is None:
+            frozen, trained = (self._saved[t].total(kind.sequences, kind.tokens) for t in (False, True))
+            top = self._saved[top_trains].total(kind.sequences, kind.tokens, rows)
+            found = self._totals[key] = (frozen, trained, top)
+        return found
+
+    def _new_gradient_bytes(self, mode: ExecutionMode, kind: _Pass) -> int:
+        """The largest gradient on its way to what it is added to, which torch widens where it is narrower."""
+        widened = 0 if self._autograd_keeps(mode) or not kind.repeated else GRADIENT_BYTES
+        return self._largest * (self._e + widened)
 
     def peak(self, of: _Set, mode: ExecutionMode) -> int:
         """Bytes of the moment that takes the most, allocator included."""
@@ -900,8 +917,9 @@ class _Memory:
         return (self.before_training(mode), *self.training(of, mode), *self.after_training(of, mode))
 
     def _allocator(self, moment: _Moment) -> int:
-        transient = moment.activations + moment.work
-        return ALLOCATOR_FLOOR_BYTES + math.ceil(ALLOCATOR_SHARE[self._accelerator] * transient)
+        transient = min(moment.activations + moment.work, ALLOCATOR_MOST_TEMPORARIES[self._accelerator])
+        library = CPU_BF16_BYTES if self._accelerator == "cpu" and self._e == 2 else 0
+        return ALLOCATOR_FLOOR_BYTES + library + math.ceil(ALLOCATOR_SHARE[self._accelerator] * transient)
 
     def with_allocator(self, moment: _Moment) -> int:
         """Live bytes of a moment and what the allocator adds."""
@@ -1022,7 +1040,8 @@ class ModeSearch:
         self._layout, self._work = layout, work
         self._memory = _Memory(shape, layout, work, device.accelerator)
         self._time = _Time(device, shape, layout, work)
-        self._modes = tuple(_modes(layout, work, set(optimizers)))
+        self._reading_s = self._time.fill_s("suffix") - self._time.fill_s("resident")
+        self._modes = tuple(_modes(layout, work, set(optimizers), reads=self._reading_s > 0))
         self._timed: dict[_Set, list[tuple[float, int, ExecutionMode]]] = {}
         self._peaks: dict[tuple[_Set, ExecutionMode], int] = {}
 
@@ -1036,6 +1055,13 @@ class ModeSearch:
         then the one that does the least out of the ordinary.
         """
         of = _set_of(self._layout, blocks)
+        # The first mode does nothing that costs time; it may read more than another in the first pass, not more.
+        first_s = self._seconds(of, self._modes[0])
+        fastest_s = first_s - self._reading_s
+        if fastest_s > max_seconds:
+            return None
+        if first_s <= min(max_seconds, (1 + SAME_TIME) * fastest_s) and self._peak(of, self._modes[0]) <= budget_bytes:
+            return self._modes[0]
         fastest = chosen = None  # (seconds, place among equals, mode)
         enough_s = max_seconds
         for found in self._by_time(of):
@@ -1067,7 +1093,7 @@ class ModeSearch:
 
     def fastest_s(self, blocks: Iterable[int]) -> float:
         """Seconds of the fastest mode, whatever memory it takes."""
-        return self._by_time(_set_of(self._layout, blocks))[0][0]
+        return self._seconds(_set_of(self._layout, blocks), self._modes[0]) - self._reading_s
 
     def cost(self, blocks: Iterable[int], mode: ExecutionMode) -> ModeChoice:
         """What these blocks cost in this mode."""
@@ -1077,7 +1103,7 @@ class ModeSearch:
             mode=mode,
             memory=self._memory.breakdown(of, mode, 0),
             step_s=step_s,
-            seconds=self._time.fill_s(mode.residency) + self._work.steps * step_s,
+            seconds=self._seconds(of, mode),
         )
 
     def _peak(self, of: _Set, mode: ExecutionMode) -> int:
@@ -1090,22 +1116,31 @@ class ModeSearch:
         """(seconds, place among equals, mode), the best first."""
         found = self._timed.get(of)
         if found is None:
-            steps, time = self._work.steps, self._time
-            found = sorted(
-                (time.fill_s(mode.residency) + steps * time.step_s(of, mode), place, mode)
-                for place, mode in enumerate(self._modes)
-            )
+            found = sorted((self._seconds(of, mode), place, mode) for place, mode in enumerate(self._modes))
             self._timed[of] = found
         return found
 
+    def _seconds(self, of: _Set, mode: ExecutionMode) -> float:
+        """Of the first pass and all steps."""
+        return self._time.fill_s(mode.residency) + self._work.steps * self._time.step_s(of, mode)
 
-def _modes(layout: StackLayout, work: Workload, optimizers: Collection[OptimizerMode]) -> Iterator[ExecutionMode]:
-    """Everything that is tried; of equally fast modes the first is taken: exact, large passes, little memory."""
+
+def _modes(
+    layout: StackLayout, work: Workload, optimizers: Collection[OptimizerMode], *, reads: bool
+) -> Iterator[ExecutionMode]:
+    """Everything that is tried; of equally fast modes the first is taken: exact, large passes, little memory.
+
+    Args:
+        reads: the first pass waits for layers that are not in memory.
+    """
     exact: OptimizerMode = "fp32" if work.dtype_bytes == 4 else "split"
-    kinds = [exact] if "fp32" in optimizers or "split" in optimizers else []
-    kinds += ["split_8bit"] if "split_8bit" in optimizers else []
+    kinds: list[OptimizerMode] = []
+    if "fp32" in optimizers or "split" in optimizers:
+        kinds.append(exact)
+    if "split_8bit" in optimizers:
+        kinds.append("split_8bit")
     forms: tuple[FrozenForm, ...] = ("decoded", "nf4")
-    residencies: tuple[Residency, ...] = ("suffix", "resident")
+    residencies: tuple[Residency, ...] = ("suffix", "resident") if reads else ("suffix",)
     if layout.num_entries - layout.base_cut == len(layout.positions):
         forms = ("decoded",)
     for optimizer in kinds:
