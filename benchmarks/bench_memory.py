@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from bench_runtime import merge_results
 from random_models import MODELS, RandomModel, write_random_model
 from rivals import DTYPES, Assigned, Data, false_hash, layout_of, quantised
 from starter_runs import RESULTS, machine, write_results
@@ -174,12 +175,13 @@ def carry_out(point: Point, folder: Path, work: Path) -> dict[str, Any]:
     from fedblocks.edge_client.anchor import AnchorSet, Teacher
     from fedblocks.edge_client.evaluate import measure_anchor
     from fedblocks.edge_client.expanded_model import ExpandedModel, load_libraries
-    from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory
+    from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory, return_large_blocks
     from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_key
     from fedblocks.edge_client.train import train
     from fedblocks.protocol.tensors import encode_delta
 
     checkpoint = Checkpoint.open(folder)
+    return_large_blocks()
     load_libraries(checkpoint.config)
     backbone = quantised(folder, work)
     content = false_hash(checkpoint)
@@ -369,6 +371,8 @@ def main(arguments: Sequence[str]) -> None:
     found = summary(rows)
     print(", ".join(f"{key} {value:.3f}" for key, value in found.items()))
     write_results(options.out, "python benchmarks/bench_memory.py", rows, **machine(), memory_model=found)
+    if options.out == RESULTS / "memory.json":
+        merge_results(RESULTS / "runtime.json", "python benchmarks/bench_runtime.py", {"memory_model": found})
 
 
 if __name__ == "__main__":

@@ -225,11 +225,13 @@ def _phases(system: System, label_share: float) -> dict[str, float]:
 def _peaks(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Peak anonymous memory above the imports, and seconds, while a system is made, filled, and trained."""
     from fedblocks.edge_client.expanded_model import load_libraries
-    from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory
+    from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory, return_large_blocks
 
     load_libraries(json.loads((Path(spec["folder"]) / "config.json").read_text(encoding="utf-8")))
     if spec["system"]["kind"] in RIVALS:
         import_rivals()
+    else:
+        return_large_blocks()  # as the client does; the rivals run with what their users have
     gc.collect()
     give_back_freed_memory()
     imports, mapped = anonymous_bytes(), _status_bytes("RssFile")

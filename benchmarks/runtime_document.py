@@ -23,7 +23,7 @@ def speed(kept: dict[str, Any]) -> str:
     first = next(entry for entry in kept.values() if _is_speed(entry))
     return f"""## The edge runtime: CPU time of training
 
-`make bench-runtime` ({kept["device"]}; {first["threads"]} thread, {first["repeats"]} interleaved repeats, medians of process CPU
+`make bench-runtime` ({first["device"]}; {first["tokens_per_step"]} tokens a step, {first["repeats"]} interleaved repeats, medians of process CPU
 time, the same data, dtype and tokens for all, random weights; every number in benchmarks/results/runtime.json).
 How many times less CPU time ours takes than each stack as its documentation has it: from the second pass on / over three
 passes, ours with its prefix pass. In brackets the ratio of computed FLOPs, the most that leaving work out can give.
@@ -78,7 +78,7 @@ def model(kept: dict[str, Any]) -> str:
     """Predicted against measured peaks."""
     figures = kept["memory_model"]
     lines = [
-        f"| {row['name']} | {row['predicted_bytes'] / 2**20:.0f} | {row['measured_bytes'] / 2**20:.0f} "
+        f"| {row['point']} | {row['predicted_bytes'] / 2**20:.0f} | {row['measured_bytes'] / 2**20:.0f} "
         f"| {row['predicted_bytes'] / row['measured_bytes'] - 1:+.1%} |"
         for row in kept["rows"]
     ]

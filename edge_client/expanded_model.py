@@ -32,7 +32,6 @@ from fedblocks.edge_client.decoder_block import (
     block_step,
     layout,
 )
-from fedblocks.edge_client.memory import return_large_blocks
 from fedblocks.edge_client.store import LazyTensors
 from fedblocks.kernels.ops import merge_split, rms_norm, split_fp32
 from fedblocks.profiles.model_shape import TensorSpec
@@ -78,11 +77,10 @@ class ParamGroup:
 
 
 def load_libraries(config: Mapping[str, Any]) -> None:
-    """Imports what a model of this config.json imports when it is made, and sets up the allocator.
+    """Imports what a model of this config.json imports when it is made.
 
     Called before a measurement of memory begins: these imports take about 100 MiB that no task is to blame for.
     """
-    return_large_blocks()
     Rotary(_transformers_config(config), torch.float32)
 
 

@@ -23,7 +23,7 @@ from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel, load_libraries
-from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory
+from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory, return_large_blocks
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_fields, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
 from fedblocks.edge_client.samples import TokenisedSample
@@ -114,6 +114,7 @@ class Workbench:
         self._say = say
         self._said_mode = ""
         self._cache = cache or CacheSettings()
+        return_large_blocks()
         load_libraries(checkpoint.config)
         backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash)
         say(f"4-bit layers by {backbone.quantiser}, read by our own decoder; arithmetic in {profile.compute_dtype}")

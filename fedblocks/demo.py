@@ -26,7 +26,7 @@ from fedblocks.protocol.run_config import ConfigError
 
 #: The virtual consortium: catalog devices, weakest first.
 DEVICES = ("laptop-cpu", "jetson-orin-nano-8gb", "jetson-orin-nx-16gb", "jetson-agx-orin-64gb")
-QUICK_DEVICES = (DEVICES[1], DEVICES[3])
+QUICK_DEVICES = (DEVICES[0], DEVICES[3])
 #: What a demo makes beside its result; the marker says that these folders are its own to remove.
 SUBFOLDERS = ("run", "sites", "data", "logs", "export")
 MARKER = ".fedblocks-demo"

@@ -45,7 +45,7 @@ CHILD_SHARE: Final = 0.6
 PRIOR_LINK: Final = (5e6 / 8, 20e6 / 8)
 PRIOR_DISK_BYTES_PER_S: Final = 100e6
 PRIOR_STEP_OVERHEAD_S: Final = 0.02
-PRIOR_RUNTIME_BYTES: Final[dict[Accelerator, int]] = {"cpu": 16 * MIB, "cuda": 1_200_000_000}
+PRIOR_RUNTIME_BYTES: Final[dict[Accelerator, int]] = {"cpu": MIB, "cuda": 1_200_000_000}
 #: cgroup files that bound this process's memory, version 2 and 1.
 CGROUP_LIMITS: Final = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
