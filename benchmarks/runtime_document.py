@@ -68,7 +68,10 @@ Llama-3.2-1B shape, one block on top, 512 tokens a step, bf16 arithmetic for bot
 
 | QLoRA | peak, GiB | ours, exact | ours, 8-bit moments |
 |---|---|---|---|
-{chr(10).join(_qlora_line(entry, key) for key in entry if key.startswith("peak_anon_bytes_qlora"))}"""
+{chr(10).join(_qlora_line(entry, key) for key in entry if key.startswith("peak_anon_bytes_qlora"))}
+
+The rivals run with the allocator as their users have it. Given the setting of our client (edge_client/memory.py), stock QLoRA
+took 2.51 GiB in one run: 0.60 times that is ours."""
     if seven is None:
         return text
     return f"""{text}
