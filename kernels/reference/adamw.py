@@ -55,7 +55,7 @@ _M_ZERO: Final = 0x80
 """m's code of zero."""
 _SMALLEST_SCALED: Final = 1e-37
 """Blocks whose largest magnitude is below this are scaled as if it were this; its reciprocal is still finite."""
-_GOLDEN: Final = 648055
+GOLDEN: Final = 648055
 """2²⁰ · 0.618, odd."""
 _DITHERS: Final = 1 << 18
 """Entries of the table of random numbers, which the chunks share; at least :data:`CHUNK`."""
@@ -274,10 +274,10 @@ def _m_table(device: torch.device) -> Tensor:
 
 def dither(size: int, step: int, device: torch.device) -> Tensor:
     """What the roundings of one step add to the bits that they drop: (size,) int32, even over 0..2²⁰ - 1."""
-    return (_dither_table(device)[:size] + step * _GOLDEN % (1 << _SHIFT)).bitwise_and_((1 << _SHIFT) - 1)
+    return (dither_table(device)[:size] + step * GOLDEN % (1 << _SHIFT)).bitwise_and_((1 << _SHIFT) - 1)
 
 
 @lru_cache(maxsize=8)
-def _dither_table(device: torch.device) -> Tensor:
+def dither_table(device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(1 << _SHIFT, (_DITHERS,), generator=generator, dtype=torch.int32).to(device)
