@@ -174,7 +174,7 @@ def carry_out(point: Point, folder: Path, work: Path) -> dict[str, Any]:
     from fedblocks.edge_client import work as client
     from fedblocks.edge_client.anchor import AnchorSet, Teacher
     from fedblocks.edge_client.evaluate import measure_anchor
-    from fedblocks.edge_client.expanded_model import ExpandedModel, load_libraries
+    from fedblocks.edge_client.expanded_model import ExpandedModel
     from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory, return_large_blocks
     from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_key
     from fedblocks.edge_client.train import train
@@ -182,7 +182,6 @@ def carry_out(point: Point, folder: Path, work: Path) -> dict[str, Any]:
 
     checkpoint = Checkpoint.open(folder)
     return_large_blocks()
-    load_libraries(checkpoint.config)
     backbone = quantised(folder, work)
     content = false_hash(checkpoint)
     plan = point.assigned.plan(checkpoint.config, content)

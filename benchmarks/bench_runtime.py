@@ -224,10 +224,8 @@ def _phases(system: System, label_share: float) -> dict[str, float]:
 
 def _peaks(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Peak anonymous memory above the imports, and seconds, while a system is made, filled, and trained."""
-    from fedblocks.edge_client.expanded_model import load_libraries
     from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory, return_large_blocks
 
-    load_libraries(json.loads((Path(spec["folder"]) / "config.json").read_text(encoding="utf-8")))
     if spec["system"]["kind"] in RIVALS:
         import_rivals()
     else:

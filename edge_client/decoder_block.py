@@ -12,7 +12,6 @@ values are computed of all rows, and everything else of those rows alone (runtim
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Final
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedblocks.edge_client.rotary import Rotary
 from fedblocks.kernels.ops import Nf4Weight, frozen_nf4_linear, rms_norm, rope, swiglu
 from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.protocol.expansion import DEFAULT_WINDOW, family_of, layer_types
 
 LINEARS: Final = (
     "self_attn.q_proj",
@@ -191,44 +192,23 @@ class BlockSpec:
     """Sliding attention window in tokens; None: full attention."""
 
 
-def attention_windows(config: Any, num_layers: int) -> tuple[int | None, ...]:
+def attention_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
     """Sliding window of each base layer, None for full attention.
 
     Args:
-        config: the transformers configuration object of the base.
+        config: the base's config.json.
         num_layers: its depth.
     """
-    types: Sequence[str] | None = getattr(config, "layer_types", None)
-    if types is not None:
-        return tuple(config.sliding_window if kind == "sliding_attention" else None for kind in types)
-    # Without a list the window is one number for all layers (mistral). A family without windows ignores a stray key.
-    window = config.sliding_window if hasattr(type(config)(), "sliding_window") else None
-    return (window,) * num_layers
-
-
-class Rotary:
-    """cos and sin for positions 0..n-1 from transformers' own module, so that every kind of rope scaling is right."""
-
-    def __init__(self, config: Any, dtype: torch.dtype) -> None:
-        from transformers import MODEL_MAPPING
-
-        model_class = MODEL_MAPPING[type(config)]
-        name = model_class.__name__.removesuffix("Model") + "RotaryEmbedding"
-        self._module = getattr(sys.modules[model_class.__module__], name)(config)
-        self._dtype = dtype
-        # These two kinds change their frequencies with the length, so a table cannot be cut from a longer one.
-        self._depends_on_length = self._module.rope_type in ("dynamic", "longrope")
-        self._tables: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos, sin of shape (length, hd)."""
-        size = length if self._depends_on_length else max(64, 1 << (length - 1).bit_length())
-        if size not in self._tables:
-            probe = torch.empty(0, dtype=self._dtype)
-            cos, sin = self._module(probe, torch.arange(size).unsqueeze(0))
-            self._tables[size] = (cos[0].contiguous(), sin[0].contiguous())
-        cos, sin = self._tables[size]
-        return cos[:length], sin[:length]
+    family = family_of(config)
+    if family.windows == "none":  # a family without windows ignores a stray key
+        return (None,) * num_layers
+    window = config.get("sliding_window", DEFAULT_WINDOW)
+    if family.windows == "by layer" and not config.get("use_sliding_window", False):
+        window = None
+    types = layer_types(config)
+    if types is None:  # without a list the window is one number for all layers (mistral)
+        return (window,) * num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
 def _linear(

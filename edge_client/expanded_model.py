@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from fedblocks.edge_client.backbone import FrozenLayers
 from fedblocks.edge_client.checkpoint import Checkpoint
@@ -26,12 +25,13 @@ from fedblocks.edge_client.decoder_block import (
     BlockSpec,
     BlockWeights,
     LoraPair,
-    Rotary,
     attention_windows,
     block_forward,
     block_step,
     layout,
 )
+from fedblocks.edge_client.recompute import recomputed
+from fedblocks.edge_client.rotary import Rotary
 from fedblocks.edge_client.store import LazyTensors
 from fedblocks.kernels.ops import merge_split, rms_norm, split_fp32
 from fedblocks.profiles.model_shape import TensorSpec
@@ -76,20 +76,6 @@ class ParamGroup:
         return {name: self.value(name).numpy().copy() for name in self.named}
 
 
-def load_libraries(config: Mapping[str, Any]) -> None:
-    """Imports what a model of this config.json imports when it is made.
-
-    Called before a measurement of memory begins: these imports take about 100 MiB that no task is to blame for.
-    """
-    Rotary(_transformers_config(config), torch.float32)
-
-
-def _transformers_config(config: Mapping[str, Any]) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**config)
-
-
 class ExpandedModel:
     """The base with its expanded blocks, at some state and strength.
 
@@ -115,9 +101,10 @@ class ExpandedModel:
         state: State | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        config = _transformers_config(checkpoint.config)
-        if config.hidden_act != "silu":
-            raise ValueError(f"hidden_act is {config.hidden_act!r}, expected 'silu': no supported family uses another")
+        config = checkpoint.config
+        activation, eps = config.get("hidden_act", "silu"), float(config.get("rms_norm_eps", 1e-6))
+        if activation != "silu":
+            raise ValueError(f"hidden_act is {activation!r}, expected 'silu': no supported family uses another")
         self.checkpoint = checkpoint
         self.backbone = backbone
         self.plan = plan
@@ -132,11 +119,9 @@ class ExpandedModel:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         windows = attention_windows(config, self.shape.num_layers)
         sources = plan.sources() if plan is not None else tuple(range(self.shape.num_layers))
-        self._specs = [
-            BlockSpec(shape=self.shape, eps=float(config.rms_norm_eps), window=windows[source]) for source in sources
-        ]
-        self._eps = float(config.rms_norm_eps)
-        self._rotary = Rotary(config, dtype)
+        self._specs = [BlockSpec(shape=self.shape, eps=eps, window=windows[source]) for source in sources]
+        self._eps = eps
+        self._rotary = Rotary(config, self.shape.head_dim, dtype)
         self._residency: Residency = "resident"
         self._frozen: FrozenForm = "decoded"
         self._final_norm = checkpoint.tensor("model.norm.weight").to(dtype)
@@ -306,7 +291,7 @@ class ExpandedModel:
         """
         weights, spec = weights or self.weights(position), self._specs[position]
         if self.recompute and torch.is_grad_enabled():
-            return recomputed(block_forward, h, weights, spec, self._rotary, rows, use_reentrant=False)
+            return recomputed(lambda x: block_forward(x, weights, spec, self._rotary, rows), h)
         return block_forward(h, weights, spec, self._rotary, rows)
 
     def final_rows(self, h: Tensor) -> Tensor:

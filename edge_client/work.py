@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import torch
+from numpy.random import Generator, Philox  # imported by name: numpy itself imports them when they are first used
 
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
 from fedblocks.edge_client.backbone import Backbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
-from fedblocks.edge_client.expanded_model import ExpandedModel, load_libraries
+from fedblocks.edge_client.expanded_model import ExpandedModel
 from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory, return_large_blocks
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_fields, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
@@ -115,7 +115,6 @@ class Workbench:
         self._said_mode = ""
         self._cache = cache or CacheSettings()
         return_large_blocks()
-        load_libraries(checkpoint.config)
         backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash)
         say(f"4-bit layers by {backbone.quantiser}, read by our own decoder; arithmetic in {profile.compute_dtype}")
         # What a task holds is counted from here: libraries are imported, nothing of the model is in memory yet.
@@ -210,7 +209,7 @@ class Workbench:
         """The same eight sequences of ``kl_val`` for the same client and task."""
         share = list(self.teacher.anchors.kl_val_indices) or list(self.teacher.anchors.train_indices)
         digest = hashlib.blake2b(f"{self.client} {seed}".encode(), digest_size=8).digest()
-        order = np.random.Generator(np.random.Philox(int.from_bytes(digest, "little"))).permutation(len(share))
+        order = Generator(Philox(int.from_bytes(digest, "little"))).permutation(len(share))
         return sorted(share[i] for i in order[:KL_VAL_SEQUENCES])
 
     def evaluate(self, task: Evaluate, payload: bytes) -> Report:

@@ -106,6 +106,9 @@ FAMILIES: Final[dict[str, Family]] = {
     )
 }
 
+#: Tokens; of all classes in transformers that have the field ``sliding_window``.
+DEFAULT_WINDOW: Final = 4096
+
 #: Specified in methods.md 2.2 and not built yet.
 LATER_FAMILIES: Final = (
     "bert",
@@ -414,7 +417,7 @@ def layer_types(config: Mapping[str, Any]) -> list[str] | None:
 
 
 def _window(config: Mapping[str, Any]) -> int | None:
-    return config.get("sliding_window", 4096)  # the default of all classes in transformers that have the field
+    return config.get("sliding_window", DEFAULT_WINDOW)
 
 
 def base_fields(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Tests of edge_client/expanded_model.py and edge_client/decoder_block.py against transformers' own classes."""
 
 import copy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -280,21 +278,3 @@ def test_training_at_another_strength_than_one_is_refused(make_model):
     model.set_strength(0.5)
     with pytest.raises(ValueError, match=r"strength 0\.5"):
         model.train_blocks((0,))
-
-
-def test_loading_the_libraries_ahead_leaves_a_model_nothing_to_import(tiny_checkpoint, tmp_path):
-    config = (tiny_checkpoint(tmp_path, family="mistral") / "config.json").read_text()
-    program = """
-import json, sys
-from fedblocks.edge_client.expanded_model import ExpandedModel, load_libraries
-from fedblocks.edge_client.backbone import DenseBackbone
-from fedblocks.edge_client.checkpoint import Checkpoint
-load_libraries(json.loads(sys.argv[1]))
-before = set(sys.modules)
-checkpoint = Checkpoint.open(sys.argv[2])
-ExpandedModel(backbone=DenseBackbone(checkpoint), checkpoint=checkpoint)
-print(sorted(name for name in set(sys.modules) - before if name.startswith(("transformers", "torch"))))
-"""
-    folder = next(tmp_path.glob("mistral-*"))
-    done = subprocess.run([sys.executable, "-c", program, config, str(folder)], capture_output=True, text=True)
-    assert done.stdout == "[]\n", done.stderr

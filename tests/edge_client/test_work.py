@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -112,6 +114,53 @@ def test_the_leanest_exact_mode_gives_the_same_update(bench, make_assignment, mo
     _, lean = run(made, make_assignment, **task)
     assert lean == usual
     assert any("recomputed activations" in line for line in made.said)
+
+
+TASK = """
+import dataclasses, json, sys
+from pathlib import Path
+from fedblocks.edge_client.checkpoint import Checkpoint
+from fedblocks.edge_client.data import TextEncoder, load_site_data
+from fedblocks.edge_client.store import ClientStore
+from fedblocks.edge_client.work import Workbench
+from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol.messages import Assignment, DataFormat, Delta, StateUpdate
+
+folder, client, rows, profile, task, recompute = sys.argv[1:]
+encoder = TextEncoder(Path(folder), DataFormat(max_tokens=32, append_eos=False, join=" "))
+bench = Workbench(
+    checkpoint=Checkpoint.open(Path(folder)), store=ClientStore(Path(client)),
+    data=load_site_data(Path(rows), encoder), encoder=encoder, client="k" * 40,
+    profile=DeviceProfile(**json.loads(profile)), memory_limit_bytes=0, emulation=None, say=lambda _: None,
+)
+fields = json.loads(task)
+fields |= {"state": StateUpdate(**fields["state"]), "blocks": tuple(fields["blocks"]), "measure": ("anchor",)}
+if recompute == "recompute":
+    choose = bench._choose
+    def forced(*arguments):
+        found = choose(*arguments)
+        return dataclasses.replace(found, mode=dataclasses.replace(found.mode, checkpoint=True))
+    bench._choose = forced
+before = set(sys.modules)
+done, _ = bench.train(Assignment(**fields), b"", status=lambda *_: None)
+assert isinstance(done, Delta), done
+print(json.dumps({"late": sorted(set(sys.modules) - before), "all": sorted(sys.modules)}))
+"""
+
+
+@pytest.mark.parametrize("recompute", ["keep", "recompute"])
+def test_a_task_imports_nothing_and_a_session_never_transformers(site, bench, make_assignment, tmp_path, recompute):
+    """What a task imports would count as its memory; transformers takes 130 MiB and seconds for nothing it needs."""
+    made = bench()  # leaves the 4-bit files: a later session has nothing to quantise
+    task = asdict(make_assignment(state=at_version_0(made.plan.shape), anchor_weight=1.0))
+    arguments = (site[0].folder, tmp_path / "client", tmp_path / "train.jsonl", json.dumps(asdict(PROFILE)))
+    done = subprocess.run(
+        [sys.executable, "-c", TASK, *map(str, arguments), json.dumps(task), recompute], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["late"] == []
+    assert not {"transformers", "bitsandbytes", "sympy", "torch._dynamo"} & set(found["all"])
 
 
 def test_a_state_that_was_taken_is_read_from_the_disk_and_is_the_same(bench, make_assignment, random_state):

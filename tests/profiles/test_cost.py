@@ -200,16 +200,15 @@ SHAPES = [
 @pytest.mark.parametrize("changes", SHAPES)
 def test_a_real_block_saves_the_predicted_bytes_to_the_byte(changes, dtype, trained, labelled):
     import torch
-    from transformers import AutoConfig
 
-    from fedblocks.edge_client.decoder_block import BlockSpec, BlockWeights, Rotary, block_forward
+    from fedblocks.edge_client.decoder_block import BlockSpec, BlockWeights, block_forward
+    from fedblocks.edge_client.rotary import Rotary
 
     sequences, tokens, compute = 2, 64, getattr(torch, dtype)
     sizes = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32}
     usual = {"family": "llama", "num_layers": 1, "num_heads": 4, "vocab_size": 8, "tied_embeddings": True, **sizes}
     shape = ModelShape(**{**usual, **changes})
-    heads = {"num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads}
-    rotary = Rotary(AutoConfig.for_model(shape.family, **sizes, **heads), compute)
+    rotary = Rotary({"model_type": shape.family}, shape.head_dim, compute)
     weights = BlockWeights.of(shape, {s.name: torch.ones(s.shape) for s in shape.block_tensors()}, compute)
     weights = weights.as_leaves() if trained else weights
     x = torch.randn(sequences, tokens, shape.hidden_size).to(compute).requires_grad_()
