@@ -59,7 +59,7 @@ def run(launch: Launch) -> None:
     form = launch.variant
     if interpreting() and KERNELS[launch.kernel].dots and form.dtype == "bf16":
         raise ValueError(
-            f"{launch.kernel}: matrix products of bf16 are silently wrong in Triton's interpreter; use fp32 or fp16 there"
+            f"{launch.kernel}: Triton's interpreter multiplies bf16 matrices wrongly without a word; use fp32 or fp16"
         )
     function(launch.kernel)[launch.grid](
         *launch.args, **dict(form.constexprs), num_warps=form.num_warps, enable_fp_fusion=False

@@ -1,39 +1,50 @@
 """Which tensor operations are there? This file is the only one of the room that others import.
 
-Every operation is registered with torch.library under ``fedblocks::`` with a shape-and-dtype check that runs without
-data, so that a wrong call is an error that names the value, on every backend.
+An operation is called here; who carries it out (a compiled pack, Triton, torch) is decided by ``dispatch.py``, and what
+it must compute is stated in plain torch under ``reference/``. ``library.py`` registers the same with torch.library.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fedblocks.kernels.reference import nf4 as _nf4
+from fedblocks.kernels import library as _library
+from fedblocks.kernels import nf4 as _nf4
+from fedblocks.kernels.delta import EncodedRows, delta_encode
+from fedblocks.kernels.dispatch import DISPATCHER, BackendError, Event, KernelSettings
+from fedblocks.kernels.fused import attention_in, mlp
+from fedblocks.kernels.head import LinearCrossEntropy, LinearKlTopK, top_k
+from fedblocks.kernels.optimizer import adamw_step_, square_norm
+from fedblocks.kernels.pointwise import RmsNorm, Rope, SwiGlu
 from fedblocks.kernels.reference import split as _split
-from fedblocks.kernels.reference.adamw import Moments, Moments8Bit, adamw_step_
-from fedblocks.kernels.reference.head import LinearCrossEntropy, LinearKlTopK, top_k
+from fedblocks.kernels.reference.adamw import Moments, Moments8Bit
 from fedblocks.kernels.reference.nf4 import Nf4Weight, quantize_nf4
-from fedblocks.kernels.reference.pointwise import RmsNorm, Rope, SwiGlu
 
 __all__ = [
+    "DISPATCHER",
     "NUMERICS_CLASS",
+    "BackendError",
+    "EncodedRows",
+    "Event",
+    "KernelSettings",
     "Moments",
     "Moments8Bit",
     "Nf4Weight",
     "adamw_step_",
+    "attention_in",
+    "delta_encode",
     "frozen_nf4_linear",
     "linear_cross_entropy",
     "linear_kl_topk",
     "merge_split",
+    "mlp",
     "nf4_dequant",
     "quantize_nf4",
     "rms_norm",
     "rope",
     "split_fp32",
+    "square_norm",
     "swiglu",
     "top_k",
 ]
@@ -41,91 +52,7 @@ __all__ = [
 NUMERICS_CLASS = 1
 """Raised by hand when an operation's results move beyond its tolerance; part of every prefix-cache key."""
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-# Defined through Library, not custom_op: the first call of such an op imports the compiler, 67 MiB and 1.5 s.
-_LIBRARY = torch.library.Library("fedblocks", "FRAGMENT")
-_NF4_ARGS = "Tensor packed, Tensor absmax, Tensor nested_code, Tensor nested_absmax, Tensor code, float offset"
-_LIBRARY.define(f"nf4_dequant({_NF4_ARGS}, SymInt[] shape, ScalarType dtype) -> Tensor")
-_LIBRARY.define(f"nf4_dequant_into({_NF4_ARGS}, Tensor(a!) out) -> ()")
-
-
-@torch.library.impl(_LIBRARY, "nf4_dequant", "CompositeExplicitAutograd")
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor,
-    nested_absmax: Tensor,
-    code: Tensor,
-    offset: float,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    out = packed.new_empty(shape, dtype=dtype)
-    _nf4.nf4_dequant(packed, absmax, nested_code, nested_absmax, code, offset, out)
-    return out
-
-
-@torch.library.register_fake("fedblocks::nf4_dequant", lib=_LIBRARY)
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor,
-    nested_absmax: Tensor,
-    code: Tensor,
-    offset: float,  # noqa: ARG001
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    _check_nf4(packed, absmax, nested_code, nested_absmax, code, shape, dtype)
-    return packed.new_empty(shape, dtype=dtype)
-
-
-_LIBRARY.impl("nf4_dequant_into", _nf4.nf4_dequant, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("fedblocks::nf4_dequant_into", lib=_LIBRARY)
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor,
-    nested_absmax: Tensor,
-    code: Tensor,
-    offset: float,  # noqa: ARG001
-    out: Tensor,
-) -> None:
-    _check_nf4(packed, absmax, nested_code, nested_absmax, code, list(out.shape), out.dtype)
-
-
-def _check_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_code: Tensor,
-    nested_absmax: Tensor,
-    code: Tensor,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> None:
-    check = torch._check  # noqa: SLF001 - torch.library's documented way to check shapes under fake tensors
-    check(len(shape) == 2, lambda: f"nf4_dequant: shape is {shape}, expected two sizes")
-    n = shape[0] * shape[1]
-    groups = (n + _nf4.BLOCKSIZE - 1) // _nf4.BLOCKSIZE
-    nested = (groups + _nf4.NESTED_BLOCKSIZE - 1) // _nf4.NESTED_BLOCKSIZE
-    for name, part, length in (
-        ("packed", packed, (n + 1) // 2),
-        ("absmax", absmax, groups),
-        ("nested_code", nested_code, 256),
-        ("nested_absmax", nested_absmax, nested),
-        ("code", code, 16),
-    ):
-        check(
-            part.dim() == 1 and part.shape[0] == length,
-            lambda name=name, part=part, length=length: (
-                f"nf4_dequant: {name} has shape {tuple(part.shape)}, expected ({length},) for a weight of {shape}"
-            ),
-        )
-    check(dtype in _FLOATS, lambda: f"nf4_dequant: dtype is {dtype}, expected one of {_FLOATS}")
+_FLOATS = _library.FLOATS
 
 
 def nf4_dequant(weight: Nf4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -139,22 +66,14 @@ def nf4_dequant(weight: Nf4Weight, dtype: torch.dtype, out: Tensor | None = None
     """
     if dtype not in _FLOATS:
         raise ValueError(f"nf4_dequant: dtype is {dtype}, expected one of {', '.join(map(str, _FLOATS))}")
-    parts = (
-        weight.packed,
-        weight.absmax,
-        weight.nested_code,
-        weight.nested_absmax,
-        weight.code,
-        weight.offset,
-    )
     if out is None:
-        return torch.ops.fedblocks.nf4_dequant(*parts, list(weight.shape), dtype)
-    if tuple(out.shape) != weight.shape or out.dtype != dtype or not out.is_contiguous():
+        out = weight.packed.new_empty(weight.shape, dtype=dtype)
+    elif tuple(out.shape) != weight.shape or out.dtype != dtype or not out.is_contiguous():
         raise ValueError(
             f"nf4_dequant: out is {out.dtype} {tuple(out.shape)} with strides {out.stride()}, expected {dtype} "
             f"{weight.shape}, contiguous"
         )
-    torch.ops.fedblocks.nf4_dequant_into(*parts, out)
+    _nf4.nf4_dequant(*weight.buffers, weight.offset, out)
     return out
 
 
@@ -177,29 +96,7 @@ def frozen_nf4_linear(x: Tensor, parts: tuple[Nf4Weight, ...], bias: Tensor | No
             f"frozen_nf4_linear: the parts have shapes {[part.shape for part in parts]}, expected (N, {x.shape[-1]}) "
             f"each, for x of shape {tuple(x.shape)}"
         )
-    return _FrozenNf4Linear.apply(x, bias, parts)
-
-
-def _decoded(parts: tuple[Nf4Weight, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    rows = [part.shape[0] for part in parts]
-    weight = torch.empty(sum(rows), parts[0].shape[1], dtype=dtype, device=device)
-    for part, place in zip(parts, weight.split(rows), strict=True):
-        nf4_dequant(part, dtype, out=place)
-    return weight
-
-
-class _FrozenNf4Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, parts: tuple[Nf4Weight, ...]) -> Tensor:
-        ctx.parts, ctx.device = parts, x.device
-        return torch.nn.functional.linear(x, _decoded(parts, x.dtype, x.device), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        dx = dy @ _decoded(ctx.parts, dy.dtype, ctx.device) if ctx.needs_input_grad[0] else None
-        db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return dx, db, None
+    return _nf4.FrozenNf4Linear.apply(x, bias, parts)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, target: Tensor, scale: float) -> Tensor:

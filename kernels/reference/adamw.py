@@ -113,7 +113,7 @@ class Moments8Bit:
         return Moments(m=whole.m[:n], v=whole.v[:n])
 
 
-def adamw_step_(
+def adamw_(
     weight: Tensor,
     low: Tensor | None,
     gradient: Tensor,

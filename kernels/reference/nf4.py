@@ -11,7 +11,7 @@ Source: Dettmers et al., QLoRA, arXiv 2305.14314 (NF4, double quantisation) and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Final
 
@@ -85,10 +85,19 @@ class Nf4Weight:
         return self.shape[0] * self.shape[1]
 
     @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """packed, absmax, nested_code, nested_absmax, code."""
+        return self.packed, self.absmax, self.nested_code, self.nested_absmax, self.code
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all parts together."""
-        parts = (self.packed, self.absmax, self.nested_code, self.nested_absmax, self.code)
-        return sum(part.numel() * part.element_size() for part in parts)
+        """Bytes of all buffers together."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
+
+    def to(self, device: torch.device) -> Nf4Weight:
+        """The same weight on ``device``."""
+        names = ("packed", "absmax", "nested_code", "nested_absmax", "code")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @cache
@@ -204,3 +213,22 @@ def _scale_into(target: Tensor, values: Tensor, scale: Tensor) -> None:
         torch.mul(values, scale.unsqueeze(1), out=target)
     else:
         target.copy_(values.mul_(scale.unsqueeze(1)))
+
+
+def decoded(parts: tuple[Nf4Weight, ...], dtype: torch.dtype) -> Tensor:
+    """The decoded parts below each other: (sum of N_i, K)."""
+    rows = [part.shape[0] for part in parts]
+    weight = torch.empty(sum(rows), parts[0].shape[1], dtype=dtype, device=parts[0].packed.device)
+    for part, place in zip(parts, weight.split(rows), strict=True):
+        nf4_dequant(*part.buffers, part.offset, place)
+    return weight
+
+
+def nf4_linear(x: Tensor, parts: tuple[Nf4Weight, ...]) -> Tensor:
+    """``x Wᵀ`` (M, N) of x (M, K), W the decoded parts below each other."""
+    return x @ decoded(parts, x.dtype).T
+
+
+def nf4_linear_dgrad(dy: Tensor, parts: tuple[Nf4Weight, ...]) -> Tensor:
+    """``dy W`` (M, K) of dy (M, N)."""
+    return dy @ decoded(parts, dy.dtype)

@@ -5,7 +5,7 @@ import torch
 
 from fedblocks.kernels import ops
 from fedblocks.kernels.reference import adamw
-from fedblocks.kernels.reference.adamw import BLOCK, Moments, Moments8Bit, adamw_step_
+from fedblocks.kernels.reference.adamw import BLOCK, Moments, Moments8Bit, adamw_
 
 torch.set_num_threads(1)
 
@@ -30,7 +30,7 @@ def stepped(n, grads, kind, *, split=False, weight=None):
         weight, low = ops.split_fp32(weight)
     moments = kind.zeros(n, CPU)
     for step, gradient in enumerate(grads, 1):
-        adamw_step_(weight, low, gradient, moments, step=step, **HYPER)
+        adamw_(weight, low, gradient, moments, step=step, **HYPER)
     return (ops.merge_split(weight, low) if split else weight), moments
 
 
@@ -81,7 +81,7 @@ def test_fresh_moments_are_zero_and_a_zero_gradient_moves_nothing():
         weight = normal(700)
         before = weight.clone()
         for step in (1, 2):
-            adamw_step_(weight, None, torch.zeros(700), moments, step=step, **{**HYPER, "weight_decay": 0.0})
+            adamw_(weight, None, torch.zeros(700), moments, step=step, **{**HYPER, "weight_decay": 0.0})
         assert torch.equal(weight, before)
     assert not moments.decoded().m.any()
     assert not moments.decoded().v.any()
@@ -94,10 +94,10 @@ def test_elements_without_gradient_beside_others_do_not_move_and_wake_later():
     start = normal(600)
     weight, moments = start.clone(), Moments8Bit.zeros(600, CPU)
     for step, gradient in enumerate(grads, 1):
-        adamw_step_(weight, None, gradient, moments, step=step, **{**HYPER, "weight_decay": 0.0})
+        adamw_(weight, None, gradient, moments, step=step, **{**HYPER, "weight_decay": 0.0})
     assert torch.equal(weight[~live], start[~live])
     assert (weight[live] != start[live]).all()
-    adamw_step_(weight, None, gradients(600, 6)[5], moments, step=6, **{**HYPER, "weight_decay": 0.0})
+    adamw_(weight, None, gradients(600, 6)[5], moments, step=6, **{**HYPER, "weight_decay": 0.0})
     assert ((weight - start)[~live].abs() > 0).all()
 
 
@@ -105,7 +105,7 @@ def test_codes_stand_for_what_they_were_made_of():
     """One step from zero: m = 0.1·g and v = 0.01·g², each read back within a code's width."""
     gradient = gradients(4096, 1, spread=3.0)[0]
     moments = Moments8Bit.zeros(4096, CPU)
-    adamw_step_(torch.zeros(4096), None, gradient, moments, step=1, **HYPER)
+    adamw_(torch.zeros(4096), None, gradient, moments, step=1, **HYPER)
     decoded = moments.decoded()
     m, v = 0.1 * gradient, 0.01 * gradient.square()
     m_top = m.view(-1, BLOCK).abs().amax(1).repeat_interleave(BLOCK)
@@ -120,7 +120,7 @@ def test_codes_stand_for_what_they_were_made_of():
 def test_moments_at_the_lower_edge_of_fp32_keep_sign_and_size(largest):
     gradient = normal(BLOCK).clamp_(-1, 1) * largest
     weight, moments = torch.zeros(BLOCK), Moments8Bit.zeros(BLOCK, CPU)
-    adamw_step_(weight, None, gradient, moments, step=1, **HYPER)
+    adamw_(weight, None, gradient, moments, step=1, **HYPER)
     m = 0.1 * gradient
     assert ((moments.decoded().m - m).abs() <= m.abs() / 8 + 1e-42).all()
     assert weight.isfinite().all()
@@ -133,7 +133,7 @@ def test_a_small_second_moment_next_to_a_large_one_never_becomes_zero(largest):
     weight, moments = torch.zeros(BLOCK), Moments8Bit.zeros(BLOCK, CPU)
     for step in range(1, 20):
         before = weight.clone()
-        adamw_step_(weight, None, gradient, moments, step=step, **HYPER)
+        adamw_(weight, None, gradient, moments, step=step, **HYPER)
         assert (weight - before).abs().max() <= HYPER["lr"] * 1.5
     v = moments.decoded().v
     assert v.isfinite().all()
@@ -148,7 +148,7 @@ def test_rounding_is_unbiased_where_an_elements_share_of_its_block_changes():
     for step in range(1, 301):
         gradient = normal(n, seed=step) * torch.where(half, max(0.1, 1 - step / 150), 1.0)
         for moments in (exact, eight):
-            adamw_step_(torch.zeros(n), None, gradient, moments, step=step, **HYPER)
+            adamw_(torch.zeros(n), None, gradient, moments, step=step, **HYPER)
     ratio = (eight.decoded().v / exact.v).sqrt()
     for part in (half, ~half):
         assert ratio[part].mean().item() == pytest.approx(1, abs=0.04)
@@ -194,7 +194,7 @@ def classified(kind, *, split=False, steps=200):
         for (w, low), gradient, m in zip(stored, grads, moments, strict=True):
             flat = None if low is None else low.view(-1)
             hyper = {**HYPER, "weight_decay": 0.0}
-            adamw_step_(w.view(-1), flat, gradient.reshape(-1), m, step=step, **hyper)
+            adamw_(w.view(-1), flat, gradient.reshape(-1), m, step=step, **hyper)
     return before, held_out()
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fedblocks.kernels import ops
-from fedblocks.kernels.reference import head
+from fedblocks.kernels import head, ops
+from fedblocks.kernels.reference import head as reference
 
 torch.set_num_threads(1)
 
@@ -76,7 +76,7 @@ def test_gradcheck_with_a_tail_below_the_threshold_and_one_at_the_floor():
     weight = torch.eye(4, dtype=torch.float64)
     teacher = torch.tensor([[30.0, 29, 0, 0], [3.0, 2, 1, 0]], dtype=torch.float64)
     ids, logp, log_tail = ops.top_k(teacher, weight, 2)
-    assert log_tail[0].exp() < head.TAIL_MIN < log_tail[1].exp()
+    assert log_tail[0].exp() < reference.TAIL_MIN < log_tail[1].exp()
     student = torch.tensor([[1.0, 2, 0.5, 0], [40.0, 40, 0, -1]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda s: ops.linear_kl_topk(s, weight, ids, logp, log_tail, 1.0), (student,))
     dropped = student.detach()[:1]
@@ -145,7 +145,7 @@ def watched(loss, dtype, grad, monkeypatch, rows=200, vocab=3000):
     """What one forward and backward pass makes with chunks of 64 rows and pieces of 4."""
     monkeypatch.setattr(head, "MIN_ROWS", 32)
     monkeypatch.setattr(head, "LOGITS_BYTES", 64 * vocab * dtype.itemsize)
-    monkeypatch.setattr(head, "PIECE_BYTES", 4 * vocab * 4)
+    monkeypatch.setattr(reference, "PIECE_BYTES", 4 * vocab * 4)
     h, weight, target = operands(rows=rows, vocab=vocab, hidden=8, dtype=torch.float32)
     h, weight = h.to(dtype), weight.to(dtype)
     record = ops.top_k(h + 0.1, weight, 5)
@@ -167,7 +167,7 @@ def test_one_chunk_of_logits_is_all_that_is_ever_made_of_rows_times_vocabulary(l
     watch = watched(loss, dtype, grad, monkeypatch)
     largest = sorted(watch.storages.values(), reverse=True)
     assert largest[0] == 64 * 3000 * dtype.itemsize  # a third of all logits
-    wide = [4 * 3000 * 4] if dtype == torch.bfloat16 else []
+    wide = [4 * 3000 * 4] * 4 if dtype == torch.bfloat16 else []  # for each of the four chunks, one after the other
     assert largest[1 : 1 + len(wide)] == wide  # what is widened to fp32 at a time
     assert largest[1 + len(wide)] < 3000 * 4  # less than one row of logits
 
@@ -175,7 +175,7 @@ def test_one_chunk_of_logits_is_all_that_is_ever_made_of_rows_times_vocabulary(l
 def test_the_record_of_the_teacher_is_made_in_one_chunk_too(monkeypatch):
     monkeypatch.setattr(head, "MIN_ROWS", 32)
     monkeypatch.setattr(head, "LOGITS_BYTES", 32 * 3000 * 4)
-    monkeypatch.setattr(head, "PIECE_BYTES", 4 * 3000 * 4)
+    monkeypatch.setattr(reference, "PIECE_BYTES", 4 * 3000 * 4)
     h, weight, _ = operands(rows=200, vocab=3000, hidden=8, dtype=torch.float32)
     with Watch() as watch:
         ops.top_k(h, weight, 5)
@@ -215,7 +215,10 @@ def test_softmax_and_its_logarithm_may_overwrite_what_they_read():
     for shape in ((1, 1), (3, 7), (5, 33), (2, 1000), (17, 4099)):
         for dtype in (torch.float32, torch.float64):
             z = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype) * 5
-            for made, expected in ((head._log_softmax_out, torch.log_softmax), (head._softmax_out, torch.softmax)):
+            for made, expected in (
+                (reference._log_softmax_out, torch.log_softmax),
+                (reference._softmax_out, torch.softmax),
+            ):
                 place = z.clone()
                 made(place, 1, False, out=place)
                 assert torch.equal(place, expected(z, 1))
@@ -224,7 +227,7 @@ def test_softmax_and_its_logarithm_may_overwrite_what_they_read():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_narrow_operands_give_the_loss_and_gradient_of_wide_ones(dtype, monkeypatch):
     """Against fp64 on the same rounded operands; logits are rounded once to the operands' dtype."""
-    monkeypatch.setattr(head, "PIECE_BYTES", 3 * 300 * 4)
+    monkeypatch.setattr(reference, "PIECE_BYTES", 3 * 300 * 4)
     h, weight, target = operands(rows=40, vocab=300, hidden=16, dtype=torch.float64)
     h, weight = h.to(dtype), weight.to(dtype)
     record = ops.top_k(h.double().flip(0), weight.double(), 8)

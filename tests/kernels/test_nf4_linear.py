@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedblocks.kernels import ops
+from fedblocks.kernels import nf4, ops
 
 torch.set_num_threads(1)
 
@@ -39,14 +39,14 @@ def test_result_and_gradients_have_the_bits_of_a_linear_layer_over_the_decoded_w
 
 
 def test_nothing_is_saved_and_no_decoded_weight_lives_between_the_passes(monkeypatch):
-    made, decoded = [], ops._decoded
+    made, decoded = [], nf4.decoded
 
     def watched(*args):
         weight = decoded(*args)
         made.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(ops, "_decoded", watched)
+    monkeypatch.setattr(nf4, "decoded", watched)
     saved = []
     x = random(4, 64).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -58,8 +58,8 @@ def test_nothing_is_saved_and_no_decoded_weight_lives_between_the_passes(monkeyp
 
 
 def test_an_input_without_gradient_is_not_given_one_and_costs_no_decoding(monkeypatch):
-    calls, decoded = [], ops._decoded
-    monkeypatch.setattr(ops, "_decoded", lambda *args: calls.append(1) or decoded(*args))
+    calls, decoded = [], nf4.decoded
+    monkeypatch.setattr(nf4, "decoded", lambda *args: calls.append(1) or decoded(*args))
     assert not ops.frozen_nf4_linear(random(4, 64), (a_weight(8, 64),)).requires_grad
     bias = torch.zeros(8, requires_grad=True)
     ops.frozen_nf4_linear(random(4, 64), (a_weight(8, 64),), bias).sum().backward()
