@@ -58,6 +58,8 @@ def unflatten(tensors: Mapping[str, FloatArray]) -> State:
     return state
 
 
+#: Partial sums of a row's energy; fixed, since their order decides between rows of nearly equal energy.
+ENERGY_LANES: Final = 256
 #: The smallest normal fp32. A scale below it would lose bits, and bits that depend on how a machine treats subnormals.
 MIN_SCALE: Final = np.float32(2.0**-126)
 LARGEST_CODE: Final = 127
@@ -222,10 +224,24 @@ def _encode_int8(x: FloatArray, density: float) -> EncodedTensor:
 
 
 def _row_energy(matrix: FloatArray) -> NDArray[np.float64]:
-    energy = np.empty(len(matrix), dtype=np.float64)
-    step = max(1, CHUNK_ELEMENTS // matrix.shape[1])
-    for start in range(0, len(matrix), step):
-        energy[start : start + step] = np.square(matrix[start : start + step].astype(np.float64)).sum(axis=1)
+    """Sum of squares of each row (R,), in an order that every encoder shares: rows of equal energy tie everywhere.
+
+    Lane ``j`` of 256 adds the squares of columns ``j, j + 256, ...`` one after the other; then the upper half of the
+    lanes is added to the lower half until one is left.
+    """
+    num_rows, num_cols = matrix.shape
+    energy = np.empty(num_rows, dtype=np.float64)
+    step = max(1, CHUNK_ELEMENTS // num_cols)
+    for start in range(0, num_rows, step):
+        rows = matrix[start : start + step]
+        lanes = np.zeros((len(rows), ENERGY_LANES), dtype=np.float64)
+        for first in range(0, num_cols, ENERGY_LANES):
+            tile = rows[:, first : first + ENERGY_LANES].astype(np.float64)
+            lanes[:, : tile.shape[1]] += np.square(tile, out=tile)
+        while lanes.shape[1] > 1:
+            half = lanes.shape[1] // 2
+            lanes = lanes[:, :half] + lanes[:, half:]
+        energy[start : start + step] = lanes[:, 0]
     return energy
 
 
