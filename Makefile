@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu check format lint types imports docs wheel clean
-.PHONY: bench-runtime bench-memory bench-7b
+.PHONY: bench-runtime bench-memory bench-7b test-kernels packs budgets
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ bench-memory: setup  ## predicted against measured peak memory of the client's m
 bench-7b: setup  ## one block of a 7B shape: peak memory, time per token (25 GB of free disk)
 	$(BENCH) benchmarks/bench_7b.py
 
+test-kernels: setup  ## all tests of kernels/, with the matrix of all compiled forms (10 minutes)
+	$(BIN)/pytest -m "not gpu" tests/kernels
+
 check: format lint types imports test  ## format, lint, types, imports and tests
 
 format: setup  ## check the format (ruff)
@@ -77,6 +80,19 @@ imports: setup copies  ## the import contracts between the rooms (import-linter)
 
 docs: setup  ## write docs/cli.md from the help texts
 	$(BIN)/python docs/write_cli.py
+
+# The two versions of ptxas that make packs, each in a folder of its own: they carry the same file names.
+PACKTOOLS := .packtools
+$(PACKTOOLS)/%/.ready: | $(BIN)/.ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(@D) "nvidia-cuda-nvcc-cu12==$*"
+	touch $@
+
+packs: setup $(PACKTOOLS)/12.6.85/.ready $(PACKTOOLS)/12.9.86/.ready  ## compile kernels/packs/*.pack (triton 3.7.1)
+	$(BIN)/python -m fedblocks.kernels.build_packs packs --tools $(PACKTOOLS)
+
+budgets: setup  ## compile every kernel for every GPU; what each takes goes to kernels/budgets.json
+	$(BIN)/python -m fedblocks.kernels.build_packs budgets
 
 wheel: setup  ## build the wheel into dist/
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
