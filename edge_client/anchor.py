@@ -168,7 +168,7 @@ def _sample(
     ended = torch.zeros(rows, dtype=torch.bool)
     for position in range(length - 1):
         logits = model.decode_step(ids[:, position], past, position)
-        probabilities = torch.softmax(logits.float(), dim=-1)
+        probabilities = torch.softmax(logits.float().cpu(), dim=-1)
         ids[:, position + 1] = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         ended |= torch.isin(ids[:, position + 1], end_ids)
         if bool(ended.all()):
@@ -232,7 +232,7 @@ class Teacher:
         hidden = self._prefix.padded([self.anchors.sequences[index]])
         h = self._model.forward_base(hidden, self._model.base_cut)[0, :-1]
         ids, logp, log_tail = top_k(self._model.final_rows(h), self._model.head, self._k)
-        return TeacherRecord(ids=ids, logp=logp, log_tail=log_tail)
+        return TeacherRecord(ids=ids.cpu(), logp=logp.cpu(), log_tail=log_tail.cpu())
 
     def _read(self, index: int) -> TeacherRecord | None:
         if index in self._made:

@@ -34,7 +34,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from fedblocks.edge_client.decoder_block import BlockWeights
+from fedblocks.edge_client.decoder_block import CPU, BlockWeights
 from fedblocks.kernels.ops import Nf4Weight, nf4_dequant, quantize_nf4
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.durable import write_durably
@@ -74,6 +74,11 @@ class FrozenLayers(Protocol):
 
     @property
     def shape(self) -> ModelShape: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies that the methods below give."""
+        ...
 
     @property
     def digest(self) -> str:
@@ -138,8 +143,12 @@ def default_quantiser() -> tuple[str, Quantiser]:
 class Backbone:
     """The NF4 backbone of one base in one folder; use :meth:`open`. Nothing is held until :meth:`hold` says so."""
 
-    def __init__(self, *, folder: Path, checkpoint: LayerSource, meta: dict[str, Any]) -> None:
+    def __init__(
+        self, *, folder: Path, checkpoint: LayerSource, meta: dict[str, Any], device: torch.device = CPU
+    ) -> None:
         self._folder = folder
+        self.device = device
+        """Packed bytes are moved there and decoded there."""
         self._checkpoint = checkpoint
         self._meta = meta
         self._most_bytes = _most_bytes(checkpoint.shape)
@@ -161,6 +170,7 @@ class Backbone:
         *,
         base_hash: str,
         quantiser: tuple[str, Quantiser] | None = None,
+        device: torch.device = CPU,
     ) -> Backbone:
         """Opens the backbone under ``folder``, quantising what is not there yet.
 
@@ -168,6 +178,7 @@ class Backbone:
             folder: the client's cache folder; each base gets a folder of its own in it.
             base_hash: the base's content hash.
             quantiser: name and function; default :func:`default_quantiser`. Only called for files that are missing.
+            device: where the layers are computed with.
 
         Raises:
             BackboneError: no room or no right to write.
@@ -186,7 +197,7 @@ class Backbone:
                 f"cannot write the 4-bit backbone into {home}: {e.strerror or e}; free space there or choose another "
                 "cache folder"
             ) from e
-        return cls(folder=home, checkpoint=checkpoint, meta=meta)
+        return cls(folder=home, checkpoint=checkpoint, meta=meta, device=device)
 
     @property
     def shape(self) -> ModelShape:
@@ -233,7 +244,7 @@ class Backbone:
         kept = layer in self._keep_decoded and dtype == self._keep_dtype
         if kept and layer in self._decoded:
             return self._decoded[layer]
-        weights = BlockWeights.empty(self.shape, dtype)
+        weights = BlockWeights.empty(self.shape, dtype, self.device)
         _decode(self.packed(layer), weights.named(self.shape), dtype)
         if kept:
             self._decoded[layer] = weights
@@ -247,7 +258,7 @@ class Backbone:
         """
         if layer in self._packed:
             return self._packed[layer]
-        stored = self._views(layer, self._read(layer))
+        stored = self._views(layer, self._read(layer).to(self.device))
         if layer in self._keep_packed:
             self._packed[layer] = stored
         return stored
@@ -274,13 +285,13 @@ class Backbone:
                     yield self.block(layer, dtype)
                     continue
                 if weights is None:
-                    weights = BlockWeights.empty(self.shape, dtype)
+                    weights = BlockWeights.empty(self.shape, dtype, self.device)
                     places = weights.named(self.shape)
                 if layer in held:
                     _decode(self.packed(layer), places, dtype)
                 else:
                     with reader.next() as data:
-                        _decode(self._views(layer, data), places, dtype)
+                        _decode(self._views(layer, data.to(self.device)), places, dtype)
                 yield weights
 
     def _views(self, layer: int, data: Tensor) -> Stored:
@@ -313,8 +324,9 @@ class Backbone:
 class DenseBackbone:
     """The unquantised base layers in one dtype, all in memory."""
 
-    def __init__(self, checkpoint: LayerSource, base_hash: str = "") -> None:
+    def __init__(self, checkpoint: LayerSource, base_hash: str = "", device: torch.device = CPU) -> None:
         self._checkpoint = checkpoint
+        self.device = device
         self._base_hash = base_hash
         self._layers: dict[tuple[int, torch.dtype], BlockWeights] = {}
 
@@ -338,12 +350,13 @@ class DenseBackbone:
     def block(self, layer: int, dtype: torch.dtype = torch.float32) -> BlockWeights:
         """One layer cast to ``dtype``."""
         if (layer, dtype) not in self._layers:
-            self._layers[layer, dtype] = BlockWeights.of(self.shape, self._checkpoint.layer_tensors(layer), dtype)
+            tensors = self._checkpoint.layer_tensors(layer)
+            self._layers[layer, dtype] = BlockWeights.of(self.shape, tensors, dtype, self.device)
         return self._layers[layer, dtype]
 
     def packed(self, layer: int) -> Stored:
         """One layer as the checkpoint stores it: no matrix is NF4."""
-        return dict(self._checkpoint.layer_tensors(layer))
+        return {name: tensor.to(self.device) for name, tensor in self._checkpoint.layer_tensors(layer).items()}
 
     def stream(self, layers: Iterable[int], dtype: torch.dtype) -> Generator[BlockWeights]:
         """These layers in turn."""

@@ -21,10 +21,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedblocks.edge_client.rotary import Rotary
-from fedblocks.kernels.ops import Nf4Weight, frozen_nf4_linear, rms_norm, rope, swiglu
+from fedblocks.kernels.ops import Nf4Weight, attention_in, frozen_nf4_linear, mlp, rms_norm, rope, swiglu
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.expansion import DEFAULT_WINDOW, family_of, layer_types
 
+CPU: Final = torch.device("cpu")
 LINEARS: Final = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -112,19 +113,21 @@ class BlockWeights:
     """Module path (``self_attn.q_proj``) -> pair; empty but for the LoRA baselines."""
 
     @classmethod
-    def empty(cls, shape: ModelShape, dtype: torch.dtype) -> BlockWeights:
+    def empty(cls, shape: ModelShape, dtype: torch.dtype, device: torch.device = CPU) -> BlockWeights:
         """Uninitialised tensors of the right sizes, to be filled through :meth:`named`."""
         sizes: dict[str, list[int]] = {}
         for spec, piece in zip(shape.block_tensors(), layout(shape).values(), strict=True):
             rows, *rest = spec.shape
             size = sizes.setdefault(piece.field, [0, *rest])
             size[0] += rows
-        return cls(**{name: torch.empty(size, dtype=dtype) for name, size in sizes.items()})
+        return cls(**{name: torch.empty(size, dtype=dtype, device=device) for name, size in sizes.items()})
 
     @classmethod
-    def of(cls, shape: ModelShape, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> BlockWeights:
+    def of(
+        cls, shape: ModelShape, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device = CPU
+    ) -> BlockWeights:
         """From tensors named by suffix; each is copied and cast."""
-        weights = cls.empty(shape, dtype)
+        weights = cls.empty(shape, dtype, device)
         for name, place in weights.named(shape).items():
             place.copy_(tensors[name])
         return weights
@@ -190,6 +193,9 @@ class BlockSpec:
     eps: float
     window: int | None = None
     """Sliding attention window in tokens; None: full attention."""
+    fused: bool = False
+    """Run what lies before and behind attention as one step each, which saves launches and kept bytes and costs some
+    arithmetic: for a GPU."""
 
 
 def attention_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int | None, ...]:
@@ -226,16 +232,25 @@ def _linear(
     return y + torch.cat(additions, dim=-1)
 
 
-def _window_mask(queries: int, keys: int, window: int) -> Tensor:
+def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
     """(queries, keys) bool, True where the query may look; the queries are the last rows of the keys' positions."""
-    distance = torch.arange(keys - queries, keys).unsqueeze(1) - torch.arange(keys)
+    positions = torch.arange(keys, device=device)
+    distance = positions[keys - queries :].unsqueeze(1) - positions
     return (distance >= 0) & (distance < window)
+
+
+def _parts_of(weight: Matrix) -> Tensor | tuple[Nf4Weight, ...]:
+    return weight.parts if isinstance(weight, PackedRows) else weight
 
 
 def _project(x: Tensor, w: BlockWeights, spec: BlockSpec, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Norm, projection, q/k norm and rotation: q (B, nh, T, hd), k and v (B, nkv, T, hd)."""
     shape = spec.shape
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
+    if spec.fused and w.q_norm is None and not w.lora:
+        parts = attention_in(x, w.input_norm, _parts_of(w.qkv), w.qkv_bias, (cos, sin), (heads, kv_heads), spec.eps)
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        return q, k, v
     joined = _linear(rms_norm(x, w.input_norm, spec.eps), w.qkv, w.qkv_bias, w.lora, LINEARS[:3])
     joined = joined.view(*x.shape[:2], heads + 2 * kv_heads, shape.head_dim).transpose(1, 2)
     v = joined[:, heads + kv_heads :]
@@ -267,7 +282,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
     k, v = _repeat_kv(k, groups), _repeat_kv(v, groups)
     queries, keys = q.shape[2], k.shape[2]
     if spec.window is not None and keys > spec.window:
-        mask = _window_mask(queries, keys, spec.window)
+        mask = _window_mask(queries, keys, spec.window, q.device)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:  # one query alone may look at everything; otherwise queries and keys are the same positions
         out = functional.scaled_dot_product_attention(q, k, v, is_causal=queries > 1)
@@ -277,6 +292,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
 def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """Output projection, residual and the MLP half."""
     x = x + _linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
+    if spec.fused and not w.lora:
+        weights = (_parts_of(w.gate_up), w.gate_up_bias, _parts_of(w.down), w.down_bias)
+        return mlp(x, w.post_norm, *weights, spec.eps)
     gate_up = _linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6])
     return x + _linear(swiglu(gate_up), w.down, w.down_bias, w.lora, LINEARS[6:])
 
@@ -316,15 +334,17 @@ def _rows_forward(x: Tensor, w: BlockWeights, spec: BlockSpec, rotary: Rotary, r
     k = rope(k, cos, sin)
     counts = torch.bincount(sample, minlength=size)
     longest = int(counts.max())
-    slot = torch.arange(len(rows)) - (torch.cumsum(counts, 0) - counts)[sample]  # which query of its sample
+    slot = (
+        torch.arange(len(rows), device=x.device) - (torch.cumsum(counts, 0) - counts)[sample]
+    )  # which query of its sample
     places = sample * longest + slot
     ragged = len(rows) != size * longest
     if ragged:
         q = q.new_zeros(size * longest, heads, head_dim).index_copy(0, places, q)
     q = q.view(size, longest, heads, head_dim).transpose(1, 2)
-    looks_from = torch.zeros(size * longest, dtype=torch.int64)  # an empty place looks at the first token: no NaN
+    looks_from = rows.new_zeros(size * longest)  # an empty place looks at the first token: no NaN
     looks_from[places] = position
-    distance = looks_from.view(size, 1, longest, 1) - torch.arange(length)
+    distance = looks_from.view(size, 1, longest, 1) - torch.arange(length, device=x.device)
     mask = distance >= 0
     if spec.window is not None:
         mask &= distance < spec.window

@@ -65,7 +65,7 @@ def score_examples(
     scores: list[tuple[bool, float, int]] = [(True, 0.0, 0)] * len(samples)
     for indices in _batches([len(sample.ids) for sample in samples]):
         chosen = [samples[i] for i in indices]
-        batch = task_batch(chosen, _inputs([sample.ids for sample in chosen], prefix))
+        batch = task_batch(chosen, _inputs([sample.ids for sample in chosen], prefix, model.device))
         rows = model.forward(batch.inputs, 0 if prefix is None else model.base_cut, rows=batch.rows)
         right, nll = _judge(model, rows, batch.targets)
         counts = [int(sample.label_mask.sum()) for sample in chosen]
@@ -121,7 +121,7 @@ def kl_full(
     for indices in _batches([len(ids) for ids in sequences]):
         chosen = [sequences[i] for i in indices]
         length = max(map(len, chosen))
-        rows = torch.cat([torch.arange(len(ids) - 1) + i * length for i, ids in enumerate(chosen)])
+        rows = torch.cat([torch.arange(len(ids) - 1) + i * length for i, ids in enumerate(chosen)]).to(model_p.device)
         inputs = _padded_ids(chosen)
         p_forward: Forward = model_p.forward_base if p_is_base else model_p.forward
         p_rows = p_forward(inputs).flatten(0, 1)[rows]
@@ -146,7 +146,7 @@ def _judge(
         logits = model.rows_logits(part).float()
         right.append(logits.argmax(-1) == target)
         nll.append(torch.logsumexp(logits, -1) - logits.gather(1, target.unsqueeze(1)).squeeze(1))
-    return torch.cat(right).numpy(), torch.cat(nll).double().numpy()
+    return torch.cat(right).cpu().numpy(), torch.cat(nll).double().cpu().numpy()
 
 
 def _chunk(model: ExpandedModel) -> int:
@@ -154,8 +154,8 @@ def _chunk(model: ExpandedModel) -> int:
     return max(1, LOGITS_BYTES // (8 * model.shape.vocab_size))
 
 
-def _inputs(ids: Sequence[npt.NDArray[np.int32]], prefix: PrefixStates | None) -> Tensor:
-    return _padded_ids(ids) if prefix is None else prefix.padded(ids)
+def _inputs(ids: Sequence[npt.NDArray[np.int32]], prefix: PrefixStates | None, device: torch.device) -> Tensor:
+    return _padded_ids(ids).to(device) if prefix is None else prefix.padded(ids)
 
 
 def _padded_ids(samples: Sequence[npt.NDArray[np.int32]]) -> Tensor:

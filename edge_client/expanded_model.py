@@ -73,7 +73,7 @@ class ParamGroup:
 
     def values(self) -> dict[str, npt.NDArray[np.float32]]:
         """A copy of every named tensor."""
-        return {name: self.value(name).numpy().copy() for name in self.named}
+        return {name: self.value(name).cpu().numpy().copy() for name in self.named}
 
 
 class ExpandedModel:
@@ -83,14 +83,12 @@ class ExpandedModel:
     all inputs are hidden states.
 
     Args:
-        backbone: the frozen base layers, NF4 or dense.
+        backbone: the frozen base layers, NF4 or dense; its device is the model's.
         checkpoint: the base checkpoint: embeddings, final norm, head, and the blocks' initial values.
         plan: which blocks are where; None is the plain base (for the baselines).
         state: accumulated deltas of the expanded blocks; read again whenever a block's value is made.
         dtype: compute dtype; trained values are fp32 whatever it is.
     """
-
-    device: Final = torch.device("cpu")
 
     def __init__(
         self,
@@ -107,6 +105,8 @@ class ExpandedModel:
             raise ValueError(f"hidden_act is {activation!r}, expected 'silu': no supported family uses another")
         self.checkpoint = checkpoint
         self.backbone = backbone
+        self.device = backbone.device
+        """Where it computes; what it reads is moved there."""
         self.plan = plan
         self.shape = backbone.shape
         self.dtype = dtype
@@ -119,12 +119,13 @@ class ExpandedModel:
         """Recompute each block's activations in the backward pass instead of keeping them."""
         windows = attention_windows(config, self.shape.num_layers)
         sources = plan.sources() if plan is not None else tuple(range(self.shape.num_layers))
-        self._specs = [BlockSpec(shape=self.shape, eps=eps, window=windows[source]) for source in sources]
+        fused = self.device.type != "cpu"
+        self._specs = [BlockSpec(shape=self.shape, eps=eps, window=windows[source], fused=fused) for source in sources]
         self._eps = eps
-        self._rotary = Rotary(config, self.shape.head_dim, dtype)
+        self._rotary = Rotary(config, self.shape.head_dim, dtype, self.device)
         self._residency: Residency = "resident"
         self._frozen: FrozenForm = "decoded"
-        self._final_norm = checkpoint.tensor("model.norm.weight").to(dtype)
+        self._final_norm = checkpoint.tensor("model.norm.weight").to(self.device, dtype)
         self._tables: dict[str, Tensor] = {}  # embedding and head: name -> matrix in the compute dtype, once it is read
         self._replaced: dict[int, BlockWeights] = {}  # position -> weights that train
         self._placed: dict[int, BlockWeights] = {}  # block id -> its value at the strength, in the compute dtype
@@ -190,7 +191,9 @@ class ExpandedModel:
         self.backbone.release()
 
     def _start(self, block_id: int, spec: TensorSpec, state: State | None = None) -> Tensor:
-        """Published fp32 value of one tensor: initial value + accumulated delta, one addition (methods.md 2.4).
+        """Published fp32 value of one tensor, on the CPU: initial value + accumulated delta, one addition.
+
+        Source: methods.md 2.4.
 
         Args:
             state: default: the loaded one.
@@ -206,7 +209,7 @@ class ExpandedModel:
 
     def _block(self, block_id: int, dtype: torch.dtype) -> BlockWeights:
         """An expanded block at the strength; strength is applied in fp32, then the value is rounded once."""
-        weights = BlockWeights.empty(self.shape, dtype)
+        weights = BlockWeights.empty(self.shape, dtype, self.device)
         places = weights.named(self.shape)
         for spec in self.shape.block_tensors():
             value = self._start(block_id, spec)
@@ -236,7 +239,7 @@ class ExpandedModel:
         if name == HEAD and self.shape.tied_embeddings:
             name = EMBEDDING
         if name not in self._tables:
-            self._tables[name] = self.checkpoint.tensor(name).to(self.dtype)
+            self._tables[name] = self.checkpoint.tensor(name).to(self.device, self.dtype)
         return self._tables[name]
 
     # How it computes
@@ -244,9 +247,9 @@ class ExpandedModel:
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> (B, T, H); only the rows of these tokens are read where the table is not held."""
         if self._residency == "suffix" and EMBEDDING not in self._tables:
-            rows = self.checkpoint.rows(EMBEDDING, ids.flatten().numpy(), self.dtype)
-            return rows.view(*ids.shape, self.shape.hidden_size)
-        return torch.nn.functional.embedding(ids, self._table(EMBEDDING)).to(self.dtype)
+            rows = self.checkpoint.rows(EMBEDDING, ids.flatten().cpu().numpy(), self.dtype)
+            return rows.view(*ids.shape, self.shape.hidden_size).to(self.device)
+        return torch.nn.functional.embedding(ids.to(self.device), self._table(EMBEDDING)).to(self.dtype)
 
     def forward(
         self, inputs: Tensor, from_position: int = 0, to_position: int | None = None, rows: Tensor | None = None
@@ -325,8 +328,8 @@ class ExpandedModel:
         size = (rows, self.shape.num_kv_heads, length, self.shape.head_dim)
         return [
             (
-                torch.empty(size, dtype=self.dtype),
-                torch.empty(size, dtype=self.dtype),
+                torch.empty(size, dtype=self.dtype, device=self.device),
+                torch.empty(size, dtype=self.dtype, device=self.device),
             )
             for _ in self.stack
         ]
@@ -373,7 +376,7 @@ class ExpandedModel:
 
     def _split_block(self, block_id: int) -> tuple[BlockWeights, BlockWeights]:
         """The published value as bf16 leaves and int16 remainders; one fp32 tensor exists at a time."""
-        high, low = (BlockWeights.empty(self.shape, dtype) for dtype in (torch.bfloat16, torch.int16))
+        high, low = (BlockWeights.empty(self.shape, dtype, self.device) for dtype in (torch.bfloat16, torch.int16))
         highs, lows = high.named(self.shape), low.named(self.shape)
         for spec in self.shape.block_tensors():
             split = split_fp32(self._start(block_id, spec))
@@ -392,7 +395,7 @@ class ExpandedModel:
                 weights = self._replaced.get(position)
                 if weights is None:
                     tensors = self.checkpoint.layer_tensors(entry.index)
-                    weights = BlockWeights.of(self.shape, tensors, torch.float32)
+                    weights = BlockWeights.of(self.shape, tensors, torch.float32, self.device)
                 leaves = weights.as_leaves()
                 self._replaced[position] = leaves
                 named = {f"model.layers.{entry.index}.{n}": t for n, t in leaves.named(self.shape).items()}
@@ -423,8 +426,8 @@ class ExpandedModel:
             for linear in LINEARS:
                 assert f"{linear}.weight" in places
                 out, inner = specs[f"{linear}.weight"].shape
-                a = (torch.rand(rank, inner, generator=generator) * 2 - 1) / inner**0.5
-                b = torch.zeros(out, rank)
+                a = ((torch.rand(rank, inner, generator=generator) * 2 - 1) / inner**0.5).to(self.device)
+                b = torch.zeros(out, rank, device=self.device)
                 a.requires_grad_()
                 b.requires_grad_()
                 pairs[linear] = LoraPair(a, b, alpha / rank)
@@ -443,7 +446,7 @@ class ExpandedModel:
         state = self._state
 
         def reader(block_id: int, group: ParamGroup) -> Callable[[str], npt.NDArray[np.float32]]:
-            return lambda name: (group.value(name) - self._start(block_id, specs[name], state)).numpy()
+            return lambda name: (group.value(name).cpu() - self._start(block_id, specs[name], state)).numpy()
 
         by_block = {int(group.name.removeprefix("block ")): group for group in groups}
         return {block_id: LazyTensors(group.named, reader(block_id, group)) for block_id, group in by_block.items()}

@@ -10,7 +10,12 @@ import contextlib
 import ctypes
 import threading
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 INTERVAL_S: Final = 0.02
 LARGE_BLOCK_BYTES: Final = 256 << 10
@@ -50,16 +55,35 @@ def return_large_blocks() -> None:
         ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
 
 
+def free_bytes(device: torch.device) -> int:
+    """What may still be taken where a model on ``device`` lies: a discrete GPU's own memory, else the machine's.
+
+    On a GPU that shares the machine's memory the driver counts the page cache as used; the system's count does not.
+    """
+    if device.type == "cuda":
+        from torch import cuda
+
+        if not cuda.get_device_properties(device).is_integrated:
+            return cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
 class PeakMemory:
     """Measures between ``start()`` and ``stop()``, or as a context manager.
 
+    On a CPU that is this process's anonymous memory, sampled; on a discrete GPU what torch's allocator has given out
+    there, which it counts itself; on one that shares the machine's memory, both.
+
     Args:
+        device: where the model lies; default a CPU.
         start_bytes: what counts as zero; default: the memory held when the measurement starts. A session takes it once
             after its imports.
     """
 
-    def __init__(self, start_bytes: int | None = None) -> None:
+    def __init__(self, start_bytes: int | None = None, device: torch.device | None = None) -> None:
         self._given_start = start_bytes
+        self._cuda = device if device is not None and device.type == "cuda" else None
+        self._counts_host = True
         self.start_bytes = 0
         """What counts as zero."""
         self._highest = 0
@@ -69,11 +93,21 @@ class PeakMemory:
     @property
     def peak_bytes(self) -> int:
         """The highest memory seen above the start, so far; never negative."""
-        return max(0, self._highest - self.start_bytes)
+        host = max(0, self._highest - self.start_bytes) if self._counts_host else 0
+        if self._cuda is None:
+            return host
+        from torch import cuda
+
+        return host + cuda.max_memory_allocated(self._cuda)
 
     def start(self) -> None:
         """Begins to sample."""
         give_back_freed_memory()
+        if self._cuda is not None:
+            from torch import cuda
+
+            self._counts_host = bool(cuda.get_device_properties(self._cuda).is_integrated)
+            cuda.reset_peak_memory_stats(self._cuda)
         held = anonymous_bytes()
         self.start_bytes = held if self._given_start is None else self._given_start
         self._highest = held

@@ -234,14 +234,18 @@ class Rotary:
         config: its config.json.
         head_dim: width of a head.
         dtype: of the tables; they are computed in fp32 and rounded once.
+        device: where they are given.
 
     Raises:
         ExpansionError: see :meth:`RotarySettings.from_config`; also where a kind misses a field.
     """
 
-    def __init__(self, config: Mapping[str, Any], head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: Mapping[str, Any], head_dim: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         self._settings = RotarySettings.from_config(config, head_dim)
         self._dtype = dtype
+        self._device = device or torch.device("cpu")
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         try:  # what is missing is said now, not in the first step
             KINDS[self._settings.kind](self._settings, 1)
@@ -256,7 +260,8 @@ class Rotary:
         fixed = self._settings.kind in _DEPENDS_ON_LENGTH
         size = length if fixed else max(_SHORTEST_TABLE, 1 << (length - 1).bit_length())
         if size not in self._tables:
-            self._tables[size] = self._computed(size)
+            cos, sin = self._computed(size)
+            self._tables[size] = (cos.to(self._device), sin.to(self._device))
         cos, sin = self._tables[size]
         return cos[:length], sin[:length]
 

@@ -283,8 +283,8 @@ def task_batch(samples: Sequence[TokenisedSample], inputs: Tensor) -> TaskBatch:
         targets.append(sample.ids[positions])
     return TaskBatch(
         inputs=inputs,
-        rows=torch.from_numpy(np.concatenate(rows)),
-        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        rows=torch.from_numpy(np.concatenate(rows)).to(inputs.device),
+        targets=torch.from_numpy(np.concatenate(targets).astype(np.int64)).to(inputs.device),
     )
 
 
@@ -294,10 +294,10 @@ def anchor_batch(records: Sequence[TeacherRecord], inputs: Tensor) -> AnchorBatc
     rows = [torch.arange(len(record.log_tail)) + i * length for i, record in enumerate(records)]
     return AnchorBatch(
         inputs=inputs,
-        rows=torch.cat(rows),
-        ids=torch.cat([record.ids for record in records]),
-        logp=torch.cat([record.logp for record in records]),
-        log_tail=torch.cat([record.log_tail for record in records]),
+        rows=torch.cat(rows).to(inputs.device),
+        ids=torch.cat([record.ids for record in records]).to(inputs.device),
+        logp=torch.cat([record.logp for record in records]).to(inputs.device),
+        log_tail=torch.cat([record.log_tail for record in records]).to(inputs.device),
     )
 
 

@@ -23,7 +23,13 @@ from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel
-from fedblocks.edge_client.memory import PeakMemory, anonymous_bytes, give_back_freed_memory, return_large_blocks
+from fedblocks.edge_client.memory import (
+    PeakMemory,
+    anonymous_bytes,
+    free_bytes,
+    give_back_freed_memory,
+    return_large_blocks,
+)
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_fields, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
 from fedblocks.edge_client.samples import TokenisedSample
@@ -115,7 +121,8 @@ class Workbench:
         self._said_mode = ""
         self._cache = cache or CacheSettings()
         return_large_blocks()
-        backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash)
+        device = torch.device("cuda" if profile.accelerator == "cuda" else "cpu")
+        backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash, device=device)
         say(f"4-bit layers by {backbone.quantiser}, read by our own decoder; arithmetic in {profile.compute_dtype}")
         # What a task holds is counted from here: libraries are imported, nothing of the model is in memory yet.
         give_back_freed_memory()
@@ -235,7 +242,7 @@ class Workbench:
         self._say_mode(chosen)
         began = time.monotonic()
         try:
-            with PeakMemory(self._after_imports_bytes) as memory:
+            with PeakMemory(self._after_imports_bytes, self.model.device) as memory:
                 self.take_state(task.state, payload)
                 self.model.hold(residency=chosen.mode.residency, frozen=chosen.mode.frozen)
                 status("measuring", 0)
@@ -311,12 +318,12 @@ class Workbench:
     def _choose(self, blocks: Sequence[int], work: Workload, limit: int) -> ModeChoice | NoFit:
         """The fastest exact way to train these blocks within the limit, or within what is free now."""
         own = max(0, anonymous_bytes() - self._after_imports_bytes)
-        budget = limit or psutil.virtual_memory().available + own
+        budget = limit or free_bytes(self.model.device) + own
         return choose_mode(self.profile, self.plan.shape, self._layout, blocks, work, budget_bytes=budget)
 
     def _round_cache_bytes(self, chosen: ModeChoice, limit: int) -> int:
         """Room for hidden states at the assignment's own cut: what the budget leaves, and never much."""
-        free = psutil.virtual_memory().available // 4
+        free = psutil.virtual_memory().available // 4  # they lie in the machine's memory, wherever the model is
         return max(0, min(free, limit - chosen.memory.peak) if limit else free)
 
     def _say_mode(self, chosen: ModeChoice) -> None:
