@@ -258,7 +258,7 @@ class Backbone:
         """
         if layer in self._packed:
             return self._packed[layer]
-        stored = self._views(layer, self._read(layer).to(self.device))
+        stored = self._views(layer, self._read(layer))
         if layer in self._keep_packed:
             self._packed[layer] = stored
         return stored
@@ -291,16 +291,16 @@ class Backbone:
                     _decode(self.packed(layer), places, dtype)
                 else:
                     with reader.next() as data:
-                        _decode(self._views(layer, data.to(self.device)), places, dtype)
+                        _decode(self._views(layer, data), places, dtype)
                 yield weights
 
     def _views(self, layer: int, data: Tensor) -> Stored:
-        """The tensors of a layer's file as views of its checked bytes; the header is parsed once per content."""
+        """The tensors of a layer's file as views of its checked bytes, on the device; the header is parsed once."""
         file_hash = self._meta["files"][str(layer)]
         known = self._layouts.get(layer)
         if known is None or known[0] != file_hash:
             known = self._layouts[layer] = (file_hash, _Layout.of(data))
-        return known[1].views(data)
+        return known[1].views(data.to(self.device))
 
     def _read(self, layer: int, buffer: Tensor | None = None) -> Tensor:
         """The checked bytes of a layer's file, (n,) uint8: at the start of ``buffer``, else in memory of their own."""
