@@ -1,7 +1,8 @@
 """What do the tests of the device kernels share? Poisoned and guarded outputs, one table of tolerances, and a record.
 
-They run the real Triton functions in Triton's interpreter, which has to be chosen before Triton is imported: see
-``tests/kernels/test_interpreter.py``, which starts them in a process of their own.
+They run the real Triton functions: in Triton's interpreter, which has to be chosen before Triton is imported, or on a
+GPU, compiled there or from packs. ``tests/kernels/test_device_kernels.py`` starts them, each way in a process of its
+own; ``FEDBLOCKS_TEST_RUNG`` says which.
 """
 
 import os
@@ -12,7 +13,7 @@ import torch
 
 torch.set_num_threads(1)
 
-if os.environ.get("TRITON_INTERPRET") != "1":
+if "FEDBLOCKS_TEST_RUNG" not in os.environ:
     collect_ignore_glob = ["test_*.py"]
 
 # Largest error over the largest magnitude of the result, against float64 on the same operands. The interpreter cuts
@@ -27,8 +28,8 @@ TOLERANCES = {
     "swiglu_backward_": {"fp32": 1e-6, "fp16": 1e-3, "bf16": 8e-3},
     "cross_entropy_": {"fp32": 1e-6, "fp16": 1e-3, "bf16": 8e-3},
     "kl_topk_": {"fp32": 2e-6, "fp16": 1e-3, "bf16": 8e-3},
-    "nf4_linear": {"fp32": 2e-6, "fp16": 2e-3},
-    "nf4_linear_dgrad": {"fp32": 2e-6, "fp16": 2e-3},
+    "nf4_linear": {"fp32": 2e-6, "fp16": 2e-3, "bf16": 1.6e-2},
+    "nf4_linear_dgrad": {"fp32": 2e-6, "fp16": 2e-3, "bf16": 1.6e-2},
     "adamw_": {"fp32": 1e-6},
     "square_norm": {"fp32": 1e-6},
     "delta_rows": {"fp32": 0.0},
@@ -48,7 +49,7 @@ class Guarded:
 
         def make(shape, dtype, device):
             shape = torch.Size(shape)
-            buffer = plain(shape.numel() + 2 * GUARD_ELEMENTS, dtype=dtype, device=device)
+            buffer = plain(shape.numel() + 2 * GUARD_ELEMENTS, dtype=dtype, device=device or torch.get_default_device())
             poison = float("nan") if dtype.is_floating_point else 0x5A
             buffer.fill_(poison)
             self._made.append((buffer, shape.numel()))
@@ -100,6 +101,19 @@ def compare():
         entry[1] = max(entry[1], error)
 
     return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call():
+    """A pack has no forms for fp32 and for odd tiles: such a case is skipped, with what the pack says of it."""
+    from fedblocks.kernels.dispatch import BackendError
+
+    try:
+        return (yield)
+    except BackendError as error:
+        if os.environ["FEDBLOCKS_TEST_RUNG"] == "pack" and "has no variant" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 def pytest_terminal_summary(terminalreporter):

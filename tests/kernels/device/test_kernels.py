@@ -1,4 +1,9 @@
-"""Tests of kernels/sources: every kernel in Triton's interpreter against its reference in float64."""
+"""Tests of kernels/sources: every kernel against its reference in float64, interpreted or on a GPU.
+
+The rung is chosen by ``FEDBLOCKS_TEST_RUNG``: ``interpreter`` (the CPU), ``triton`` or ``pack``.
+"""
+
+import os
 
 import numpy as np
 import pytest
@@ -19,19 +24,26 @@ ROWS = (1, 5, 63)
 HIDDEN = (60, 64, 100, 288, 896, 1030)
 VOCAB = (17, 1000, 32003)
 ANY = pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-DOTS = pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+DOTS = pytest.mark.parametrize(
+    "dtype", ["fp32", "fp16"] if os.environ["FEDBLOCKS_TEST_RUNG"] == "interpreter" else ["fp16", "bf16"]
+)
+
+
+RUNG = os.environ["FEDBLOCKS_TEST_RUNG"]
+INTERPRETED = RUNG == "interpreter"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 
 @pytest.fixture(autouse=True)
-def _triton_only():
+def _one_rung_only():
     """No call may fall to torch unseen."""
-    with DISPATCHER.demanding("triton"):
+    with torch.device(DEVICE), DISPATCHER.demanding("pack" if RUNG == "pack" else "triton"):
         yield
 
 
 def random(*shape, seed=0, dtype="fp32", spread=1.0):
     g = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=g, dtype=torch.float64) * spread).to(DTYPES[dtype])
+    return (torch.randn(*shape, generator=g, dtype=torch.float64, device="cpu") * spread).to(DEVICE, DTYPES[dtype])
 
 
 def wide(*tensors):
@@ -47,7 +59,7 @@ def test_nf4_dequant(shape, dtype, guarded, compare):
     exact = torch.zeros(shape)
     nf4_reference.nf4_dequant(*weight.buffers, weight.offset, exact)
     compare("nf4_dequant", dtype, out, exact)
-    if dtype != "bf16":  # the interpreter cuts bf16 off
+    if dtype != "bf16" or not INTERPRETED:  # the interpreter cuts bf16 off
         assert torch.equal(out, exact.to(DTYPES[dtype]))
 
 
@@ -126,7 +138,7 @@ def test_swiglu_and_its_gradient_in_place(rows, width, dtype, guarded, compare):
 @pytest.mark.parametrize("rows", [1, 5])
 def test_cross_entropy_and_its_gradient(rows, vocab, dtype, guarded, compare):
     logits = random(rows, vocab, dtype=dtype, spread=4)
-    target = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0))
+    target = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0), device="cpu").to(DEVICE)
     target[0] = vocab - 1
     exact = logits.double()
     expected = head_reference.cross_entropy_(exact, target, gradient=True)
@@ -201,6 +213,7 @@ def test_products_with_nf4_matrices(m, rows, k, dtype, guarded, compare):
     compare("nf4_linear_dgrad", dtype, nf4.nf4_linear_dgrad(dy, parts), dy.double() @ exact)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU gets it right")
 def test_a_bf16_product_is_refused_in_the_interpreter_which_would_get_it_wrong():
     with pytest.raises(ValueError, match="multiplies bf16 matrices wrongly"):
         nf4.nf4_linear(random(2, 64, dtype="bf16"), (nf4_reference.quantize_nf4(random(8, 64)),))
@@ -225,7 +238,7 @@ def test_adamw(split, eight_bit, n, compare):
             high, low = torch.zeros(n, dtype=torch.bfloat16), torch.zeros(n, dtype=torch.int16)
             split_fp32(weight, high, low)
             weight = high
-        moments = kind.zeros(n, torch.device("cpu"))
+        moments = kind.zeros(n, DEVICE)
         for step in range(1, 6):
             gradient = random(n, seed=step) * torch.where(torch.arange(n) % 7 == 0, 0.0, 1.0)  # some never move
             step_(weight, low, gradient, moments, step=step, **hyper)
@@ -245,7 +258,7 @@ def test_adamw(split, eight_bit, n, compare):
 
 def test_a_tensor_that_never_had_a_gradient_stays_what_it_is():
     for kind in (Moments, Moments8Bit):
-        weight, moments = torch.ones(300), kind.zeros(300, torch.device("cpu"))
+        weight, moments = torch.ones(300), kind.zeros(300, DEVICE)
         hyper = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
         optimizer.adamw_step_(weight, None, torch.zeros(300), moments, step=1, **hyper)
         assert weight.tolist() == [1.0] * 300
@@ -277,8 +290,8 @@ def test_an_encoded_delta_has_the_bits_of_the_protocols(shape, density, residual
     if shape[0] == 1:  # a vector: all or nothing
         shape, density = shape[1:], 1.0
     expected = encode_tensor(
-        (end - start).view(shape).numpy(),
-        None if owed is None else owed.view(shape).numpy(),
+        (end - start).view(shape).cpu().numpy(),
+        None if owed is None else owed.view(shape).cpu().numpy(),
         format="int8",
         density=density,
         cap=cap,
@@ -286,10 +299,10 @@ def test_an_encoded_delta_has_the_bits_of_the_protocols(shape, density, residual
     max_rows = None if density == 1 else int(np.ceil(density * shape[0]))
     made = delta.delta_encode(end, start, owed, max_rows=max_rows, cap=cap)
     bitmap = np.zeros(len(end), dtype=np.bool_)
-    bitmap[made.index.numpy()] = True
+    bitmap[made.index.cpu().numpy()] = True
     first = b"" if max_rows is None else np.packbits(bitmap, bitorder="little").tobytes()
-    assert first + made.scale.numpy().tobytes() + made.codes.numpy().tobytes() == expected.payload
-    compare("delta_codes", "fp32", made.residual.view(shape), torch.from_numpy(np.array(expected.residual)))
+    assert first + made.scale.cpu().numpy().tobytes() + made.codes.cpu().numpy().tobytes() == expected.payload
+    compare("delta_codes", "fp32", made.residual.view(shape), torch.from_numpy(np.array(expected.residual)).to(DEVICE))
     rows = delta.delta_rows(end, start, owed, cap)
     for got, exact in zip(rows, delta.delta_rows.reference(end, start, owed, cap), strict=True):
         compare("delta_rows", "fp32", got, exact)
