@@ -34,24 +34,27 @@ WITH_PTX: Final = frozenset({80})
 """Packs that carry PTX too, for GPUs that no pack was built for."""
 
 
-def build_pack(capability: int, results: Sequence[ahead.Compiled], toolchain: dict[str, str]) -> bytes:
+def build_pack(capability: int, results: Sequence[ahead.Compiled]) -> bytes:
     """The file of a pack.
 
     Raises:
         CompileError: the images were not all made by one toolchain, or by one whose drivers are not known.
     """
-    found = {(result.ptx_version, result.elf_abi) for result in results}
-    if len(found) != 1 or toolchain["ptxas"] not in MIN_DRIVERS:
-        raise ahead.CompileError(f"sm_{capability}: PTX and ABI are {sorted(found)}, ptxas is {toolchain['ptxas']}")
-    ((ptx_version, elf_abi),) = found
+    found = {(result.triton, result.ptxas, result.ptx_version, result.elf_abi) for result in results}
+    if len(found) != 1 or not all(tool[1] in MIN_DRIVERS and tool[2] in MIN_DRIVERS_PTX for tool in found):
+        raise ahead.CompileError(
+            f"sm_{capability}: made by triton, ptxas, PTX, ABI {sorted(found)}, expected one toolchain with a ptxas of "
+            f"{', '.join(MIN_DRIVERS)} and PTX of {', '.join(MIN_DRIVERS_PTX)}"
+        )
+    ((triton, ptxas, ptx_version, elf_abi),) = found
     return pack_file.encode(
         capability,
         pack_file.Toolchain(
-            triton=toolchain["triton"],
-            ptxas=toolchain["ptxas"],
+            triton=triton,
+            ptxas=ptxas,
             ptx=ptx_version,
             elf_abi=elf_abi,
-            min_driver=MIN_DRIVERS[toolchain["ptxas"]],
+            min_driver=MIN_DRIVERS[ptxas],
             min_driver_ptx=MIN_DRIVERS_PTX[ptx_version],
         ),
         [(_fields(result), result.cubin, _plain(result.ptx) if capability in WITH_PTX else None) for result in results],
@@ -81,10 +84,13 @@ def _fields(result: ahead.Compiled) -> dict[str, Any]:
     }
 
 
-def budget_toolchain() -> dict[str, str]:
-    """What compiles here, as the budgets name it: Triton with a ptxas for capabilities below 100 and one from there."""
-    below, above = ahead.toolchain(90), ahead.toolchain(100)
-    return {"triton": below["triton"], "ptxas below 100": below["ptxas"], "ptxas from 100": above["ptxas"]}
+def budget_toolchain(results: Iterable[ahead.Compiled]) -> dict[str, str]:
+    """What compiled, as the budgets name it: Triton, and its ptxas for capabilities below 100 and from there on."""
+    tools: dict[str, str] = {}
+    for result in results:
+        tools["triton"] = result.triton
+        tools["ptxas below 100" if result.job.capability < 100 else "ptxas from 100"] = result.ptxas
+    return tools
 
 
 def budget_lines(results: Iterable[ahead.Compiled]) -> dict[str, dict[str, list[int]]]:
@@ -130,14 +136,16 @@ def _budgets(processes: int) -> None:
         ]:
             print(f"{result.job.name} {result.job.capability}: {result.stack} bytes of stack, {result.local} local")
     BUDGETS.write_text(
-        budget_text(budget_toolchain(), known["spills_allowed"], budget_lines(results)), encoding="utf-8"
+        budget_text(budget_toolchain(results), known["spills_allowed"], budget_lines(results)), encoding="utf-8"
     )
     print(f"{len(results)} forms in {BUDGETS.name}")
 
 
-def _packs(tools: Path, folder: Path, capabilities: Sequence[int], processes: int) -> None:
+def _packs(assemblers: Path, folder: Path, capabilities: Sequence[int], processes: int) -> None:
     started = time.monotonic()
-    paths = {version: tools / version / "nvidia" / "cuda_nvcc" / "bin" / "ptxas" for version in set(PTXAS.values())}
+    paths = {
+        version: assemblers / version / "nvidia" / "cuda_nvcc" / "bin" / "ptxas" for version in set(PTXAS.values())
+    }
     for version, path in paths.items():
         if not path.is_file():
             raise SystemExit(f"ptxas {version} is not at {path}: run `make packs`, which fetches it")
@@ -150,10 +158,10 @@ def _packs(tools: Path, folder: Path, capabilities: Sequence[int], processes: in
     total = 0
     print(f"{'pack':<14}{'entries':>8}{'bytes':>10}{'images':>10}  ptxas    most registers, spilled")
     for capability, results in made.items():
-        tool = ahead.toolchain(capability)
-        if tool["triton"] != TRITON or tool["ptxas"] != PTXAS[capability]:
-            raise SystemExit(f"sm_{capability}: made by {tool}, expected triton {TRITON}, ptxas {PTXAS[capability]}")
-        data = build_pack(capability, results, tool)
+        tools = results[0].triton, results[0].ptxas
+        if tools != (TRITON, PTXAS[capability]):
+            raise SystemExit(f"sm_{capability}: made by {tools}, expected triton {TRITON}, ptxas {PTXAS[capability]}")
+        data = build_pack(capability, results)
         pack_file.decode(data)
         (folder / pack_file.file_name(capability)).write_bytes(data)
         total += len(data)
@@ -161,7 +169,7 @@ def _packs(tools: Path, folder: Path, capabilities: Sequence[int], processes: in
         registers = max(result.registers for result in results)
         spilled = [f"{r.job.name}: {r.stack + r.local}" for r in results if r.stack or r.local]
         print(
-            f"{pack_file.file_name(capability):<14}{len(results):>8}{len(data):>10}{images:>10}  {tool['ptxas']:<9}"
+            f"{pack_file.file_name(capability):<14}{len(results):>8}{len(data):>10}{images:>10}  {tools[1]:<9}"
             f"{registers}; {', '.join(spilled) or 'none'}"
         )
     print(f"{total} bytes in all, {time.monotonic() - started:.0f} s")

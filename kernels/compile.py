@@ -19,6 +19,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Final, Literal
 
@@ -28,6 +29,8 @@ Form = Literal["aligned", "general"]
 
 HIDDEN_POINTERS: Final = 2
 """Parameters that Triton appends to every kernel: global scratch and profile scratch, both unused here."""
+BYTES: Final = {"i32": 4, "i64": 8, "fp32": 4}
+"""Of parameters that are passed by value."""
 FUSED: Final = frozenset({"cross_entropy_", "kl_topk_"})
 """Kernels whose logarithm is a polynomial of fused multiply-adds. No other may contain one: their sums and products are
 rounded one by one, as those of the reference."""
@@ -73,6 +76,8 @@ class Compiled:
         fused: fused multiply-adds of floating-point numbers in the PTX.
         ptx_version: ``8.5``.
         elf_abi: version of the cubin's ABI, 7 or 8.
+        triton: version of Triton.
+        ptxas: version of the assembler, as it names itself: ``12.8.93``.
     """
 
     job: Job
@@ -87,6 +92,8 @@ class Compiled:
     fused: int
     ptx_version: str
     elf_abi: int
+    triton: str
+    ptxas: str
 
 
 def forms(kernel: Kernel) -> tuple[Form, ...]:
@@ -117,18 +124,6 @@ def source_hash(kernel: str) -> str:
 def missing() -> str | None:
     """Why nothing can be compiled here, or None."""
     return None if importlib.util.find_spec("triton") else "there is no triton to compile with; install triton 3.7.1"
-
-
-def toolchain(capability: int) -> dict[str, str]:
-    """Versions of what compiles for a target: triton, and ptxas as it names itself (``12.8.93``)."""
-    import triton
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    text = subprocess.run([get_ptxas(capability).path, "--version"], check=True, capture_output=True, text=True).stdout
-    release = re.search(r"\bV(\d+\.\d+\.\d+)", text)
-    if release is None:
-        raise CompileError(f"ptxas for capability {capability} names no version: {text!r}")
-    return {"triton": triton.__version__, "ptxas": release[1]}
 
 
 def compile_all(work: Iterable[Job], processes: int = 1) -> Iterator[Compiled]:
@@ -162,8 +157,9 @@ def compile_one(job: Job) -> Compiled:
     """Compiles in this process, with its Triton settings.
 
     Raises:
-        CompileError: it does not compile, needs scratch memory, or has another number of parameters than a pack passes.
+        CompileError: it does not compile, needs scratch memory, or has other parameters than a pack passes.
     """
+    from triton import __version__ as version
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -201,10 +197,23 @@ def compile_one(job: Job) -> Compiled:
             fused=len(_FMA.findall(ptx)),
             ptx_version=_first(r"^\.version (\d+\.\d+)$", ptx, job),
             elf_abi=cubin[8],
+            triton=version,
+            ptxas=_ptxas_version(job.capability),
         ),
         scratch=(metadata.global_scratch_size or 0, metadata.profile_scratch_size or 0),
         num_warps=metadata.num_warps,
     )
+
+
+@cache
+def _ptxas_version(capability: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    text = subprocess.run([get_ptxas(capability).path, "--version"], check=True, capture_output=True, text=True).stdout
+    release = re.search(r"\bV(\d+\.\d+\.\d+)", text)
+    if release is None:
+        raise CompileError(f"ptxas for capability {capability} names no version: {text!r}")
+    return release[1]
 
 
 def _judged(compiled: Compiled, scratch: tuple[int, int], num_warps: int) -> Compiled:
@@ -215,9 +224,11 @@ def _judged(compiled: Compiled, scratch: tuple[int, int], num_warps: int) -> Com
     if num_warps != job.variant.num_warps:
         raise CompileError(f"{where}: runs with {num_warps} warps, not {job.variant.num_warps}")
     entry = _first(r"\.entry\s+\w+\s*\(([^)]*)\)", compiled.ptx, job)
-    found, expected = entry.count(".param"), len(KERNELS[job.kernel].params) + HIDDEN_POINTERS
+    found = tuple(int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", entry))
+    types = KERNELS[job.kernel].signature(job.variant.dtype).values()
+    expected = (*(8 if kind.startswith("*") else BYTES[kind] for kind in types), *[8] * HIDDEN_POINTERS)
     if found != expected:
-        raise CompileError(f"{where}: the entry has {found} parameters, expected {expected}")
+        raise CompileError(f"{where}: the entry has parameters of {found} bytes, expected {expected}")
     if compiled.fused and job.kernel not in FUSED:
         raise CompileError(f"{where}: {compiled.fused} fused multiply-adds, expected none")
     return compiled
