@@ -117,6 +117,29 @@ class Dispatcher:
         self._rungs[name] = rung
         self._cache.clear()
 
+    @property
+    def rungs_by_name(self) -> Mapping[str, Rung]:
+        """Those that there are, the ladder's order."""
+        return {name: self._rungs[name] for name in LADDER if name in self._rungs}
+
+    def explain(self, op: str, dtype: str, size: SizeClass, device: torch.device) -> tuple[str, str]:
+        """Who serves such a call first, and why: ``("torch", "pack: no driver; triton: no GPU")``."""
+        wanted = self._settings.of(op)
+        if wanted != "auto":
+            return wanted, "demanded by [kernels]"
+        if device.type == "cpu":
+            return "torch", "on a CPU"
+        chosen = self._choices.get((op, dtype, size))
+        if chosen is None and op in ONLY_CALIBRATED:
+            return "torch", "its kernel is used only where a calibration found it faster"
+        reasons: list[str] = []
+        for name in LADDER if chosen is None else chosen:
+            reason = self._rungs[name].missing(device) if name in self._rungs else "not part of this installation"
+            if reason is None:
+                return name, "; ".join([*reasons, "calibrated" if chosen is not None else "the ladder's order"])
+            reasons.append(f"{name}: {reason}")
+        return "torch", "; ".join(reasons) or "calibrated: no kernel is faster"
+
     def configure(self, settings: KernelSettings) -> None:
         """What the owner demands from now on.
 

@@ -236,6 +236,8 @@ class Launcher:
         """Why no launch on ``device`` can be carried out, or None: no pack, a damaged one, no driver or an old one."""
         if device.type != "cuda":
             return f"packs run on CUDA devices, not on {device.type}"
+        if isinstance(self._devices, TorchDevices) and not torch.cuda.is_available():
+            return "no GPU that torch can use"
         return self._missing(self._devices.current() if device.index is None else device.index)
 
     def supports(self, launch: Launch) -> str | None:

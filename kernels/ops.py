@@ -15,6 +15,7 @@ from fedblocks.kernels.delta import EncodedRows, delta_encode
 from fedblocks.kernels.dispatch import DISPATCHER, BackendError, Event, KernelSettings
 from fedblocks.kernels.fused import attention_in, mlp
 from fedblocks.kernels.head import LinearCrossEntropy, LinearKlTopK, top_k
+from fedblocks.kernels.launcher import Launcher
 from fedblocks.kernels.optimizer import adamw_step_, square_norm
 from fedblocks.kernels.pointwise import RmsNorm, Rope, SwiGlu
 from fedblocks.kernels.reference import split as _split
@@ -53,6 +54,8 @@ NUMERICS_CLASS = 1
 """Raised by hand when an operation's results move beyond its tolerance; part of every prefix-cache key."""
 
 _FLOATS = _library.FLOATS
+
+DISPATCHER.add_rung("pack", Launcher())  # opens nothing before a tensor on a GPU asks
 
 
 def nf4_dequant(weight: Nf4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
