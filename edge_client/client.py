@@ -416,6 +416,7 @@ class _Shell:
             ConfigError: the run turns rows into tokens in another way than the invitation said.
         """
         from fedblocks.edge_client.checkpoint import Checkpoint
+        from fedblocks.edge_client.kernel_choice import choose_kernels, training_device
         from fedblocks.edge_client.work import Emulation, Workbench
 
         client = self.client
@@ -425,6 +426,8 @@ class _Shell:
                 "ask the operator for a new site file"
             )
         self.transport.set_status(attempt_id=None, phase="loading", steps_done=0)
+        device = training_device(client.profile.accelerator)
+        choose_kernels(client.options.home, client.options.site.kernels, device, say=client.say)
         self._bench = Workbench(
             checkpoint=Checkpoint.open(client.options.model),
             store=self.store,

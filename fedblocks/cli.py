@@ -218,6 +218,26 @@ def probe(
         json_file.write_text(to_json(result), encoding="utf-8")
 
 
+@app.command(epilog="Example: fedblocks kernels --calibrate")
+def kernels(
+    home: Annotated[Path, typer.Option(metavar="DIR", help="where the client keeps its calibration")] = Path(
+        "~/.fedblocks"
+    ),
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="measure again, under 20 s")] = False,
+    site: Annotated[
+        Path | None, typer.Option(metavar="SITE.toml", help="also show what its section [kernels] demands")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Say who computes each operation on this device, a compiled pack, Triton or torch, and why."""
+    from fedblocks.edge_client.kernel_choice import describe_kernels
+    from fedblocks.protocol import site_file
+
+    settings = site_file.load(site).kernels if site is not None else site_file.KernelsSettings()
+    report = describe_kernels(home.expanduser(), settings, again=calibrate, say=lambda line: typer.echo(line, err=True))
+    typer.echo(json.dumps(report.to_plain(), indent=2) if as_json else report.text())
+
+
 @app.command(epilog="Example: fedblocks join site-a.toml --data train.jsonl --model ./Qwen2.5-0.5B")
 def join(
     site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="the file from `fedblocks invite`")],

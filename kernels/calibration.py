@@ -323,6 +323,12 @@ _ONE_DTYPE: Final = frozenset({"nf4_dequant", "adamw_"})
 _FP32_ONLY: Final = frozenset({"square_norm", "delta_rows", "delta_codes"})
 
 
+def call_kinds() -> list[tuple[str, str]]:
+    """Operation and the dtype by which the dispatcher knows its calls, of a client that computes in bf16."""
+    own = {"nf4_dequant": "uint8", **dict.fromkeys(_FP32_ONLY, "float32")}
+    return [(op, own.get(op, "bfloat16")) for op in CASES]
+
+
 def _cases(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[str, torch.dtype, SizeClass, Make]]:
     sizes: tuple[SizeClass, ...] = ("large", "small")
     for size in sizes:

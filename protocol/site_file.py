@@ -2,8 +2,8 @@
 
 ``fedblocks invite`` writes it, ``fedblocks join`` reads it; it holds no secret.
 ``[site]`` and ``[data]`` say where the run is and what must match; they are the operator's.
-``[cache]``, ``[runtime]`` and ``[join]`` are the site's own: all their keys have defaults, and the command line of
-``join`` goes over them.
+``[cache]``, ``[runtime]``, ``[kernels]`` and ``[join]`` are the site's own: all their keys have defaults, and the
+command line of ``join`` goes over them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ else:
 
 CacheLocation = Literal["auto", "disk", "ram"]
 RuntimeDtype = Literal["auto", "float32", "bfloat16"]
+KernelBackend = Literal["auto", "pack", "triton", "torch"]
 
 #: Bytes of a GB in these settings.
 GB: Final = 10**9
@@ -89,6 +90,34 @@ class RuntimeSettings:
     def memory_bytes(self) -> int:
         """The limit in bytes; 0 means none but the device's."""
         return round(self.memory_gb * GB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsSettings:
+    """Who carries out the operations of a GPU.
+
+    Raises:
+        ConfigError: a value cannot be read.
+    """
+
+    backend: KernelBackend = _key("auto", "auto | pack | triton | torch: who computes on a GPU; see fedblocks kernels")
+    overrides: str = _key("", 'the same for single operations, e.g. "rope_=torch, nf4_linear=triton"')
+
+    def __post_init__(self) -> None:
+        self.parsed_overrides()
+
+    def parsed_overrides(self) -> dict[str, KernelBackend]:
+        """Operation -> backend; whether there is such an operation is for the kernels to say."""
+        found: dict[str, KernelBackend] = {}
+        for part in filter(None, (part.strip() for part in self.overrides.split(","))):
+            op, _, backend = (word.strip() for word in part.partition("="))
+            if not op or backend not in typing.get_args(KernelBackend):
+                raise ConfigError(
+                    f"kernels.overrides holds {part[:60]!r}, expected OPERATION=BACKEND with one of "
+                    f"{', '.join(typing.get_args(KernelBackend))}"
+                )
+            found[op] = cast("KernelBackend", backend)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +181,7 @@ class SiteFile:
     data: DataFormat
     cache: CacheSettings = CacheSettings()
     runtime: RuntimeSettings = RuntimeSettings()
+    kernels: KernelsSettings = KernelsSettings()
     join: JoinSettings = JoinSettings()
 
     def __post_init__(self) -> None:
@@ -171,7 +201,12 @@ class SiteFile:
 
 
 #: Sections that a site may write, by their field in :class:`SiteFile`.
-_SITES_OWN: Final[dict[str, type[Any]]] = {"cache": CacheSettings, "runtime": RuntimeSettings, "join": JoinSettings}
+_SITES_OWN: Final[dict[str, type[Any]]] = {
+    "cache": CacheSettings,
+    "runtime": RuntimeSettings,
+    "kernels": KernelsSettings,
+    "join": JoinSettings,
+}
 
 
 def local_keys() -> list[str]:
