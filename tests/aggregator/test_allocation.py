@@ -319,7 +319,7 @@ def test_a_slow_uplink_counts():
 
 
 def test_stronger_clients_fill_the_gaps_that_weaker_ones_leave():
-    weak = [client(k, flops=1e9, memory_mib=12.0) for k in "ab"]
+    weak = [client(k, flops=1e9, memory_mib=14.7) for k in "ab"]
     found = plan([*weak, client("c", flops=1e11)], deadline_s=4.0)
     by_key = {choice.client: choice for choice in found.choices}
     assert 2 not in by_key["a"].blocks
@@ -378,7 +378,7 @@ def test_quantiles_interpolate():
 
 def test_a_thousand_clients_and_eight_blocks_are_planned_in_seconds():
     layout = StackLayout(num_entries=14, positions={i: 6 + i for i in range(8)})
-    fleet = [client(f"{i:04d}", flops=1e9 * (1 + i % 50), memory_mib=10 + i % 60) for i in range(1000)]
+    fleet = [client(f"{i:04d}", flops=1e9 * (1 + i % 50), memory_mib=13 + i % 60) for i in range(1000)]
     began = time.process_time()
     assert len(plan(fleet, layout=layout, deadline_s=5.0).choices) == 1000
     assert time.process_time() - began < 10  # 1.9 on a quiet core
@@ -444,7 +444,7 @@ def _measured(site, choice, true_flops, true_overhead_s):
 
 
 def test_the_records_of_a_plan_are_json_with_the_keys_of_the_method():
-    [choice] = plan([client("a", memory_mib=10.3)], deadline_s=1000.0).choices
+    [choice] = plan([client("a", memory_mib=13.3)], deadline_s=1000.0).choices
     content = json.loads(json.dumps(record(choice)))
     assert set(content) >= {
         "client",
@@ -461,7 +461,7 @@ def test_the_records_of_a_plan_are_json_with_the_keys_of_the_method():
         "runner_up",
         "refused",
     }
-    [small] = plan([client("b", memory_mib=9.0)]).choices
+    [small] = plan([client("b", memory_mib=12.0)]).choices
     refused = record(small)["refused"][0]
     assert refused["reason"] == "memory"
     assert refused["by"] > 0
