@@ -150,6 +150,11 @@ def _check_claims(delta: Delta, assignment: Assignment, limits: Limits, declared
         raise RemoteProtocolError(
             f"steps is {delta.steps}, expected 1 to {assignment.steps} as assigned", code="bad_steps"
         )
+    if delta.train.mode.micro_batch_size > assignment.batch_size:
+        raise RemoteProtocolError(
+            f"mode: {delta.train.mode.micro_batch_size} sequences at a time, the assigned batch has "
+            f"{assignment.batch_size}"
+        )
 
 
 def check_payload(

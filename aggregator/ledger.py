@@ -27,6 +27,17 @@ from fedblocks.protocol.messages import Assignment, AttemptId, ClientKey, Delta,
 RoundPhase = Literal["open", "closing", "folded"]
 RoundKind = Literal["train", "final"]
 
+_MODE_AS_ASSIGNED: Final = """
+    UPDATE updates SET message = json_set(message, '$.train.mode', (
+        SELECT json_object(
+            'optimizer', json_extract(a.message, '$.optimizer_mode'), 'residency', 'suffix', 'frozen', 'decoded',
+            'micro_batch_size', json_extract(a.message, '$.micro_batch_size'),
+            'checkpoint', json(iif(json_extract(a.message, '$.checkpoint_activations'), 'true', 'false')))
+        FROM assignments AS a WHERE a.attempt_id = updates.attempt_id
+    ));
+    """
+"""Protocol version 1 had no mode in an update: the assigned one stands in its place."""
+
 MIGRATIONS: Final[tuple[str, ...]] = (
     """
     CREATE TABLE run (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -65,6 +76,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     CREATE INDEX measurements_by_round ON measurements(round);
     CREATE TABLE notes (id INTEGER PRIMARY KEY, unix_s REAL NOT NULL, text TEXT NOT NULL);
     """,
+    _MODE_AS_ASSIGNED,
 )
 
 #: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.

@@ -35,6 +35,7 @@ from fedblocks.aggregator.methods.fedbe import (
 )
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.run_folder import RunInfo
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.messages import Assignment, ClientKey, Measurement
 from fedblocks.protocol.run_config import RunConfig
@@ -62,6 +63,8 @@ class ClientRecord:
     predicted_peak_bytes: int
     peak_memory_bytes: int
     step_s: float
+    mode: ExecutionMode | None
+    """How the client carried it out, as its update says; null without one."""
     loss_first: float | None
     loss_last: float | None
     bytes_up: int
@@ -97,6 +100,7 @@ def client_record(
         predicted_peak_bytes=train.predicted_peak_bytes if train is not None else 0,
         peak_memory_bytes=report.peak_memory_bytes if report is not None else 0,
         step_s=report.step_s if report is not None else 0.0,
+        mode=report.mode if report is not None else None,
         loss_first=report.loss_first if report is not None else None,
         loss_last=report.loss_last if report is not None else None,
         bytes_up=bytes_up,

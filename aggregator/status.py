@@ -21,6 +21,7 @@ from typing import Any, Final
 
 from fedblocks.aggregator.ledger import MAX_CONTENT_REFUSALS, Ledger, StoredClient, StoredRound, is_made, open_read_only
 from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.messages import Assignment, ClientKey
 
 FOLLOW_INTERVAL_S: Final = 2.0
@@ -208,6 +209,9 @@ def describe(status: Mapping[str, Any]) -> str:
         parts = [f"  {client['name']:20} {client['device']:24} {what}"]
         if client["outcome"] is not None:
             parts.append(client["outcome"])
+        done = client["last_round"]
+        if done is not None and done.get("mode") is not None:  # rows of older releases have none
+            parts.append(f"last {done['step_s']:.3g} s a step, {ExecutionMode(**done['mode']).text()}")
         if client["refusals"]:
             counts = ", ".join(f"{code} {count}" for code, count in client["refusals"].items())
             parts.append(f"refused: {counts}")

@@ -309,6 +309,7 @@ class Workbench:
                 step_s=result.train_s / result.steps,  # pauses of an emulated device included
                 peak_memory_bytes=memory.peak_bytes,
                 predicted_peak_bytes=predicted,
+                mode=chosen.mode,
                 gradient_energy=result.gradient_energy,
             ),
             measurements=measurements,

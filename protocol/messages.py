@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final, Literal, NewType
 
-from fedblocks.profiles.cost import OptimizerMode
+from fedblocks.profiles.cost import ExecutionMode, OptimizerMode
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.errors import RefusalCode
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 
 ClientKey = NewType("ClientKey", str)
 """A client's identity: its CURVE public key in Z85 text (40 characters)."""
@@ -273,6 +273,8 @@ class TrainReport:
     peak_memory_bytes: int
     """Measured peak above the imports."""
     predicted_peak_bytes: int
+    mode: ExecutionMode
+    """How the client carried it out (runtime.md 4.2): its own choice within the assignment's memory."""
     gradient_energy: tuple[float, ...]
     """u_raw per trained block, in the order of the assignment's ``blocks``."""
 

@@ -27,6 +27,7 @@ from fedblocks.aggregator.endpoint import (
 from fedblocks.aggregator.ledger import open_ledger
 from fedblocks.aggregator.run_folder import open_run_folder
 from fedblocks.aggregator.server import Aggregator
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
@@ -297,6 +298,7 @@ class Site:
             step_s=0.05,
             peak_memory_bytes=1 << 20,
             predicted_peak_bytes=task.predicted_peak_bytes,
+            mode=ExecutionMode(),
             gradient_energy=tuple(1.0 for _ in task.blocks),
         )
         delta = Delta(

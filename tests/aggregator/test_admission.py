@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedblocks.aggregator.admission import Limits, check_announcement, check_payload, largest_payload_bytes
 from fedblocks.aggregator.aggregation import AcceptedUpdate, fold, map_payload
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.errors import REFUSAL_CODES
 from fedblocks.protocol.messages import Assignment, Delta, StateUpdate, TensorHeader, TrainReport
@@ -106,6 +107,7 @@ def announced(payload, headers, blocks=(0, 2), format="int8", density=0.25, **ch
         step_s=0.1,
         peak_memory_bytes=1,
         predicted_peak_bytes=1,
+        mode=ExecutionMode(),
         gradient_energy=(1.0,) * len(blocks),
     )
     values = {
@@ -255,6 +257,14 @@ def test_whatever_a_client_announces_is_answered(numbers, format, density, chang
 @pytest.mark.parametrize(("version", "code"), [(4, None), (5, None), (6, "stale_round")])
 def test_an_update_counts_in_time_and_one_version_late_but_not_two(version, code):
     assert announcement(update()[0], version=version) == code
+
+
+def test_more_sequences_at_a_time_than_the_assigned_batch_has_are_malformed():
+    delta, _ = update()
+    for size, code in ((1, None), (8, None), (9, "malformed"), (2**62, "malformed")):
+        mode = ExecutionMode(micro_batch_size=size)
+        changed = dataclasses.replace(delta, train=dataclasses.replace(delta.train, mode=mode))
+        assert announcement(changed) == code
 
 
 def test_the_first_fault_in_the_documented_order_is_the_answer():

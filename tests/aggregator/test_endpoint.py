@@ -28,9 +28,20 @@ from fedblocks.aggregator.endpoint import (
     UploadFailed,
     UploadFinished,
 )
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError
-from fedblocks.protocol.messages import Delta, Fetch, Goodbye, Heartbeat, HeartbeatReply, Refused, Resource, TrainReport
+from fedblocks.protocol.messages import (
+    PROTOCOL_VERSION,
+    Delta,
+    Fetch,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Refused,
+    Resource,
+    TrainReport,
+)
 from fedblocks.protocol.payloads import MemorySink, open_source
 from fedblocks.protocol.transfer import CHUNK_BYTES, FROM_AGGREGATOR, Chunk, Connection
 
@@ -50,6 +61,7 @@ def delta(payload: bytes, **fields) -> Delta:
         step_s=0.0,
         peak_memory_bytes=0,
         predicted_peak_bytes=0,
+        mode=ExecutionMode(),
         gradient_energy=(),
     )
     values = {
@@ -430,12 +442,22 @@ def packed(value):
         ([valid_frames()[0], b"\x81\xa1a"], "malformed"),
         ([valid_frames()[0], packed({"attempt_id": None, "phase": "x", "steps_done": 1, "new": 1})], "unknown_field"),
         ([packed({"protocol": 99, "kind": "hello"}), b"\x80"], "version_skew"),
-        ([packed({"protocol": 1, "kind": "welcome"}), b"\x80"], "malformed"),
-        ([packed({"protocol": 1, "kind": "nonsense"}), b"\x80"], "malformed"),
+        ([packed({"protocol": PROTOCOL_VERSION, "kind": "welcome"}), b"\x80"], "malformed"),
+        ([packed({"protocol": PROTOCOL_VERSION, "kind": "nonsense"}), b"\x80"], "malformed"),
         ([b"x" * 300, b""], "too_large"),
         ([valid_frames()[0], b"x" * CHUNK_BYTES], "malformed"),
-        ([packed({"protocol": 1, "kind": "chunk"}), packed({"transfer": 1, "index": 0, "crc32": 0}), b""], "malformed"),
-        ([packed({"protocol": 1, "kind": "credit"}), packed({"transfer": 1, "chunks": 2**60})], "malformed"),
+        (
+            [
+                packed({"protocol": PROTOCOL_VERSION, "kind": "chunk"}),
+                packed({"transfer": 1, "index": 0, "crc32": 0}),
+                b"",
+            ],
+            "malformed",
+        ),
+        (
+            [packed({"protocol": PROTOCOL_VERSION, "kind": "credit"}), packed({"transfer": 1, "chunks": 2**60})],
+            "malformed",
+        ),
         (list(codec.encode(delta(b"x", payload_bytes=2**41), transfer=1)), "too_large"),
         (list(codec.encode(delta(b"x"))), "malformed"),
     ],
@@ -472,7 +494,7 @@ def test_a_flood_is_answered_up_to_the_burst_and_the_others_are_served(house):
 def test_a_peer_of_another_version_is_told_once_and_no_loop_of_refusals_begins(house):
     peer = house.peer("one")
     for _ in range(10):
-        peer.socket.send_multipart([packed({"protocol": 2, "kind": "refused"}), b"\x80"])
+        peer.socket.send_multipart([packed({"protocol": PROTOCOL_VERSION + 1, "kind": "refused"}), b"\x80"])
     refused = peer.hear()
     assert refused.code == "version_skew"
     assert "2" in refused.text

@@ -395,7 +395,7 @@ def test_out_of_memory_raises_the_predicted_memory_by_a_quarter() -> None:
 def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_new_one() -> None:
     known = client("ann", time_scale=2.0, memory_scale=1.25, received_bytes=7, trained_sequences=50)
     hello = Hello(
-        protocol_version=1,
+        protocol_version=2,
         run_id="tiny",
         base_hash="ab" * 32,
         client_name="ann",

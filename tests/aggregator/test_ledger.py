@@ -20,6 +20,7 @@ from fedblocks.aggregator.ledger import (
     open_ledger,
     open_read_only,
 )
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.messages import (
     Assignment,
     AttemptId,
@@ -107,6 +108,7 @@ def delta(attempt_id: str, *, sha256: str = "c" * 64, round_number: int = 0) -> 
             step_s=0.1,
             peak_memory_bytes=1,
             predicted_peak_bytes=1,
+            mode=ExecutionMode(),
             gradient_energy=(1.0, 2.0),
         ),
         measurements=(Measurement(measure="validation", version=0, num_items=4, num_correct=1),),
@@ -272,6 +274,30 @@ def test_a_ledger_of_a_newer_release_is_refused(tmp_path: Path) -> None:
     db.close()
     with pytest.raises(LedgerError, match="use the release that wrote it"):
         opened(tmp_path)
+
+
+def test_the_mode_of_an_update_is_kept(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    mode = ExecutionMode(optimizer="split_8bit", frozen="nf4", micro_batch_size=2, checkpoint=True)
+    sent = delta("a0")
+    sent = replace(sent, train=replace(sent.train, mode=mode))
+    ledger.add_update(ANN, sent, measurements=(), folded_in=0, unix_s=3.0)
+    ledger.close()
+    assert opened(tmp_path).updates_of(0)[0].delta.train.mode == mode
+
+
+def test_an_update_from_before_modes_were_reported_gets_the_assigned_one(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.add_update(ANN, delta("a0"), measurements=(), folded_in=0, unix_s=3.0)
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("UPDATE updates SET message = json_remove(message, '$.train.mode')")
+    db.execute("PRAGMA user_version = 1")
+    db.commit()
+    db.close()
+    assert opened(tmp_path).updates_of(0)[0].delta == replace(
+        delta("a0"), train=replace(delta("a0").train, mode=ExecutionMode(micro_batch_size=8))
+    )
 
 
 def test_a_reader_sees_the_state_of_a_ledger_that_is_being_written(tmp_path: Path) -> None:

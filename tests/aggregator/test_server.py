@@ -295,7 +295,7 @@ def test_a_refused_attempt_cannot_be_mended_under_the_same_id(make_world: Callab
     [
         ({"base_hash": "ff" * 32}, "model_mismatch", ("ff" * 32, "ab" * 32)),
         ({"run_id": "other-run"}, "model_mismatch", ("other-run", "tiny-run")),
-        ({"protocol_version": 99}, "version_skew", ("99", "1")),
+        ({"protocol_version": 99}, "version_skew", ("99", "2")),
     ],
 )
 def test_a_client_of_another_base_run_or_version_is_refused_with_both_values(

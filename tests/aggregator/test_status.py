@@ -94,6 +94,19 @@ def test_a_finished_run_shows_its_result_and_all_rounds(make_world: Callable[...
     assert all(c["last_round"]["outcome"] == "stored" for c in status["clients"])
 
 
+def test_the_step_time_stands_beside_the_mode_that_the_update_names(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
+    world.join()
+    world.finish()
+    status = run_status(world.path)
+    mode = status["clients"][0]["last_round"]["mode"]
+    assert set(mode) == {"optimizer", "residency", "frozen", "micro_batch_size", "checkpoint"}
+    assert status["rounds"][0]["clients"][0]["mode"] == mode
+    assert "s a step, 1 sequence at a time" in describe(status)
+    del status["clients"][0]["last_round"]["mode"]  # a row of an older release
+    assert describe(status).count("s a step") == 1
+
+
 def test_following_a_run_tells_each_change_once_and_ends_with_the_run(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
     steps: list[Callable[[], Any]] = [lambda: None, world.join, lambda: None, world.round, world.round, world.finish]

@@ -25,7 +25,7 @@ FILE = ResourceInfo(name="plan.json", num_bytes=4, sha256="aa")
 
 def welcome(*resources: ResourceInfo) -> Welcome:
     return Welcome(
-        protocol_version=1,
+        protocol_version=2,
         run_id="r",
         method="fedbe",
         round=1,

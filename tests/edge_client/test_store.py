@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fedblocks.edge_client.store import ClientStore
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.messages import AttemptId, Delta, ResourceInfo, TrainReport
 
@@ -25,7 +26,7 @@ def state(value: float = 1.0) -> dict[int, dict[str, np.ndarray]]:
 def update(body: bytes = b"payload") -> Delta:
     train = TrainReport(
         num_target_tokens=1, loss_first=1.0, loss_last=1.0, anchor_kl=0.0, prefix_s=0.0, train_s=0.0, measure_s=0.0,
-        encode_s=0.0, step_s=0.0, peak_memory_bytes=0, predicted_peak_bytes=0, gradient_energy=(),
+        encode_s=0.0, step_s=0.0, peak_memory_bytes=0, predicted_peak_bytes=0, mode=ExecutionMode(), gradient_energy=(),
     )  # fmt: skip
     return Delta(
         attempt_id=AttemptId("a1"), round=1, version=0, num_examples=1, steps=1, format="fp32", density=1.0, tensors=(),

@@ -28,6 +28,7 @@ from fedblocks.edge_client.transport import (
     Transport,
     UploadSent,
 )
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.keys import KeyFileError, KeyPair
@@ -63,7 +64,7 @@ def new_pair() -> KeyPair:
 
 def welcome(interval_s: float) -> Welcome:
     return Welcome(
-        protocol_version=1,
+        protocol_version=2,
         run_id="r",
         method="fedbe",
         round=1,
@@ -87,6 +88,7 @@ def delta(payload: bytes, **fields) -> Delta:
         step_s=0.0,
         peak_memory_bytes=0,
         predicted_peak_bytes=0,
+        mode=ExecutionMode(),
         gradient_energy=(),
     )
     values = {
@@ -560,7 +562,7 @@ def test_another_protocol_version_ends_with_exit_4_naming_both(aggregator, conne
     problem = wait_for(transport, Problem)
     assert (problem.exit_code, problem.reason, problem.fatal) == (4, "version_skew", True)
     assert "version 7" in problem.text
-    assert "speaks 1" in problem.text
+    assert "speaks 2" in problem.text
     until(lambda: aggregator.of(Refused))
     assert aggregator.of(Refused)[0].code == "version_skew"
 

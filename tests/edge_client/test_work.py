@@ -99,6 +99,7 @@ def test_the_mode_is_said_once_and_the_update_reports_predicted_and_measured_pea
         assert isinstance(delta, Delta)
         assert len(body) == delta.payload_bytes
         assert delta.train.predicted_peak_bytes > 0
+        assert f"trains {delta.train.mode.text()}; " in "\n".join(made.said)
     assert sum(line.startswith("trains ") for line in made.said) == 1
     assert sum("read by our own decoder" in line for line in made.said) == 1
 

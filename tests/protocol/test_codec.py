@@ -344,10 +344,42 @@ def test_values_that_a_message_forbids_are_refused_and_named():
     assert refused("delta", {**plain_of(make(Delta)), "measurements": [measured]}) == "malformed"
 
 
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"optimizer": "bf16"}, "malformed"),
+        ({"optimizer": "split\x1b[2J"}, "malformed"),
+        ({"optimizer": None}, "malformed"),
+        ({"residency": "cloud"}, "malformed"),
+        ({"frozen": ["nf4"]}, "malformed"),
+        ({"micro_batch_size": 0}, "malformed"),
+        ({"micro_batch_size": -1}, "malformed"),
+        ({"micro_batch_size": 1.5}, "malformed"),
+        ({"micro_batch_size": True}, "malformed"),
+        ({"checkpoint": 1}, "malformed"),
+        ({"speed": "fast"}, "unknown_field"),
+    ],
+)
+def test_a_mode_is_one_of_those_that_exist(changes, code):
+    plain = plain_of(make(Delta))
+    assert codec.decode_body("delta", msgpack.packb(plain)).train.mode.micro_batch_size >= 1
+    plain["train"]["mode"] |= changes
+    assert refused("delta", plain) == code
+
+
+@pytest.mark.parametrize("mode", [None, "split, suffix, nf4", [], {}])
+def test_a_mode_that_is_no_map_of_its_fields_is_malformed(mode):
+    plain = plain_of(make(Delta))
+    plain["train"]["mode"] = mode
+    assert refused("delta", plain) == "malformed"
+    del plain["train"]["mode"]
+    assert refused("delta", plain) == "malformed"
+
+
 # The header.
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", 2.0, True, None])
 def test_another_protocol_version_is_named_beside_ours(version):
     header = msgpack.packb({"protocol": version, "kind": "ack"})
 
@@ -359,13 +391,13 @@ def test_another_protocol_version_is_named_beside_ours(version):
 @pytest.mark.parametrize(
     "header",
     [
-        {"protocol": 1},
+        {"protocol": PROTOCOL_VERSION},
         {"kind": "ack"},
-        {"protocol": 1, "kind": "ack", "more": 1},
-        {"protocol": 1, "kind": 3},
-        {"protocol": 1, "kind": "ack", "transfer": -1},
-        {"protocol": 1, "kind": "ack", "transfer": True},
-        {"protocol": 1, "kind": "ack", "transfer": None},
+        {"protocol": PROTOCOL_VERSION, "kind": "ack", "more": 1},
+        {"protocol": PROTOCOL_VERSION, "kind": 3},
+        {"protocol": PROTOCOL_VERSION, "kind": "ack", "transfer": -1},
+        {"protocol": PROTOCOL_VERSION, "kind": "ack", "transfer": True},
+        {"protocol": PROTOCOL_VERSION, "kind": "ack", "transfer": None},
         [],
         None,
     ],

@@ -16,6 +16,7 @@ from fedblocks.aggregator.auth import Registry
 from fedblocks.aggregator.status import run_status
 from fedblocks.edge_client.identity import load_or_create_identity
 from fedblocks.edge_client.transport import Connected, Problem, Received, Transport
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol import site_file
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
@@ -95,7 +96,7 @@ def good_update(c, task: Assignment) -> tuple[Delta, bytes]:
     body = b"".join(encoded.parts)
     report = TrainReport(
         num_target_tokens=90, loss_first=1.0, loss_last=1.0, anchor_kl=0.0, prefix_s=0.1, train_s=0.1, measure_s=0.1,
-        encode_s=0.1, step_s=0.01, peak_memory_bytes=1, predicted_peak_bytes=1,
+        encode_s=0.1, step_s=0.01, peak_memory_bytes=1, predicted_peak_bytes=1, mode=ExecutionMode(),
         gradient_energy=(1.0,) * len(task.blocks),
     )  # fmt: skip
     return sealed(

@@ -29,6 +29,7 @@ from fedblocks.aggregator.run_folder import read_run_folder
 from fedblocks.aggregator.status import run_status
 from fedblocks.edge_client import transport as t
 from fedblocks.edge_client.transport import Transport
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.keys import KeyPair
 from fedblocks.protocol.messages import (
@@ -172,6 +173,7 @@ class PayloadClient(threading.Thread):
         report = TrainReport(
             num_target_tokens=100, loss_first=2.0, loss_last=1.0, anchor_kl=0.0, prefix_s=0.0, train_s=self.work_s,
             measure_s=0.0, encode_s=0.0, step_s=self.work_s / task.steps, peak_memory_bytes=1, predicted_peak_bytes=1,
+            mode=ExecutionMode(),
             gradient_energy=(1.0,) * len(task.blocks),
         )  # fmt: skip
         delta = Delta(
