@@ -111,7 +111,7 @@ def join(options: JoinOptions, *, say: Say) -> int:
     data = load_site_data(options.data, encoder)
     say(data.summary.line())
     _check_base(options.model, site)
-    profile = _profile(options, say)
+    profile = device_profile(options, say)
     if options.dry_run:
         say(_what_would_leave(site, _hello(options, site, data, profile, held_version=0)))
         return 0
@@ -196,7 +196,7 @@ def _check_base(model: Path, site: SiteFile) -> None:
         )
 
 
-def _profile(options: JoinOptions, say: Say) -> DeviceProfile:
+def device_profile(options: JoinOptions, say: Say) -> DeviceProfile:
     """This device as probed within the last seven days, or the device to emulate on it."""
     measured = _measured_profile(options.home, say)
     if options.runtime.dtype != "auto":

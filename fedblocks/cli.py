@@ -218,6 +218,35 @@ def probe(
         json_file.write_text(to_json(result), encoding="utf-8")
 
 
+@app.command(epilog="Example: fedblocks preflight site-a.toml --data train.jsonl --model ./Qwen2.5-0.5B")
+def preflight(
+    site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="the file from `fedblocks invite`")],
+    data: Annotated[Path, typer.Option(metavar="FILE", help="the rows that `join` will train on")],
+    model: ModelOption,
+    home: Annotated[Path, typer.Option(metavar="DIR", help="where the client keeps its key and state")] = Path(
+        "~/.fedblocks"
+    ),
+    socks_proxy: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="SOCKS5 proxy for the connection")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Ask everything that `join` needs: data, model, 4-bit kernel, memory, disk, connection, key; with what to do.
+
+    Trains nothing; only a handshake leaves this machine. The exit code is that of the first no.
+    """
+    from fedblocks.edge_client.client import JoinOptions
+    from fedblocks.edge_client.preflight import preflight as ask
+    from fedblocks.protocol import site_file
+
+    options = JoinOptions(
+        site=site_file.load(site), data=data, model=model, home=home.expanduser(), socks_proxy=socks_proxy
+    )
+    found = ask(options, say=lambda line: typer.echo(line, err=True))
+    typer.echo(json.dumps(found.to_plain(), indent=2) if as_json else found.text())
+    raise typer.Exit(found.exit_code)
+
+
 @app.command(epilog="Example: fedblocks kernels --calibrate")
 def kernels(
     home: Annotated[Path, typer.Option(metavar="DIR", help="where the client keeps its calibration")] = Path(

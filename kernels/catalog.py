@@ -117,8 +117,8 @@ def row_block(num_cols: int) -> int:
 
 
 def row_warps(block: int) -> int:
-    """Warps of such a kernel: 4 up to 1024 columns, 16 from 8192 on."""
-    return max(4, min(16, block // 512))
+    """Warps of such a kernel: 8 columns a thread, 4 to 16 warps."""
+    return max(4, min(16, block // 256))
 
 
 def _pointers(*names_types: str) -> tuple[Param, ...]:

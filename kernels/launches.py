@@ -2,7 +2,8 @@
 
 Each function has the signature of its operation plus ``run``, which carries out one :class:`Launch`. It allocates its
 outputs and the workspace it names, nothing else, and never waits for the device. A call that the kernels do not cover
-raises :class:`NotSupportedError` before the first launch.
+raises :class:`NotSupportedError` before the first launch; an operation of several launches, which only writes its own
+result, may raise it between two of them.
 """
 
 from __future__ import annotations

@@ -1,0 +1,135 @@
+"""``fedblocks preflight``: every question answered yes where it is so, and no with what to do where it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from fedblocks import cli
+from fedblocks.aggregator.server import serve
+from fedblocks.edge_client import preflight as asked
+from fedblocks.edge_client.checkpoint import Checkpoint
+from fedblocks.edge_client.client import write_profile
+
+
+@contextmanager
+def served(c) -> Iterator[None]:
+    """The aggregator in a thread of this process."""
+    stop, ready = threading.Event(), threading.Event()
+    thread = threading.Thread(target=serve, args=(c.run,), kwargs={"on_event": lambda _line: ready.set(), "stop": stop})
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield
+    finally:
+        stop.set()
+        thread.join(20)
+
+
+def ask(c, name="site-1", *more, code=None):
+    arguments = [
+        "preflight", str(c.folder / f"{name}.toml"), "--data", str(c.folder / f"{name}.jsonl"),
+        "--model", str(c.model), "--home", str(c.home(name)), *more,
+    ]  # fmt: skip
+    done = CliRunner().invoke(cli.app, arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    if code is not None:
+        assert done.exit_code == code, done.output
+    return done
+
+
+def checks(done):
+    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+
+
+@pytest.fixture
+def site(consortium):
+    return consortium("expansion.blocks=1", clients=1)
+
+
+def test_a_device_that_can_take_part_is_told_so_line_by_line(site):
+    with served(site):
+        found = checks(ask(site, "site-1", "--json", code=0))
+        text = ask(site, code=0).output
+    assert {name: check["answer"] for name, check in found.items()} == {
+        "data": "yes",
+        "base model": "yes",
+        "4-bit kernel": "yes",
+        "fit 1 block": "yes",
+        "fit 2 blocks": "yes",
+        "fit 3 blocks": "yes",
+        "disk": "yes",
+        "reach": "yes",
+        "authenticate": "yes",
+    }
+    assert text.splitlines()[-1] == "ready to join"
+
+
+def test_a_key_that_is_not_enrolled_gets_the_line_for_the_operator(site):
+    shutil.rmtree(site.home("site-1"))
+    site.home("site-1").mkdir()
+    write_profile(site.home("site-1"), site.profile)
+    with served(site):
+        done = ask(site, "site-1", "--json", code=4)
+    found = checks(done)
+    assert found["reach"]["answer"] == "yes"
+    assert found["authenticate"]["answer"] == "no"
+    assert "fedblocks keys enrol RUN site-1 --key=" in found["authenticate"]["remedy"]
+
+
+def test_an_aggregator_that_is_not_there_is_a_no_and_the_key_an_unknown(site):
+    found = checks(ask(site, "site-1", "--json", code=3))
+    assert found["reach"]["answer"] == "no"
+    assert "firewall" in found["reach"]["remedy"]
+    assert found["authenticate"]["answer"] == "unknown"
+
+
+def test_a_device_that_is_too_small_is_told_what_the_top_block_takes(site):
+    small = replace(site.profile, memory_usable_bytes=site.profile.runtime_memory_bytes + (1 << 20))
+    write_profile(site.home("site-1"), small)
+    found = checks(ask(site, "site-1", "--json", code=5))
+    assert found["fit 1 block"]["answer"] == "no"
+    assert "MiB" in found["fit 1 block"]["text"]
+    assert "fit 2 blocks" not in found
+
+
+def test_data_that_cannot_be_read_and_another_base_are_each_named(site, tiny_checkpoint, tmp_path):
+    (site.folder / "site-1.jsonl").write_text('{"prompt": "a", "completion": "b"}\nno json\n')
+    found = checks(ask(site, "site-1", "--json", code=6))
+    assert "line 2" in found["data"]["text"]
+    assert found["fit"]["answer"] == found["disk"]["answer"] == "unknown"
+    site.model = tiny_checkpoint(tmp_path / "other", seed=5)
+    found = checks(ask(site, "site-1", "--json"))
+    assert found["base model"]["answer"] == "no"
+    assert "same checkpoint as the operator" in found["base model"]["remedy"]
+
+
+def test_a_full_disk_is_a_no_and_a_rather_full_one_costs_time_only(site, monkeypatch):
+    usage = shutil.disk_usage(site.folder)
+    sample = SimpleNamespace(ids=range(1000))
+    data = SimpleNamespace(train=[sample] * 1000, validation=[])  # hidden states of 256 MB
+    options = SimpleNamespace(home=site.home("site-1"))
+    answers = []
+    for free in (10**6, 10**8, 10**9):
+        monkeypatch.setattr(asked.shutil, "disk_usage", lambda _path, free=free: usage._replace(free=free))
+        (disk,) = asked._disk(options, Checkpoint.open(site.model), data)
+        answers.append((disk.answer, "computed again" in disk.text))
+    assert answers == [("no", False), ("yes", True), ("yes", False)]
+
+
+def test_a_decoder_that_is_wrong_is_found_out(site, monkeypatch):
+    from fedblocks.kernels import ops
+
+    plain = ops.frozen_nf4_linear
+    monkeypatch.setattr(ops, "frozen_nf4_linear", lambda *args: plain(*args) + 1)
+    found = checks(ask(site, "site-1", "--json"))
+    assert found["4-bit kernel"]["answer"] == "no"
+    assert "wrong by" in found["4-bit kernel"]["text"]
