@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu check format lint types imports docs wheel clean
-.PHONY: bench-runtime bench-memory bench-7b test-kernels packs budgets
+.PHONY: bench-runtime bench-memory bench-7b bench-gpu test-kernels packs budgets
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ bench-memory: setup  ## predicted against measured peak memory of the client's m
 
 bench-7b: setup  ## one block of a 7B shape: peak memory, time per token (25 GB of free disk)
 	$(BENCH) benchmarks/bench_7b.py
+
+bench-gpu: setup  ## kernels and training steps on this machine's GPU, against its limits and other stacks (8 minutes)
+	$(BENCH) benchmarks/bench_gpu.py
 
 test-kernels: setup  ## all tests of kernels/, with the matrix of all compiled forms (10 minutes)
 	$(BIN)/pytest -m "not gpu" tests/kernels

@@ -118,7 +118,7 @@ def write_random_model(folder: Path, model: RandomModel, *, seed: int = 0) -> Pa
     count = model.layers + 1
     for i, sizes in enumerate(_shards(model), start=1):
         file = f"model-{i:05d}-of-{count:05d}.safetensors"
-        tensors = {name: _random(name, size, generator) for name, size in sizes.items()}
+        tensors = {name: random_tensor(name, size, generator) for name, size in sizes.items()}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
     index = {"metadata": {"total_size": model.num_bytes}, "weight_map": weight_map}
@@ -140,9 +140,10 @@ def _shards(model: RandomModel) -> Iterator[dict[str, tuple[int, ...]]]:
         yield {f"model.layers.{layer}.{spec.name}": spec.shape for spec in model.shape.block_tensors()}
 
 
-def _random(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def random_tensor(name: str, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A tensor of a checkpoint in bf16, on the generator's device."""
     if name.endswith("norm.weight"):
-        return torch.ones(size, dtype=torch.bfloat16)
+        return torch.ones(size, dtype=torch.bfloat16, device=generator.device)
     wide = name in ("model.embed_tokens.weight", "lm_head.weight")
     deviation = DEVIATION if wide or len(size) == 1 else size[1] ** -0.5
-    return torch.empty(size, dtype=torch.bfloat16).normal_(0, deviation, generator=generator)
+    return torch.empty(size, dtype=torch.bfloat16, device=generator.device).normal_(0, deviation, generator=generator)

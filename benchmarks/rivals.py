@@ -176,14 +176,12 @@ class Ours:
         self._mode = mode or ExecutionMode(optimizer=OPTIMIZER[dtype], micro_batch_size=data.batch_size)
         self._cached = cached
         self._round_cut = round_cut
-        checkpoint = Checkpoint.open(folder)
+        checkpoint, backbone = self._open(folder, work)
         self._hash = false_hash(checkpoint)
         plan = assigned.plan(checkpoint.config, self._hash)
         self._trained = assigned.trained(plan)
         self._low = min(map(plan.position, self._trained))
-        self.model = ExpandedModel(
-            backbone=quantised(folder, work), checkpoint=checkpoint, plan=plan, dtype=DTYPES[dtype]
-        )
+        self.model = ExpandedModel(backbone=backbone, checkpoint=checkpoint, plan=plan, dtype=DTYPES[dtype])
         self.model.recompute = self._mode.checkpoint
         self.model.hold(residency=self._mode.residency, frozen=self._mode.frozen)
         if not cached:
@@ -191,6 +189,9 @@ class Ours:
         self._cache_folder = work / f"prefix-{os.getpid()}-{id(self)}"
         self._store: RecordStore | None = None
         self._states = PrefixStates(self.model, None)
+
+    def _open(self, folder: Path, work: Path) -> tuple[Checkpoint, Backbone]:
+        return Checkpoint.open(folder), quantised(folder, work)
 
     def fill(self) -> None:
         """The prefix pass over all samples into a new cache on disk; nothing where there is no cache."""

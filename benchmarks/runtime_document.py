@@ -1,4 +1,4 @@
-"""Writes the edge runtime's part of docs/results.md from runtime*.json and memory.json, which the benchmarks left.
+"""Writes the edge runtime's part of docs/results.md from runtime*.json, memory.json and gpu-*.json, left by the benchmarks.
 
 python benchmarks/runtime_document.py
 """
@@ -6,6 +6,8 @@ python benchmarks/runtime_document.py
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -105,6 +107,97 @@ def model(kept: dict[str, Any]) -> str:
 {chr(10).join(lines)}"""
 
 
+def gpu(kept: Sequence[dict[str, Any]]) -> str:
+    """One part for each device that was measured; a sentence where none was."""
+    if not kept:
+        return """## The edge runtime on a GPU
+
+Not yet measured; `make bench-gpu` measures it on a machine with a CUDA device and writes benchmarks/results/gpu-*.json.
+Until then every figure for a GPU in this repository is a prediction."""
+    return "\n\n".join(["## The edge runtime on a GPU", *map(_gpu_device, kept)])
+
+
+def _gpu_device(found: dict[str, Any]) -> str:
+    device, versions, peaks = found["device"], found["versions"], found["peaks"]
+    operations = [row for row in found["operations"] if row.get("median_s") is not None]
+    shapes = list(dict.fromkeys(row["shape"] for row in found["operations"]))
+    backends = list(dict.fromkeys(row["backend"] for row in found["operations"]))
+    lines: list[str] = []
+    for shape in shapes:
+        for op, form in dict.fromkeys((r["op"], r["form"]) for r in found["operations"] if r["shape"] == shape):
+            rows = {
+                r["backend"]: r for r in found["operations"] if (r["shape"], r["op"], r["form"]) == (shape, op, form)
+            }
+            cells = " | ".join(_gpu_cell(rows.get(backend)) for backend in backends)
+            lines.append(f"| {op} | {shape}: {form} | {cells} |")
+    refused = sorted(
+        {f"{r['op']}, {r['backend']} ({r['reason']})" for r in found["operations"] if r["status"] == "wrong"}
+    )
+    steps = [_gpu_step(row) for row in found["steps"]]
+    predicted = [abs(row["predicted_error"]) for row in found["steps"] if "predicted_error" in row]
+    memory_line = (
+        f"Predicted against measured peak: median error {statistics.median(predicted):.1%}, worst {max(predicted):.1%}."
+        if predicted
+        else ""
+    )
+    return f"""### {device["name"]}, {found["date"]}
+
+`{found["command"]}`: capability {device.get("capability", "–")}, driver {_driver(found)}, torch {versions["torch"]}, CUDA {versions["cuda"]},
+triton {versions["triton"]}. Copy {peaks["copy"]["bytes_per_s"] / 1e9:.0f} GB/s, bf16 product on random data
+{peaks["gemm_bf16"]["flops_per_s"] / 1e12:.1f} TFLOP/s. {len(operations)} timed pairs of operation and backend; CUDA graphs: {found["graphs"]}.
+{"Wrong, so not timed: " + "; ".join(refused) + "." if refused else "No rung failed the comparison with float64."}
+
+Microseconds (median), and the share of the device's own copy rate or product rate:
+
+| operation | size | {" | ".join(backends)} |
+|---|---|{"---|" * len(backends)}
+{chr(10).join(lines)}
+
+Training steps; *passes* is three passes with the prefix pass; the roofline is that of the FLOPs each system needs. {memory_line}
+
+| model | system | tokens a step, labels | tokens/s, step | passes | roofline | peak, GiB | ours against, passes (peak) |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(steps)}"""
+
+
+def _driver(found: dict[str, Any]) -> str:
+    answer = found["clocks_before"]["nvidia_smi"]
+    return answer.get("driver_version", "–") if isinstance(answer, dict) else "–"
+
+
+def _gpu_cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "–"
+    if row.get("median_s") is None:
+        return row["status"]
+    return f"{row['median_s'] * 1e6:.1f} ({row['share_of_peak']:.0%})"
+
+
+def _gpu_step(row: dict[str, Any]) -> str:
+    head = f"| {row['shape']} | {row['system']} {row['assignment']} | {row['tokens_per_step']}, {row['labels']:.0%} "
+    if row["status"] != "ok":
+        return f"{head}| {row['status']}: {row['reason']} | | | | |"
+    against = ", ".join(
+        f"{other} {ratio['speedup_passes']:.1f}x ({ratio['peak_ratio']:.2f})"
+        for other, ratio in row.get("against", {}).items()
+    )
+    return (
+        f"{head}| {row['tokens_per_s_step']:.0f} | {row['tokens_per_s_passes']:.0f} | {row['share_of_roofline']:.0%} "
+        f"| {row['peak_bytes'] / GIB:.2f} | {against or '–'} |"
+    )
+
+
+def _read_gpu(folder: Path) -> list[dict[str, Any]]:
+    """The newest file of each device."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("gpu-*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        held = newest.get(found["device"]["name"])
+        if held is None or found["date"] >= held["date"]:
+            newest[found["device"]["name"]] = found
+    return list(newest.values())
+
+
 def _read(name: str) -> dict[str, Any] | None:
     path: Path = RESULTS / name
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
@@ -118,6 +211,7 @@ def main() -> None:
         parts += [speed(runtime), memory(runtime, seven)]
     if points is not None:
         parts.append(model(points))
+    parts.append(gpu(_read_gpu(RESULTS)))
     replace_part(PAGE, MARK, parts)
 
 
