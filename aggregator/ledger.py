@@ -77,6 +77,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     CREATE TABLE notes (id INTEGER PRIMARY KEY, unix_s REAL NOT NULL, text TEXT NOT NULL);
     """,
     _MODE_AS_ASSIGNED,
+    "UPDATE updates SET message = json_set(message, '$.train.kernel_falls', json('[]'));",
 )
 
 #: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.

@@ -65,6 +65,8 @@ class ClientRecord:
     step_s: float
     mode: ExecutionMode | None
     """How the client carried it out, as its update says; null without one."""
+    kernel_falls: tuple[str, ...]
+    """Where a faster kernel was passed over on its GPU, and why."""
     loss_first: float | None
     loss_last: float | None
     bytes_up: int
@@ -101,6 +103,7 @@ def client_record(
         peak_memory_bytes=report.peak_memory_bytes if report is not None else 0,
         step_s=report.step_s if report is not None else 0.0,
         mode=report.mode if report is not None else None,
+        kernel_falls=report.kernel_falls if report is not None else (),
         loss_first=report.loss_first if report is not None else None,
         loss_last=report.loss_last if report is not None else None,
         bytes_up=bytes_up,

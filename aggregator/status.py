@@ -212,6 +212,7 @@ def describe(status: Mapping[str, Any]) -> str:
         done = client["last_round"]
         if done is not None and done.get("mode") is not None:  # rows of older releases have none
             parts.append(f"last {done['step_s']:.3g} s a step, {ExecutionMode(**done['mode']).text()}")
+            parts += done.get("kernel_falls", ())[:1]
         if client["refusals"]:
             counts = ", ".join(f"{code} {count}" for code, count in client["refusals"].items())
             parts.append(f"refused: {counts}")

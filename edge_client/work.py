@@ -35,10 +35,13 @@ from fedblocks.edge_client.residual import ResidualStore
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.store import ClientStore
 from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
+from fedblocks.kernels.ops import DISPATCHER
 from fedblocks.profiles.cost import ModeChoice, NoFit, StackLayout, Workload, choose_mode, step_time
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
+    MAX_FALL_CHARACTERS,
+    MAX_KERNEL_FALLS,
     Assignment,
     ClientKey,
     Delta,
@@ -311,6 +314,7 @@ class Workbench:
                 predicted_peak_bytes=predicted,
                 mode=chosen.mode,
                 gradient_energy=result.gradient_energy,
+                kernel_falls=tuple(str(event)[:MAX_FALL_CHARACTERS] for event in DISPATCHER.counts)[:MAX_KERNEL_FALLS],
             ),
             measurements=measurements,
         )

@@ -17,6 +17,10 @@ from fedblocks.protocol.errors import RefusalCode
 
 PROTOCOL_VERSION: Final = 2
 
+#: Lines about kernels in one update, and the length of each.
+MAX_KERNEL_FALLS: Final = 8
+MAX_FALL_CHARACTERS: Final = 200
+
 ClientKey = NewType("ClientKey", str)
 """A client's identity: its CURVE public key in Z85 text (40 characters)."""
 AttemptId = NewType("AttemptId", str)
@@ -28,6 +32,8 @@ Measure = Literal["validation", "anchor", "general"]
 FailureReason = Literal[
     "oom", "over_memory_budget", "non_finite", "deadline", "data", "disk", "interrupted", "internal"
 ]
+#: Bins of a topic histogram.
+MAX_TOPICS: Final = 64
 StateEncoding = Literal["none", "replay", "difference", "snapshot"]
 
 
@@ -46,9 +52,21 @@ class DataStatistics:
     mean_tokens: float
     """Tokens per training example after truncation."""
     max_tokens: int
+    topics: tuple[int, ...] = ()
+    """Training examples by topic (or label), at most 64 bins; empty unless the site allows it."""
 
     def __post_init__(self) -> None:
         _require_not_negative(self, "num_examples", "num_target_tokens", "mean_tokens", "max_tokens")
+        if len(self.topics) > MAX_TOPICS or any(count < 0 for count in self.topics):
+            raise ValueError(
+                f"data statistics: {len(self.topics)} topics, the smallest of {min(self.topics)} examples, expected at "
+                f"most {MAX_TOPICS} of 0 or more"
+            )
+        if sum(self.topics) > self.num_examples:
+            raise ValueError(
+                f"data statistics: {sum(self.topics)} examples by topic, expected at most num_examples "
+                f"({self.num_examples})"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +295,16 @@ class TrainReport:
     """How the client carried it out (runtime.md 4.2): its own choice within the assignment's memory."""
     gradient_energy: tuple[float, ...]
     """u_raw per trained block, in the order of the assignment's ``blocks``."""
+    kernel_falls: tuple[str, ...] = ()
+    """Where a faster kernel was passed over on a GPU, and why: at most eight lines of at most 200 characters."""
+
+    def __post_init__(self) -> None:
+        if len(self.kernel_falls) > MAX_KERNEL_FALLS or any(len(t) > MAX_FALL_CHARACTERS for t in self.kernel_falls):
+            raise ValueError(
+                f"train report: {len(self.kernel_falls)} kernel falls of up to "
+                f"{max(map(len, self.kernel_falls))} characters, expected at most {MAX_KERNEL_FALLS} of "
+                f"{MAX_FALL_CHARACTERS}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

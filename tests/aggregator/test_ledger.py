@@ -291,7 +291,7 @@ def test_an_update_from_before_modes_were_reported_gets_the_assigned_one(tmp_pat
     ledger.add_update(ANN, delta("a0"), measurements=(), folded_in=0, unix_s=3.0)
     ledger.close()
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
-    db.execute("UPDATE updates SET message = json_remove(message, '$.train.mode')")
+    db.execute("UPDATE updates SET message = json_remove(message, '$.train.mode', '$.train.kernel_falls')")
     db.execute("PRAGMA user_version = 1")
     db.commit()
     db.close()

@@ -445,3 +445,12 @@ def test_an_update_of_a_hundred_blocks_fits_into_one_body():
     )
 
     assert len(codec.encode(make(Delta, tensors=tensors))[1]) < codec.MAX_BODY_BYTES
+
+
+@pytest.mark.parametrize("falls", [["x"] * 9, ["x" * 201], ["x", 3], "kernel", None])
+def test_lines_about_kernels_are_few_and_short(falls):
+    plain = plain_of(make(Delta))
+    plain["train"]["kernel_falls"] = ["kernel swiglu: torch instead of triton: odd shape"] * 8
+    assert len(codec.decode_body("delta", msgpack.packb(plain)).train.kernel_falls) == 8
+    plain["train"]["kernel_falls"] = falls
+    assert refused("delta", plain) == "malformed"
