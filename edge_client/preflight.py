@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from fedblocks.edge_client.client import JoinOptions, device_profile
 from fedblocks.edge_client.data import DataError, SiteData, TextEncoder, load_site_data
-from fedblocks.edge_client.identity import load_or_create_identity
+from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
 from fedblocks.edge_client.transport import Connected, Disconnected, Problem, Transport
 from fedblocks.profiles.cost import NF4_BYTES_PER_WEIGHT, NoFit, StackLayout, Workload, choose_mode
 from fedblocks.profiles.device import DeviceProfile
@@ -252,6 +252,9 @@ def _authenticate(options: JoinOptions, *, reached: bool) -> list[Check]:
     if not reached:
         return [Check(name="authenticate", answer="unknown", text="the aggregator cannot be reached")]
     site = options.site
+    if not (options.home / KEY_FILE).exists():  # made here, it would not be new to the join that comes after
+        text = "no key yet: the first join makes one, prints the line for the operator and waits"
+        return [Check(name="authenticate", answer="unknown", text=text)]
     try:
         identity = load_or_create_identity(options.home)
         transport = Transport(

@@ -18,6 +18,7 @@ from fedblocks.aggregator.server import serve
 from fedblocks.edge_client import preflight as asked
 from fedblocks.edge_client.checkpoint import Checkpoint
 from fedblocks.edge_client.client import write_profile
+from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
 
 
 @contextmanager
@@ -77,12 +78,23 @@ def test_a_key_that_is_not_enrolled_gets_the_line_for_the_operator(site):
     shutil.rmtree(site.home("site-1"))
     site.home("site-1").mkdir()
     write_profile(site.home("site-1"), site.profile)
+    load_or_create_identity(site.home("site-1"))
     with served(site):
         done = ask(site, "site-1", "--json", code=4)
     found = checks(done)
     assert found["reach"]["answer"] == "yes"
     assert found["authenticate"]["answer"] == "no"
     assert "fedblocks keys enrol RUN site-1 --key=" in found["authenticate"]["remedy"]
+
+
+def test_a_site_without_a_key_is_told_that_join_makes_one_and_gets_none_here(site):
+    shutil.rmtree(site.home("site-1"))
+    site.home("site-1").mkdir()
+    write_profile(site.home("site-1"), site.profile)
+    with served(site):
+        found = checks(ask(site, "site-1", "--json", code=0))
+    assert found["authenticate"]["answer"] == "unknown"
+    assert not (site.home("site-1") / KEY_FILE).exists()
 
 
 def test_an_aggregator_that_is_not_there_is_a_no_and_the_key_an_unknown(site):

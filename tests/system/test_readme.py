@@ -43,6 +43,7 @@ def test_every_command_of_the_section_does_what_it_says(desk, consortium_at):
     run(line_with("fedblocks invite").replace("tcp://aggregator.example:5555", c.bind))
     c.start_line("aggregator", line_with("fedblocks serve"))
 
+    assert run(line_with("fedblocks preflight"), home=True).endswith("ready to join\n")
     told = run(line_with("fedblocks join", "--dry-run"), home=True)
     assert "hello (once per connection)" in told
     assert not (desk / "home" / "client.key.json").exists()
