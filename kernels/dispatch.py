@@ -108,6 +108,8 @@ class Dispatcher:
         self._settings = KernelSettings()
         self._choices: dict[tuple[str, str, SizeClass], tuple[str, ...]] = {}
         self._cache: dict[tuple[str, torch.device, torch.dtype, SizeClass], tuple[tuple[str, Run], ...]] = {}
+        self.demands = False
+        """Somebody demands a backend; otherwise torch serves every CPU."""
         self.counts: Counter[Event] = Counter()
         """Every fall so far and how often."""
         self.listener: Callable[[Event], None] = _log
@@ -150,6 +152,7 @@ class Dispatcher:
             if op not in OPERATIONS:
                 raise BackendError(f"[kernels] names {op!r}, expected one of {', '.join(sorted(OPERATIONS))}")
         self._settings = settings
+        self.demands = settings != KernelSettings()
         self._cache.clear()
 
     def choose(self, op: str, dtype: str, size: SizeClass, rungs: tuple[str, ...]) -> None:
@@ -240,7 +243,10 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """As the specification."""
-        rungs = DISPATCHER.rungs(self.name, args[0])  # type: ignore[arg-type] # every operation begins with a tensor
+        first: Tensor = args[0]  # type: ignore[assignment] # every operation begins with a tensor
+        if first.is_cpu and not DISPATCHER.demands:
+            return self.reference(*args, **kwargs)
+        rungs = DISPATCHER.rungs(self.name, first)
         for place, (name, run) in enumerate(rungs):
             try:
                 return self.launch(run, *args, **kwargs)
