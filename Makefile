@@ -9,6 +9,8 @@ VENV ?= .venv
 #   make setup TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+# What is installed beside torch; client,test leaves a torch that is there as it is (a Jetson; docs/jetson.md).
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
@@ -23,7 +25,7 @@ $(BIN)/.ready: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
 	$(BIN)/python -c "import torch" 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[$(EXTRAS)]"
 	touch $@
 
 setup: $(BIN)/.ready  ## make .venv with a pinned torch and everything that demo and tests need

@@ -48,14 +48,14 @@ def index(tmp_path_factory) -> None:
         pytest.skip(f"no package index is reachable: {asked.stderr.strip().splitlines()[-1][:200]}")
 
 
-def resolved(requirement: str, python: str, folder: Path) -> dict[str, str]:
+def resolved(requirement: str, python: str, folder: Path, *also: str) -> dict[str, str]:
     """Normalised name -> file name of everything that pip would install there."""
     report = folder / "report.json"
     platforms = [word for tag in PLATFORMS for word in ("--platform", tag)]
     done = pip(
         *("install", "--quiet", "--dry-run", "--ignore-installed", "--report", str(report)),
         *("--python-version", python, "--implementation", "cp", *platforms, "--only-binary=:all:"),
-        *("--target", str(folder / "nowhere"), requirement, *ONLY_OLD[python]),
+        *("--target", str(folder / "nowhere"), requirement, *ONLY_OLD[python], *also),
     )
     assert done.returncode == 0, done.stderr[-3000:]
     entries = json.loads(report.read_text(encoding="utf-8"))["install"]
@@ -66,15 +66,21 @@ def resolved(requirement: str, python: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.12"])
+@pytest.mark.parametrize("extras", ["client", "client,test"])
 def test_the_client_installs_on_aarch64_without_torch_bitsandbytes_triton_or_any_cuda_library(
-    wheel, index, python, tmp_path
+    wheel, index, python, extras, tmp_path
 ):
-    found = resolved(f"{wheel}[client]", python, tmp_path)
+    found = resolved(f"{wheel}[{extras}]", python, tmp_path)
     assert {"fedblocks", "numpy", "safetensors", "tokenizers", "transformers", "pyzmq"} <= found.keys()
     assert not [name for name in found if FORBIDDEN.fullmatch(name)]
     foreign = [file for file in found.values() if not file.endswith(("_aarch64.whl", "-none-any.whl"))]
     assert not foreign  # compiled for aarch64, or not compiled
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_it_installs_with_the_numpy_that_nvidias_torch_of_jetpack_6_was_built_for(wheel, index, tmp_path):
+    found = resolved(f"{wheel}[client]", "3.10", tmp_path, "numpy<2")
+    assert found["numpy"].startswith("numpy-1.26.")
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.12"])
