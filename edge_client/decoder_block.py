@@ -279,9 +279,14 @@ def _repeat_kv(x: Tensor, groups: int) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
     """Causal attention of the last T_q positions over all T_k: (B, T_q, nh·hd)."""
     groups = spec.shape.num_heads // spec.shape.num_kv_heads
-    k, v = _repeat_kv(k, groups), _repeat_kv(v, groups)
     queries, keys = q.shape[2], k.shape[2]
-    if spec.window is not None and keys > spec.window:
+    windowed = spec.window is not None and keys > spec.window
+    if q.is_cuda and groups > 1 and not windowed:  # its kernels read shared keys as they are; a CPU's does not
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+    k, v = _repeat_kv(k, groups), _repeat_kv(v, groups)
+    if windowed:
+        assert spec.window is not None
         mask = _window_mask(queries, keys, spec.window, q.device)
         out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     else:  # one query alone may look at everything; otherwise queries and keys are the same positions

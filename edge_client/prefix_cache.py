@@ -49,10 +49,12 @@ KEPT_FREE_BYTES: Final = 256 << 20
 """Free disk space that a cache never takes."""
 RAM_SHARE: Final = 0.25
 """Of the available memory: the most that records may take there unless told otherwise."""
-WAVE_TOKENS: Final = cost.WAVE_TOKENS
+WAVE_TOKENS: Final = cost.WAVE_TOKENS["cpu"]
 """Tokens that go through the prefix together: a layer is read and decoded once for each wave."""
-BATCH_TOKENS: Final = cost.PREFIX_BATCH_TOKENS
+BATCH_TOKENS: Final = cost.PREFIX_BATCH_TOKENS["cpu"]
 """Tokens that go through one layer at once: large matrices, few activations."""
+WAVE_TOKENS_ON_GPU: Final = cost.WAVE_TOKENS["cuda"]
+BATCH_TOKENS_ON_GPU: Final = cost.PREFIX_BATCH_TOKENS["cuda"]
 _JOURNAL: Final = "index.journal"
 _META: Final = "meta.json"
 _HEADER: Final = struct.Struct("<32s32s")  # format, blake2b-256 of the folder's name
@@ -522,7 +524,7 @@ class PrefixStates:
         missing = {key: ids for ids in samples if (key := sample_key(ids)) not in self._store}
         token_bytes = self._model.shape.hidden_size * self._model.dtype.itemsize
         chosen = self._store.admitted({key: len(ids) * token_bytes for key, ids in missing.items()})
-        for wave in _waves([missing[key] for key in chosen]):
+        for wave in _waves([missing[key] for key in chosen], self._wave_tokens):
             parts = self._compute(wave).cpu().split([len(ids) for ids in wave])
             self._store.put((sample_key(ids), _bytes_of(part)) for ids, part in zip(wave, parts, strict=True))
             if not self._store.usable:
@@ -543,7 +545,7 @@ class PrefixStates:
             if self._store is None or not self._store.read_into(key, _bytes_of(place)):
                 missing.setdefault(key, []).append(i)
         self.read += len(samples) - sum(map(len, missing.values()))
-        for wave in _waves([samples[i] for i, *_ in missing.values()]):
+        for wave in _waves([samples[i] for i, *_ in missing.values()], self._wave_tokens):
             parts = self._compute(wave).split([len(ids) for ids in wave])
             for ids, part in zip(wave, parts, strict=True):
                 for i in missing[sample_key(ids)]:
@@ -563,13 +565,33 @@ class PrefixStates:
             h = torch.empty(sum(lengths), model.shape.hidden_size, dtype=model.dtype)
             self._source.write_states(wave, h.split(lengths))
             h = h.to(model.device)
-        batches = _batches(lengths)
+        run = self._run_padded if self._on_gpu else self._run_equal
         with contextlib.closing(self._weights(start)) as layers:
-            for position, weights in enumerate(layers, start):
-                for tokens, length in batches:
-                    part = h[tokens].view(-1, length, h.shape[1])
-                    h[tokens] = model.run(part, position, weights).flatten(0, 1)
+            run(h, lengths, enumerate(layers, start))
         return h
+
+    def _run_equal(self, h: Tensor, lengths: Sequence[int], layers: Iterable[tuple[int, BlockWeights | None]]) -> None:
+        """Samples of equal length together: what a sample gets does not depend on its neighbours, to the bit."""
+        batches = _batches(lengths)
+        for position, weights in layers:
+            for tokens, length in batches:
+                part = h[tokens].view(-1, length, h.shape[1])
+                h[tokens] = self._model.run(part, position, weights).flatten(0, 1)
+
+    def _run_padded(self, h: Tensor, lengths: Sequence[int], layers: Iterable[tuple[int, BlockWeights | None]]) -> None:
+        """Neighbours together, filled up on the right: matrices large enough for a GPU. Pads are never read."""
+        batches = [(tokens, *_padding(sizes, h.device)) for tokens, sizes in _neighbours(lengths)]
+        for position, weights in layers:
+            for tokens, places, real in batches:
+                h[tokens] = self._model.run(h[tokens][places], position, weights)[real]
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._model.device.type != "cpu"
+
+    @property
+    def _wave_tokens(self) -> int:
+        return WAVE_TOKENS_ON_GPU if self._on_gpu else WAVE_TOKENS
 
     def _weights(self, start: int) -> Generator[BlockWeights | None]:
         """Of each position below the cut; None where the model holds them or knows how to make them."""
@@ -580,15 +602,15 @@ class PrefixStates:
             yield from itertools.repeat(None, self.cut - start)
 
 
-def _waves(samples: Iterable[npt.NDArray[np.int32]]) -> Iterator[list[npt.NDArray[np.int32]]]:
-    """Parts of at most WAVE_TOKENS tokens, or of one sample, in ascending length; equal lengths by their tokens.
+def _waves(samples: Iterable[npt.NDArray[np.int32]], most: int) -> Iterator[list[npt.NDArray[np.int32]]]:
+    """Parts of at most ``most`` tokens, or of one sample, in ascending length; equal lengths by their tokens.
 
     The order depends on the samples alone, so that what was missing after a crash makes the same waves as before it.
     """
     wave: list[npt.NDArray[np.int32]] = []
     tokens = 0
     for ids in sorted(samples, key=lambda ids: (len(ids), sample_key(ids))):
-        if wave and tokens + len(ids) > WAVE_TOKENS:
+        if wave and tokens + len(ids) > most:
             yield wave
             wave, tokens = [], 0
         wave.append(ids)
@@ -607,6 +629,27 @@ def _batches(lengths: Sequence[int]) -> list[tuple[slice, int]]:
         batches += [(slice(at, min(at + step, end)), length) for at in range(start, end, step)]
         start = end
     return batches
+
+
+def _neighbours(lengths: Sequence[int]) -> list[tuple[slice, list[int]]]:
+    """Samples in ascending length, at most BATCH_TOKENS_ON_GPU with padding, or one of them: its tokens and lengths."""
+    parts: list[tuple[slice, list[int]]] = []
+    start, sizes = 0, list[int]()
+    for length in (*lengths, 0):
+        if sizes and (length == 0 or (len(sizes) + 1) * length > BATCH_TOKENS_ON_GPU):
+            parts.append((slice(start, start + sum(sizes)), sizes))
+            start, sizes = start + sum(sizes), []
+        sizes = [*sizes, length]
+    return parts
+
+
+def _padding(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each place (B, longest) of a padded batch is taken from, and which of them are real."""
+    sizes = torch.tensor(lengths, device=device)
+    column = torch.arange(max(lengths), device=device)
+    first = (torch.cumsum(sizes, 0) - sizes).unsqueeze(1)
+    real = column < sizes.unsqueeze(1)
+    return torch.where(real, first + column, 0), real
 
 
 def evict_others(folder: Path, keep: Iterable[str], say: Warn, *, now: Mapping[str, Any] | None = None) -> list[str]:

@@ -41,7 +41,7 @@ MOMENTS_8BIT_BYTES_MOVED: Final = 60
 #: The same per weight that is decoded from NF4. CPU: measured like that (0.8 ns); CUDA: read, written, read again.
 NF4_DECODE_BYTES_MOVED: Final[Mapping[Accelerator, float]] = {"cpu": 18, "cuda": 4.5}
 #: Tokens that go through the prefix together: each of its layers is read and decoded once for them (runtime.md 2.2).
-WAVE_TOKENS: Final = 4096
+WAVE_TOKENS: Final[Mapping[Accelerator, int]] = {"cpu": 4096, "cuda": 16384}
 #: Rows of the topmost block are computed apart up to this share of rows with a label (runtime.md 1, item 8).
 ROWS_APART_SHARE: Final = 0.9
 #: Differences of predicted time below this share do not justify an approximation: it is the accuracy that predictions
@@ -449,7 +449,7 @@ class _Time:
     def _fill_s(self, residency: Residency) -> float:
         device, shape, layout, work = self._device, self._shape, self._layout, self._work
         tokens = work.new_tokens + work.new_anchor_tokens
-        layers = math.ceil(tokens / WAVE_TOKENS) * layout.base_cut
+        layers = math.ceil(tokens / WAVE_TOKENS[device.accelerator]) * layout.base_cut
         decode_s = layers * self._decode_layer_s
         arithmetic_s = fill_flops(shape, layout, work) / device.gemm_flops_per_s
         if residency == "resident":
@@ -563,8 +563,8 @@ def download_bytes(
 
 # Memory (runtime.md 4): what a client holds at each moment of a task
 
-#: Tokens of one forward pass of the prefix (runtime.md 2.2).
-PREFIX_BATCH_TOKENS: Final = 512
+#: Tokens of one forward pass of the prefix (runtime.md 2.2): more fall out of a CPU's cache, fewer leave a GPU idle.
+PREFIX_BATCH_TOKENS: Final[Mapping[Accelerator, int]] = {"cpu": 512, "cuda": 2048}
 #: The buffer of logits, the least number of its rows, and how much of it is widened to fp32 at a time (runtime.md 3).
 LOGITS_BYTES: Final = 64 << 20
 LOGITS_MIN_ROWS: Final = 256
@@ -637,6 +637,8 @@ class SavedBytes:
     halves, gate and up, and one number per row of each norm; where the block trains, the inputs of its matrices too:
     both norms' outputs and silu(gate)·up. Keys and values that several query heads share are kept as often as the
     attention reads them.
+    On a GPU (``fused``) a block keeps the same whether it trains or not: inputs of its matrices are made again. There
+    attention reads shared keys as they are (``shared_keys``), save where only some rows are computed.
     """
 
     every: int
@@ -649,7 +651,9 @@ class SavedBytes:
     """The same per wanted row and token of its sample: the attention mask."""
 
     @classmethod
-    def of(cls, shape: ModelShape, dtype_bytes: int, *, trained: bool) -> SavedBytes:
+    def of(
+        cls, shape: ModelShape, dtype_bytes: int, *, trained: bool, fused: bool = False, shared_keys: bool = False
+    ) -> SavedBytes:
         """Of one block; activations take ``dtype_bytes`` each."""
         h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
         repeated = 1 < shape.num_kv_heads < shape.num_heads  # a single head is repeated by a view
@@ -659,7 +663,10 @@ class SavedBytes:
             every, row, wanted = (2 * q, q + kv, q) if repeated else (3 * kv, 2 * q, q)
         half = h + q + 2 * i
         if trained:
-            every, half, wanted = every + h, half + h + i, wanted + h
+            every, wanted = every + h, wanted + h
+            half += 0 if fused else h + i
+        if fused and not shape.qk_norm:  # one tensor of q, k and v, and nothing of the norm, however much was added
+            row = q + 2 * kv + (2 * q if repeated and not shared_keys else 0) - every
         norms = (4 * shape.num_heads, 4 * shape.num_kv_heads) if shape.qk_norm else (0, 0)
         numbers = 4 * shape.num_heads + 4 + norms[0]
         return cls(
@@ -727,7 +734,11 @@ class _Memory:
         self._embedding = 0 if shape.tied_embeddings else table
         # Read in the checkpoint's two bytes, then widened.
         self._head_reading = shape.vocab_size * h * 2 if e == 4 else 0
-        self._saved = {trained: SavedBytes.of(shape, e, trained=trained) for trained in (False, True)}
+        on_gpu = accelerator == "cuda"
+        self._saved = {
+            trained: SavedBytes.of(shape, e, trained=trained, fused=on_gpu, shared_keys=on_gpu)
+            for trained in (False, True)
+        }
         #: Per token of a forward pass without a tape: residual, norm, gate, up, their product; q, k, v; what attention
         #: gave.
         self._forward = e * (2 * h + 3 * i + 3 * q + 3 * kv)
@@ -737,8 +748,8 @@ class _Memory:
         )
         longest = max(work.max_tokens, work.anchor_tokens if work.anchor_batch_size else 0)
         tokens = work.steps * (work.batch_size * work.mean_tokens + work.anchor_batch_size * work.anchor_tokens)
-        wave = max(longest, min(WAVE_TOKENS, math.ceil(tokens)))
-        batch = max(longest, min(wave, PREFIX_BATCH_TOKENS // longest * longest))
+        wave = max(longest, min(WAVE_TOKENS[accelerator], math.ceil(tokens)))
+        batch = max(longest, min(wave, PREFIX_BATCH_TOKENS[accelerator] // longest * longest))
         self._prefix_work = wave * h * e + batch * self._forward
         self._before: dict[tuple[FrozenForm, Residency], _Moment] = {}
         self._totals: dict[tuple[_Pass, float, bool], tuple[int, int, int]] = {}

@@ -379,15 +379,31 @@ def test_order_waves_and_batches_change_a_record_only_within_rounding(make_model
             assert_near(prefix.padded(samples), samples, expected)
 
 
-def test_what_is_missing_makes_the_same_waves_in_any_order(make_samples, monkeypatch):
+def test_what_is_missing_makes_the_same_waves_in_any_order(make_samples):
     samples = [sample.ids for sample in make_samples(20)]
-    monkeypatch.setattr(prefix_cache, "WAVE_TOKENS", 30)
-    waves = [[ids.tolist() for ids in wave] for wave in prefix_cache._waves(samples)]
-    assert waves == [[ids.tolist() for ids in wave] for wave in prefix_cache._waves(samples[::-1])]
+    waves = [[ids.tolist() for ids in wave] for wave in prefix_cache._waves(samples, 30)]
+    assert waves == [[ids.tolist() for ids in wave] for wave in prefix_cache._waves(samples[::-1], 30)]
     assert sorted(ids for wave in waves for ids in wave) == sorted(ids.tolist() for ids in samples)
     assert all(sum(map(len, wave)) <= 30 for wave in waves)
     rest = [np.array(ids) for wave in waves[2:] for ids in wave]  # after a crash behind the second wave
-    assert [[ids.tolist() for ids in wave] for wave in prefix_cache._waves(rest)] == waves[2:]
+    assert [[ids.tolist() for ids in wave] for wave in prefix_cache._waves(rest, 30)] == waves[2:]
+
+
+@pytest.mark.parametrize("limit", [1, 24, 60, 10_000])
+def test_samples_padded_together_as_on_a_gpu_get_the_same_states_within_rounding(
+    limit, make_model, make_samples, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(PrefixStates, "_on_gpu", True)
+    monkeypatch.setattr(prefix_cache, "BATCH_TOKENS_ON_GPU", limit)
+    samples = [sample.ids for sample in make_samples(12)]
+    model = make_model(layers=6)
+    run, sizes = model.run, []
+    monkeypatch.setattr(model, "run", lambda h, *args: sizes.append(tuple(h.shape[:2])) or run(h, *args))
+    prefix = PrefixStates(model, RecordStore(tmp_path, location="ram", warn=pytest.fail))
+    prefix.fill(iter(samples))
+    assert all(count == 1 or count * longest <= limit for count, longest in sizes)
+    assert (max(count for count, _ in sizes) > 1) == (limit > 20)
+    assert_near(prefix.padded(samples), samples, states_one_by_one(make_model(layers=6), samples))
 
 
 @pytest.mark.parametrize(

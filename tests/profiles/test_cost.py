@@ -194,11 +194,12 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("labelled", [None, 20])
 @pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("changes", SHAPES)
-def test_a_real_block_saves_the_predicted_bytes_to_the_byte(changes, dtype, trained, labelled):
+def test_a_real_block_saves_the_predicted_bytes_to_the_byte(changes, dtype, trained, labelled, fused):
     import torch
 
     from fedblocks.edge_client.decoder_block import BlockSpec, BlockWeights, block_forward
@@ -225,9 +226,9 @@ def test_a_real_block_saves_the_predicted_bytes_to_the_byte(changes, dtype, trai
     if labelled is not None:
         rows = torch.cat([torch.arange(tokens - labelled, tokens) + tokens * i for i in range(sequences)])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        block_forward(x, weights, BlockSpec(shape=shape, eps=1e-5), rotary, rows)
+        block_forward(x, weights, BlockSpec(shape=shape, eps=1e-5, fused=fused), rotary, rows)
     share = 1.0 if labelled is None else labelled / tokens
-    predicted = SavedBytes.of(shape, compute.itemsize, trained=trained).total(sequences, tokens, share)
+    predicted = SavedBytes.of(shape, compute.itemsize, trained=trained, fused=fused).total(sequences, tokens, share)
     assert sum(saved.values()) == predicted
 
 
@@ -284,7 +285,7 @@ def test_samples_cost_their_prefix_only_the_first_time():
 def test_a_wave_on_a_slow_disk_waits_for_its_layers_unless_they_are_in_memory():
     layout = after(STARTER, 3, 5, 1)
     device = dataclasses.replace(load("laptop-cpu"), disk_read_bytes_per_s=1e5)
-    work_ = work(new_tokens=WAVE_TOKENS + 1)  # two waves
+    work_ = work(new_tokens=WAVE_TOKENS["cpu"] + 1)  # two waves
     suffix, resident = (
         round_time(
             device,
