@@ -1,5 +1,6 @@
 """What is known of devices that were not probed? One TOML file each, every number with its source and its kind.
 
+Another power mode of a board is a file that names the board's (``mode_of``) and the facts that the mode changes.
 A catalog entry is a prior: :func:`load` turns peak rates into achieved ones by the shares that the file states, and the
 probe's measurements override it.
 :func:`scaled` makes a small model meet a large device's limits, for the demo and for simulations.
@@ -33,7 +34,18 @@ LINK_BYTES_PER_S: Final[Mapping[Tier, tuple[float, float]]] = {
 }
 
 #: A fact's unit is the end of its key.
-UNITS: Final = ("_count", "_per_clock_per_sm", "_mhz", "_tflops", "_share", "_gb_per_s", "_mb_per_s", "_gb", "_ms")
+UNITS: Final = (
+    "_count",
+    "_per_clock_per_sm",
+    "_mhz",
+    "_tflops",
+    "_share",
+    "_gb_per_s",
+    "_mb_per_s",
+    "_gb",
+    "_ms",
+    "_w",
+)
 
 #: The model whose block is the yardstick of :func:`scale_factor` (config.json of Qwen2.5-0.5B).
 QWEN2_5_0_5B: Final = ModelShape(
@@ -75,6 +87,8 @@ class CatalogEntry:
     compute_dtype: ComputeDtype
     tier: Tier
     facts: Mapping[str, Fact]
+    mode_of: str | None = None
+    """The entry of the same board in the power mode that its file describes; None for that one."""
 
     def profile(self) -> DeviceProfile:
         """Achieved rates: the peaks times the shares that the file states. GB are 10⁹ bytes."""
@@ -111,9 +125,22 @@ REQUIRED: Final = (
     "memory_usable_gb",
     "runtime_memory_gb",
     "cpu_count",
+    "board_power_w",
     "step_overhead_ms",
     "disk_read_mb_per_s",
     "disk_free_gb",
+)
+
+#: What a power mode of a board can change.
+MODE_FACTS: Final = (
+    "gpu_clock_mhz",
+    "dense_tflops",
+    "achieved_compute_share",
+    "memory_bandwidth_gb_per_s",
+    "achieved_bandwidth_share",
+    "cpu_count",
+    "board_power_w",
+    "step_overhead_ms",
 )
 
 
@@ -151,14 +178,17 @@ def parse(name: str, text: str) -> CatalogEntry:
         CatalogError: a key is missing, unknown, of the wrong type, without unit, source or kind, or two disagree.
     """
     content = tomllib.loads(text)
-    expected = {"name", "title", "accelerator", "compute_dtype", "tier", "facts"}
+    of_board = {"accelerator", "compute_dtype", "tier"}
+    expected = {"name", "title", "facts"} | ({"mode_of"} if "mode_of" in content else of_board)
     if set(content) != expected:
         raise CatalogError(f"catalog {name!r}: keys are {sorted(content)}, expected {sorted(expected)}")
+    _one_of(name, "name", content["name"], (name,))
+    facts = {key: _fact(name, key, raw) for key, raw in cast("dict[str, Any]", content["facts"]).items()}
+    if "mode_of" in content:
+        return _mode(name, content, facts)
     _one_of(name, "accelerator", content["accelerator"], get_args(Accelerator))
     _one_of(name, "compute_dtype", content["compute_dtype"], get_args(ComputeDtype))
     _one_of(name, "tier", content["tier"], get_args(Tier))
-    _one_of(name, "name", content["name"], (name,))
-    facts = {key: _fact(name, key, raw) for key, raw in cast("dict[str, Any]", content["facts"]).items()}
     missing = [key for key in REQUIRED if key not in facts]
     if missing:
         raise CatalogError(f"catalog {name!r}: facts {', '.join(missing)} are missing")
@@ -171,6 +201,24 @@ def parse(name: str, text: str) -> CatalogEntry:
         facts=facts,
     )
     _check_consistent(found)
+    return found
+
+
+def _mode(name: str, content: Mapping[str, Any], facts: Mapping[str, Fact]) -> CatalogEntry:
+    """Another power mode of a board whose own file says the rest."""
+    _one_of(name, "mode_of", content["mode_of"], tuple(other for other in names() if other != name))
+    board = entry(content["mode_of"])
+    if board.mode_of is not None:
+        raise CatalogError(f"catalog {name!r}: mode_of is {board.name!r}, a mode itself, expected {board.mode_of!r}")
+    fixed = sorted(facts.keys() - set(MODE_FACTS))
+    if fixed:
+        raise CatalogError(f"catalog {name!r}: a power mode does not change {', '.join(fixed)}")
+    found = replace(board, name=name, title=str(content["title"]), facts={**board.facts, **facts}, mode_of=board.name)
+    _check_consistent(found)
+    less, more = sorted((board, found), key=lambda one: (one.facts["board_power_w"].value, one is found))
+    for rate in ("gemm_flops_per_s", "memory_bytes_per_s"):
+        if getattr(less.profile(), rate) > getattr(more.profile(), rate):
+            raise CatalogError(f"catalog {name!r}: {more.name} takes more power than {less.name} at a lower {rate}")
     return found
 
 
@@ -246,6 +294,9 @@ def _check_consistent(found: CatalogEntry) -> None:
         if not holds:
             raise CatalogError(f"catalog {found.name!r}: {text}")
 
+    for key in ("cpu_count", "sm_count"):
+        count = found.facts.get(key)
+        require(count is None or count.value.is_integer(), f"{key} is no whole number")
     require(
         value("runtime_memory_gb") < value("memory_usable_gb") <= value("memory_installed_gb"),
         f"memory for the runtime {value('runtime_memory_gb')}, usable {value('memory_usable_gb')} and installed "

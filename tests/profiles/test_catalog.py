@@ -41,12 +41,19 @@ def test_the_catalog_holds_the_devices_of_the_design():
     assert set(names()) >= {
         "jetson-orin-nano-8gb",
         "jetson-orin-nano-8gb-super",
+        "jetson-orin-nano-8gb-super-25w",
         "jetson-orin-nx-16gb",
         "jetson-agx-orin-64gb",
+        "jetson-agx-thor-128gb",
         "rtx-3060-12gb",
+        "rtx-4070",
         "rtx-4090",
+        "rtx-5090",
+        "h200",
+        "raspberry-pi-5-8gb",
         "laptop-cpu",
         "server-cpu-2core",
+        "server-cpu-16core",
     }
 
 
@@ -58,6 +65,61 @@ def test_every_entry_is_valid_and_makes_a_profile_below_its_peaks(name):
     assert profile.gemm_flops_per_s <= found.facts["dense_tflops"].value * 1e12
     assert profile.memory_bytes_per_s <= found.facts["memory_bandwidth_gb_per_s"].value * 1e9
     assert profile.runtime_memory_bytes < profile.memory_usable_bytes
+    assert profile.memory_usable_bytes <= found.facts["memory_installed_gb"].value * 1e9
+    assert found.facts["board_power_w"].value > 0
+    assert profile.disk_read_bytes_per_s < profile.memory_bytes_per_s
+    assert profile.uplink_bytes_per_s < profile.downlink_bytes_per_s
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_fact_says_enough_to_be_looked_up(name):
+    for key, fact in entry(name).facts.items():
+        assert len(fact.source) >= 8, key
+        if fact.kind == "datasheet":
+            assert "data sheet" in fact.source, key
+        if fact.kind != "estimate":
+            assert not re.search(r"\b(guess|estimate|unverified|prior)\b", fact.source), key
+
+
+def test_more_power_never_makes_a_board_slower():
+    boards = {}
+    for name in names():
+        boards.setdefault(entry(name).mode_of or name, []).append(entry(name))
+    assert {len(modes) for modes in boards.values()} == {1, 3}
+    for modes in boards.values():
+        modes.sort(key=lambda one: (one.facts["board_power_w"].value, one.profile().gemm_flops_per_s))
+        for rate in ("gemm_flops_per_s", "memory_bytes_per_s"):
+            rates = [getattr(one.profile(), rate) for one in modes]
+            assert rates == sorted(rates)
+        assert len({one.profile().memory_usable_bytes for one in modes}) == 1
+
+
+def test_a_power_mode_changes_rates_and_power_and_nothing_else():
+    board, mode = entry("jetson-orin-nano-8gb"), entry("jetson-orin-nano-8gb-super")
+    assert mode.mode_of == board.name
+    assert (mode.tier, mode.facts["memory_usable_gb"]) == (board.tier, board.facts["memory_usable_gb"])
+    changed = {key for key, fact in mode.facts.items() if fact != board.facts[key]}
+    assert {"gpu_clock_mhz", "dense_tflops", "memory_bandwidth_gb_per_s", "board_power_w"} <= changed
+
+
+@pytest.mark.parametrize(
+    ("pattern", "replacement", "message"),
+    [
+        (r'mode_of = "[^"]*"', 'mode_of = "jetson-orin-mini"', "jetson-orin-nano-8gb"),
+        (r'mode_of = "[^"]*"', 'mode_of = "jetson-orin-nano-8gb-super-25w"', "a mode itself"),
+        (r'mode_of = "[^"]*"', 'mode_of = "jetson-orin-nano-8gb-super"', "mode_of"),
+        (r'mode_of = "[^"]*"', "", "keys are"),
+        (r"gpu_clock_mhz", "memory_usable_gb", "does not change memory_usable_gb"),
+        (r"value = 25,", "value = 10,", "takes more power"),
+        (r"value = 102,", "value = 34,", "lower memory_bytes_per_s"),
+        (r"value = 16.7,", "value = 33.4,", "give 16.7"),
+    ],
+)
+def test_a_mode_that_contradicts_its_board_is_refused(pattern, replacement, message):
+    broken, count = re.subn(pattern, replacement, text_of("jetson-orin-nano-8gb-super"), count=1)
+    assert count == 1
+    with pytest.raises(CatalogError, match=message):
+        parse("jetson-orin-nano-8gb-super", broken)
 
 
 def test_our_own_guess_of_a_laptop_is_marked_as_one():
@@ -69,14 +131,20 @@ def test_devices_are_ordered_as_their_makers_say():
     rates = [
         load(name).gemm_flops_per_s
         for name in (
+            "raspberry-pi-5-8gb",
             "server-cpu-2core",
             "laptop-cpu",
+            "server-cpu-16core",
             "jetson-orin-nano-8gb",
             "jetson-orin-nx-16gb",
             "jetson-orin-nano-8gb-super",
             "rtx-3060-12gb",
             "jetson-agx-orin-64gb",
+            "rtx-4070",
             "rtx-4090",
+            "jetson-agx-thor-128gb",
+            "rtx-5090",
+            "h200",
         )
     ]
     assert rates == sorted(rates)
@@ -99,6 +167,10 @@ def test_an_unknown_device_is_answered_with_the_list():
         (r"value = 5.2,", "value = 9.2,", "expected each below the next"),
         (r"value = 10.2,", "value = 40,", "give 10.2"),
         (r"value = 0.7,", "value = 1.3,", "achieved_compute_share"),
+        (r"value = 15,", "value = 0,", "positive number"),
+        (r"board_power_w", "board_power", "ends in no unit"),
+        (r"board_power_w", "module_power_w", "board_power_w are missing"),
+        (r"cpu_count = { value = 6,", "cpu_count = { value = 6.5,", "whole number"),
         (r'tier = "A"', 'tier = "Z"', "tier"),
         (r'name = "jetson-orin-nano-8gb"', 'name = "other"', "name"),
     ],
