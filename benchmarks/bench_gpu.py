@@ -3,8 +3,9 @@
     make bench-gpu                                          everything: benchmarks/results/gpu-<device>-<date>.json
     python benchmarks/bench_gpu.py --device cpu --tiny      the same code on a CPU with tiny sizes, in a minute
 
-One process, under eight minutes by a time budget; what the budget leaves out has a row that says so, and what raises
-has a row with its error. The file is written after each part.
+Under eight minutes by a time budget; what the budget leaves out has a row that says so, and what raises has a row with
+its error. What leaves the device unusable ends the process: a new one takes its place and goes on without the culprit.
+The file is written after each part.
 
 peaks        copy bandwidth and the rate of a bf16 product on random data: what the other figures are shares of
 operations   every operation of kernels/ on the sizes of three models: first held against float64 (gpu_operations.py);
@@ -18,24 +19,39 @@ are wall time from an idle device to an idle device.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import torch
 from gpu_operations import RUNGS, measure_operations
 from gpu_steps import ASSIGNMENTS, GRAPHS, import_peers, measure_model
-from gpu_timing import Budget, Timer, clocks, describe_error, device_facts, measure_peaks, slug, versions
+from gpu_timing import (
+    Budget,
+    DeviceLostError,
+    Timer,
+    clocks,
+    describe_error,
+    device_facts,
+    measure_peaks,
+    slug,
+    versions,
+)
 from random_models import MODELS, RandomModel
 from rivals import Data
 from starter_runs import RESULTS
 
+from fedblocks.edge_client.kernel_choice import choose_kernels
+from fedblocks.kernels.dispatch import LADDER, OPERATIONS
 from fedblocks.kernels.ops import DISPATCHER
+from fedblocks.protocol.site_file import KernelsSettings
 
 SCHEMA: Final = 1
 WORK: Final = Path("runs/bench-gpu")
@@ -82,8 +98,16 @@ def run(
     models: Sequence[str],
     parts: Sequence[str],
     assignments: Sequence[str] = tuple(ASSIGNMENTS),
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Measures, writes ``out`` after each part, and returns what is in it."""
+    """Measures, writes ``out`` after each part, and returns what is in it.
+
+    Args:
+        resume: go on with what ``out`` holds, without what is in its list ``lost``.
+
+    Raises:
+        DeviceLostError: this process cannot go on; ``out`` says what it has and to whom the device was lost.
+    """
     began = time.monotonic()
     budget = Budget(seconds)
     peers = _warm_imports()
@@ -101,8 +125,12 @@ def run(
         "graphs": GRAPHS,
         "operations": [],
         "steps": [],
+        "lost": [],
         "seconds": {},
     }
+    if resume:
+        held = json.loads(out.read_text(encoding="utf-8"))
+        found |= {key: held[key] for key in ("clocks_before", "operations", "steps", "lost", "seconds")}
     peaks = measure_peaks(timer, Budget(0.3 if tiny else 8.0), size=256 if tiny else 8192)
     found["peaks"] = peaks.entries
     _write(out, found)
@@ -110,28 +138,41 @@ def run(
     chosen = shapes(models, tiny=tiny)
     if "operations" in parts:
         part = time.monotonic()
-        found["operations"] = measure_operations(
-            {name: model.shape for name, model in chosen.items()},
-            timer,
-            peaks,
-            budget.part(0.35 if "steps" in parts else 1.0),
-            tokens=32 if tiny else STEP_TOKENS[0],
-            compile_with="eager" if tiny else "inductor",
-        )
-        found["seconds"]["operations"] = time.monotonic() - part
+        try:
+            found["operations"] = measure_operations(
+                {name: model.shape for name, model in chosen.items()},
+                timer,
+                peaks,
+                budget.part(0.35 if "steps" in parts else 1.0),
+                tokens=32 if tiny else STEP_TOKENS[0],
+                compile_with="eager" if tiny else "inductor",
+                done=found["operations"],
+                lost={(lost["in"], lost["backend"]) for lost in found["lost"]},
+            )
+        except DeviceLostError as error:
+            found["operations"] = error.rows
+            _lose(error, found, out)
+        found["seconds"].setdefault("operations", time.monotonic() - part)
         _write(out, found)
+    found["kernels"] = _choose_kernels(found["operations"], device, work)
     for place, (name, model) in enumerate(chosen.items() if "steps" in parts else ()):
+        if f"steps {name}" in found["seconds"]:
+            continue
         part = time.monotonic()
-        found["steps"] += measure_model(
-            name,
-            model,
-            timer,
-            peaks,
-            budget.part(SHAPES[name]),
-            work=work,
-            sizes=sizes(model, tiny=tiny),
-            assignments=assignments[:1] if tiny and place else assignments,
-        )
+        try:
+            found["steps"] += measure_model(
+                name,
+                model,
+                timer,
+                peaks,
+                budget.part(SHAPES[name]),
+                work=work,
+                sizes=sizes(model, tiny=tiny),
+                assignments=assignments[:1] if tiny and place else assignments,
+                lost={lost["backend"] for lost in found["lost"] if lost["in"] == name},
+            )
+        except DeviceLostError as error:
+            _lose(error, found, out)
         found["seconds"][f"steps {name}"] = time.monotonic() - part
         _write(out, found)
     found["falls"] = [{"event": str(event), "count": count} for event, count in DISPATCHER.counts.items()]
@@ -139,6 +180,24 @@ def run(
     found["seconds"]["all"] = time.monotonic() - began
     _write(out, found)
     return found
+
+
+def _lose(error: DeviceLostError, found: dict[str, Any], out: Path) -> NoReturn:
+    found["lost"].append({"in": error.culprit[0], "backend": error.culprit[1]})
+    _write(out, found)
+    raise error
+
+
+def _choose_kernels(rows: Sequence[Mapping[str, Any]], device: torch.device, work: Path) -> dict[str, Any] | None:
+    """As a client does before it trains; and no rung serves an operation that it was found to compute wrongly."""
+    chosen = choose_kernels(work, KernelsSettings(), device, say=print, again=True)
+    wrong = {(row["op"], row["backend"]) for row in rows if row["status"] in ("wrong", "error")}
+    for op in OPERATIONS:
+        if any((op, rung) in wrong for rung in LADDER):
+            left = tuple(rung for rung in LADDER if (op, rung) not in wrong)
+            for dtype, size in itertools.product(("bfloat16", "float32", "uint8"), ("small", "large")):
+                DISPATCHER.choose(op, dtype, size, left)  # type: ignore[arg-type]
+    return None if chosen is None else chosen.to_plain()
 
 
 def _warm_imports() -> dict[str, str]:
@@ -214,6 +273,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--parts", nargs="+", choices=("operations", "steps"), default=["operations", "steps"])
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true", help="go on with the file of a run that lost the device")
     parser.add_argument("--work", type=Path, default=WORK, help="4-bit files and caches")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -229,15 +289,27 @@ def main(arguments: Sequence[str]) -> int:
     date = time.strftime("%Y-%m-%d", time.gmtime())
     real = device.type == "cuda" and not options.tiny
     out = options.out or (RESULTS if real else options.work) / f"gpu-{name}-{date}.json"
-    found = run(
-        device=device,
-        tiny=options.tiny,
-        seconds=options.seconds,
-        out=out,
-        work=options.work,
-        models=options.models,
-        parts=options.parts,
-    )
+    began = time.monotonic()
+    try:
+        found = run(
+            device=device,
+            tiny=options.tiny,
+            seconds=options.seconds,
+            out=out,
+            work=options.work,
+            models=options.models,
+            parts=options.parts,
+            resume=options.resume,
+        )
+    except DeviceLostError as error:
+        left = options.seconds - (time.monotonic() - began)
+        if left <= 0:
+            print(f"{error}; no time is left to go on. What was measured is in {out}", file=sys.stderr)
+            return 1
+        print(f"{error}; a new process goes on without it", flush=True)
+        again = [word for word in arguments if word != "--resume"]
+        more = ["--resume", "--out", str(out), "--seconds", str(left)]
+        os.execv(sys.executable, [sys.executable, str(Path(__file__)), *again, *more])
     print(table(found))
     print(f"\nwritten to {out} in {found['seconds']['all']:.0f} s")
     if real:

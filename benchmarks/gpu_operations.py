@@ -10,13 +10,13 @@ The bytes are the least that have to move: each operand read once, each result w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
 import torch
-from gpu_timing import Budget, Candidate, Peaks, Timer, describe_error, spread
+from gpu_timing import Budget, Candidate, DeviceLostError, Peaks, Timer, describe_error, spread, usable
 from torch import Tensor
 
 from fedblocks.kernels import ops
@@ -328,7 +328,7 @@ def _head_cases(shape: ModelShape, tokens: int) -> Iterator[Case]:
         flops=4.0 * rows * vocab * hidden,
         compiled=_plain_linear_cross_entropy,
         peers={
-            "torch, whole logits": lambda args: partial(_plain_linear_cross_entropy, *args),
+            "torch whole logits": lambda args: partial(_plain_linear_cross_entropy, *args),
             "liger": _liger_linear_cross_entropy,
             "cut_cross_entropy": _cut_cross_entropy,
         },
@@ -554,15 +554,42 @@ def judged(case: Case, rung: str, device: torch.device) -> dict[str, Any]:
 
 
 def measure_case(
-    case: Case, timer: Timer, peaks: Peaks, budget: Budget, *, shape: str, compile_with: str | None, why_not: str = ""
+    case: Case,
+    timer: Timer,
+    peaks: Peaks,
+    budget: Budget,
+    *,
+    shape: str,
+    compile_with: str | None,
+    why_not: str = "",
+    lost: Collection[tuple[str, str]] = (),
 ) -> list[dict[str, Any]]:
     """One row for each rung and each peer.
 
     Args:
         compile_with: backend of torch.compile; None: not here, for the reason ``why_not``.
+        lost: operations and backends that left the device unusable before; they are not tried again.
+
+    Raises:
+        DeviceLostError: one did so now; its rows are those of this case.
     """
     device = timer.device
-    rows = {rung: judged(case, rung, device) for rung in RUNGS}
+    common = {"op": case.op, "shape": shape, "form": case.form, "bytes": case.num_bytes, "flops": case.flops}
+    rows: dict[str, dict[str, Any]] = {}
+
+    def check(names: Iterable[str]) -> None:
+        failed = [name for name in names if rows[name]["status"] == "error"]
+        if failed and not usable(device):
+            rows[failed[0]]["reason"] += "; the device was unusable afterwards"
+            for name in rows.keys() - failed:
+                if rows[name]["status"] == "ok" and "median_s" not in rows[name]:
+                    rows[name] |= {"status": "error", "reason": f"not measured: the device was lost to {failed[0]}"}
+            raise DeviceLostError((case.op, failed[0]), [{**common, "backend": n, **row} for n, row in rows.items()])
+
+    gone = {"status": "error", "reason": "left the device unusable before"}
+    for rung in RUNGS:
+        rows[rung] = dict(gone) if (case.op, rung) in lost else judged(case, rung, device)
+        check([rung] if rows[rung] != gone else [])
     candidates: dict[str, Candidate] = {}
     try:
         args, kwargs = case.build(device, False)
@@ -576,6 +603,9 @@ def measure_case(
             run = partial(function, *args, **kwargs)
             candidates[rung] = Candidate(run, partial(DISPATCHER.demanding, rung))  # type: ignore[arg-type]
     for name, make in _peers(case, kwargs, compile_with, why_not).items() if args else ():
+        if (case.op, name) in lost:
+            rows[name] = dict(gone)
+            continue
         try:
             run = make(args) if callable(make) else None
             if run is None:
@@ -587,13 +617,14 @@ def measure_case(
             rows[name] = {"status": "missing", "reason": describe_error(error)}
         except Exception as error:  # noqa: BLE001 - a peer may raise anything
             rows[name] = {"status": "error", "reason": describe_error(error)}
+            check([name])
     samples, errors = timer.interleaved(candidates, seconds=budget.left_s)
     for name, found in samples.items():
         times = spread(found)
         rows[name] |= times | _rates(case, times["median_s"], peaks)
     for name, reason in errors.items():
         rows[name] |= {"status": "error", "reason": reason}
-    common = {"op": case.op, "shape": shape, "form": case.form, "bytes": case.num_bytes, "flops": case.flops}
+    check(errors)
     return [{**common, "backend": name, **row} for name, row in rows.items()]
 
 
@@ -625,10 +656,26 @@ def measure_operations(
     tokens: int,
     compile_with: str,
     say: Callable[[str], None] = print,
+    done: Sequence[dict[str, Any]] = (),
+    lost: Collection[tuple[str, str]] = (),
 ) -> list[dict[str, Any]]:
-    """All cases of all shapes; what the budget leaves out has a row that says so."""
-    rows: list[dict[str, Any]] = []
-    todo = [(name, case) for name, shape in shapes.items() for case in cases(shape, tokens)]
+    """All cases of all shapes; what the budget leaves out has a row that says so.
+
+    Args:
+        done: rows of an earlier process, whose cases are not measured again.
+        lost: see :func:`measure_case`.
+
+    Raises:
+        DeviceLostError: with all rows so far.
+    """
+    rows: list[dict[str, Any]] = list(done)
+    measured = {(row["shape"], row["op"], row["form"]) for row in done}
+    todo = [
+        (name, case)
+        for name, shape in shapes.items()
+        for case in cases(shape, tokens)
+        if (name, case.op, case.form) not in measured
+    ]
     first = next(iter(shapes))
     compile_until = COMPILE_SHARE * budget.left_s
     for place, (name, case) in enumerate(todo):
@@ -645,15 +692,19 @@ def measure_operations(
                 for rung in RUNGS
             ]
             continue
-        found = measure_case(
-            case,
-            timer,
-            peaks,
-            budget.part(0.5 / (len(todo) - place)),
-            shape=name,
-            compile_with=compile_with if name == first and budget.left_s > compile_until else None,
-            why_not=f"compiled for {first} alone, and in half of the time at most",
-        )
+        try:
+            found = measure_case(
+                case,
+                timer,
+                peaks,
+                budget.part(0.5 / (len(todo) - place)),
+                shape=name,
+                compile_with=compile_with if name == first and budget.left_s > compile_until else None,
+                why_not=f"compiled for {first} alone, and in half of the time at most",
+                lost=lost,
+            )
+        except DeviceLostError as error:
+            raise DeviceLostError(error.culprit, [*rows, *error.rows]) from error
         rows += found
         say("  " + operation_line(found))
         if timer.device.type == "cuda":

@@ -23,14 +23,14 @@ import gc
 import hashlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
-from gpu_timing import Budget, Peaks, Timer, describe_error, spread
+from gpu_timing import Budget, DeviceLostError, Peaks, Timer, describe_error, spread, usable
 from random_models import RandomModel, random_tensor
 from rivals import CLIP_NORM, LEARNING_RATE, Assigned, Data, Done, Ours, Series, false_hash, layout_of
 from torch import Tensor
@@ -530,10 +530,17 @@ def measure_model(
     sizes: Sequence[Data],
     assignments: Sequence[str],
     say: Callable[[str], None] = print,
+    lost: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """All systems on one model, in turn; each size is tokens a step.
 
     A system that raises has rows with its error; those for which no time is left say so.
+
+    Args:
+        lost: names of systems that left the device unusable before; they are not tried again.
+
+    Raises:
+        DeviceLostError: one did so now.
     """
     device = timer.device
     weights = RandomWeights(model, device)
@@ -552,8 +559,17 @@ def measure_model(
             if key not in found:
                 failed.setdefault(key, {"status": status, "reason": reason})
 
+    def check(plan: Plan) -> None:
+        if not usable(device):
+            raise DeviceLostError((name, plan.name), [])
+
+    for plan in todo:
+        if plan.name in lost:
+            fail(plan, "error", "left the device unusable")
     for again in (False, True):
         for plan in todo:
+            if plan.name in lost:
+                continue
             if budget.spent and not again:
                 fail(plan, "skipped", "the time budget of this model is spent")
                 continue
@@ -571,9 +587,11 @@ def measure_model(
             except Exception as error:  # noqa: BLE001 - a peer may raise anything
                 fail(plan, "error", describe_error(error))
                 say(f"  {name:<8} {plan.name}: {describe_error(error)[:150]}")
+                check(plan)
                 _clean(device)
                 continue
             _measure_system(plan, opened, conditions(plan), timer, budget, found, failed)
+            check(plan)
             if not again:
                 for _, _, key in conditions(plan):
                     if key in found:
@@ -668,6 +686,8 @@ def _measure_system(
             found[key] = turns
         except Exception as error:  # noqa: BLE001 - out of memory, or whatever a peer raises
             failed[key] = {"status": "error", "reason": describe_error(error)}
+            if not usable(timer.device):
+                return
             _clean(timer.device)
 
 

@@ -136,6 +136,27 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:300] if lines else ''}".rstrip(": ")
 
 
+class DeviceLostError(RuntimeError):
+    """Something left the device unusable for this process; what there is to keep is in ``rows``.
+
+    Args:
+        culprit: operation and backend, or model and system.
+    """
+
+    def __init__(self, culprit: tuple[str, str], rows: list[dict[str, Any]]) -> None:
+        super().__init__(f"{culprit[1]} left the device unusable ({culprit[0]})")
+        self.culprit = culprit
+        self.rows = rows
+
+
+def usable(device: torch.device) -> bool:
+    """Does the device still compute? After an illegal address, for one, it does not until the process ends."""
+    try:
+        return torch.ones(2, device=device).sum().item() == 2.0
+    except RuntimeError:
+        return False
+
+
 def spread(samples: Sequence[float]) -> dict[str, Any]:
     """Median, 20th and 80th percentile of seconds, and every sample."""
     ordered = sorted(samples)

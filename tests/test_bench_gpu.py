@@ -21,7 +21,7 @@ import bench_gpu  # noqa: E402
 import gpu_operations  # noqa: E402
 import gpu_steps  # noqa: E402
 import runtime_document  # noqa: E402
-from gpu_timing import Budget, Candidate, Timer, measure_peaks, spread  # noqa: E402
+from gpu_timing import Budget, Candidate, DeviceLostError, Timer, measure_peaks, spread  # noqa: E402
 from rivals import Data  # noqa: E402
 
 from fedblocks.kernels.dispatch import DISPATCHER, OPERATIONS  # noqa: E402
@@ -30,6 +30,7 @@ torch.set_num_threads(1)
 CPU = torch.device("cpu")
 TINY = bench_gpu.shapes(["llama1b"], tiny=True)["llama1b"]
 DATA = Data(sequences=2, tokens=16, batch_size=2, vocab=TINY.vocab)
+CASES = gpu_operations.cases(TINY.shape, 32)
 
 
 @pytest.fixture(scope="module")
@@ -291,3 +292,103 @@ def test_the_table_for_people_names_every_system_and_every_operation(result):
     assert all(op in text for op in OPERATIONS)
     assert "CUDA graphs: not built" in text
     assert "qlora" in text
+
+
+class Device:
+    """Stands for a device that one backend ruins."""
+
+    def __init__(self):
+        self.fine = True
+
+    def usable(self, device):
+        return self.fine
+
+    def ruin(self, *_args, **_kwargs):
+        self.fine = False
+        raise RuntimeError("an illegal memory access was encountered")
+
+
+@pytest.fixture
+def ruined(monkeypatch):
+    made = Device()
+    for module in (gpu_operations, gpu_steps):
+        monkeypatch.setattr(module, "usable", made.usable)
+    return made
+
+
+def test_a_backend_that_ruins_the_device_ends_the_process_with_everything_kept(
+    timer, peaks, rung_in_place, monkeypatch, ruined
+):
+    rung_in_place(WrongRung())
+    monkeypatch.setitem(globals(), "wrong_rung", ruined.ruin)
+    monkeypatch.setattr(gpu_operations, "cases", lambda shape, tokens: CASES[:3])
+    with pytest.raises(DeviceLostError) as lost:
+        gpu_operations.measure_operations({"x": TINY.shape}, timer, peaks, Budget(5), tokens=32, compile_with="eager")
+    assert lost.value.culprit == (CASES[0].op, "triton")
+    rows = lost.value.rows
+    assert {row["op"] for row in rows} == {CASES[0].op}
+    assert "unusable afterwards" in next(row["reason"] for row in rows if row["backend"] == "triton")
+    assert not any("median_s" in row for row in rows)
+
+    ruined.fine = True
+    monkeypatch.setitem(globals(), "wrong_rung", lambda launch: None)
+    rest = gpu_operations.measure_operations(
+        {"x": TINY.shape}, timer, peaks, Budget(5), tokens=32, compile_with="eager", done=rows,
+        lost={lost.value.culprit, (CASES[1].op, "triton")},
+    )  # fmt: skip
+    assert rest[: len(rows)] == rows
+    assert [row["op"] for row in rest if row["backend"] == "torch"] == [case.op for case in CASES[1:3]]
+    again = next(row for row in rest if (row["op"], row["backend"]) == (CASES[1].op, "triton"))
+    assert again == again | {"status": "error", "reason": "left the device unusable before"}
+
+
+def test_a_system_that_ruins_the_device_is_left_out_by_the_next_process(timer, peaks, tmp_path, monkeypatch, ruined):
+    monkeypatch.setattr(gpu_steps, "plans", lambda _: gpu_steps._of("top1")[:3])
+    monkeypatch.setattr(gpu_steps, "Peer", ruined.ruin)
+    common = {"work": tmp_path, "sizes": [DATA], "assignments": ["top1"], "say": lambda _: None}
+    with pytest.raises(DeviceLostError) as lost:
+        gpu_steps.measure_model("x", TINY, timer, peaks, Budget(30), **common)
+    assert lost.value.culprit == ("x", "same blocks top1")
+    ruined.fine = True
+    rows = gpu_steps.measure_model("x", TINY, timer, peaks, Budget(30), lost={"same blocks top1"}, **common)
+    found = {(row["system"], row["labels"]): row["status"] for row in rows}
+    assert found["ours", 1.0] == "ok"
+    assert found["same blocks", 1.0] == "error"
+
+
+def test_the_command_starts_itself_again_without_the_culprit(tmp_path, monkeypatch):
+    calls = []
+
+    def started(executable, command):
+        calls.append(command)
+        raise SystemExit(0)
+
+    def measure(*_args, **_kwargs):
+        row = {"op": "swiglu", "shape": "x", "form": "f", "backend": "pack", "status": "error", "reason": "lost"}
+        raise DeviceLostError(("swiglu", "pack"), [row])
+
+    monkeypatch.setattr(bench_gpu.os, "execv", started)
+    monkeypatch.setattr(bench_gpu, "measure_operations", measure)
+    out = tmp_path / "out.json"
+    with pytest.raises(SystemExit):
+        bench_gpu.main(["--device", "cpu", "--tiny", "--out", str(out), "--parts", "operations"])
+    assert calls[0][2:8] == ["--device", "cpu", "--tiny", "--out", str(out), "--parts"]
+    assert "--resume" in calls[0]
+    assert json.loads(out.read_text())["lost"] == [{"in": "swiglu", "backend": "pack"}]
+
+    seen = {}
+    monkeypatch.setattr(bench_gpu, "measure_operations", lambda *_a, **kwargs: seen.update(kwargs) or kwargs["done"])
+    assert bench_gpu.main(calls[0][2:]) == 0
+    assert seen["lost"] == {("swiglu", "pack")}
+    assert [row["backend"] for row in seen["done"]] == ["pack"]
+
+
+def test_what_computes_wrongly_does_not_serve_the_steps(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(bench_gpu.DISPATCHER, "choose", lambda *args: chosen.append(args))
+    rows = [
+        {"op": "swiglu", "backend": "pack", "status": "wrong"},
+        {"op": "rope_", "backend": "liger", "status": "error"},
+    ]
+    assert bench_gpu._choose_kernels(rows, CPU, tmp_path) is None
+    assert {(op, rungs) for op, _, _, rungs in chosen} == {("swiglu", ("triton",))}
