@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu check format lint types imports docs wheel clean
-.PHONY: bench-runtime bench-memory bench-7b bench-gpu test-kernels packs budgets
+.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet test-kernels packs budgets
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,6 +56,9 @@ bench-7b: setup  ## one block of a 7B shape: peak memory, time per token (25 GB 
 
 bench-gpu: setup  ## kernels and training steps on this machine's GPU, against its limits and other stacks (8 minutes)
 	$(BENCH) benchmarks/bench_gpu.py
+
+bench-fleet: setup  ## plans of random fleets: limits, distance from the best plan, time (15 minutes)
+	$(BENCH) benchmarks/bench_fleet.py
 
 test-kernels: setup  ## all tests of kernels/, with the matrix of all compiled forms (10 minutes)
 	$(BIN)/pytest -m "not gpu" tests/kernels

@@ -6,6 +6,7 @@ one :class:`Choice` per client out, with its prediction, its limits and what was
 Clients are served weakest first. For each one the search enumerates the lowest block ``a`` and adds the blocks above
 it in the order of their value: for a fixed ``a`` every further block costs the same, so taking the most valuable first
 is optimal and the enumeration is exact (docs/methods.md 6.4, full width).
+Along such a branch time and memory only grow, so that its last set that fits is found by bisection.
 Planned coverage is booked at once, so that stronger clients fill the gaps that weaker ones leave.
 Each option is predicted in the best mode that fits (``profiles/cost.py``): smaller passes, recomputed activations,
 frozen layers decoded at each use and 8-bit moments save memory and leave the weights exact.
@@ -16,9 +17,10 @@ else rest).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import combinations, zip_longest
+from typing import Final, Literal, TypeVar
 
 from fedblocks.profiles.cost import (
     ExecutionMode,
@@ -35,6 +37,7 @@ from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.messages import ClientKey, DataStatistics, DeltaFormat
 
+_T = TypeVar("_T")
 Role = Literal["train", "evaluate", "rest"]
 Limit = Literal["deadline", "memory"]
 Binding = Literal["deadline", "memory", "none"]
@@ -55,6 +58,8 @@ DEADLINE_QUANTILE: Final = 0.8
 #: Rounds between two computations of the deadline, and the largest change at once (methods.md 6.5).
 DEADLINE_EVERY_ROUNDS: Final = 5
 DEADLINE_MAX_CHANGE: Final = 0.2
+#: Mode searches that are kept during a plan: devices with the same rates and the same work share one.
+KEPT_SEARCHES: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,8 @@ class AllocationSettings:
     """The user's deadline; 0: computed."""
     debt_weight: float = 1.0
     """beta of methods.md 6.3."""
+    rarity_weight: float = 0.0
+    """gamma of methods.md 6.3; 0: topic histograms are not looked at."""
     optimizers: tuple[OptimizerMode, ...] = ("fp32", "split", "split_8bit")
     """How trained values and their moments may be stored; without ``split_8bit`` all moments are exact too."""
 
@@ -85,7 +92,10 @@ class AllocationSettings:
         for name in ("steps", "batch_size", "anchor_tokens", "anchor_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"allocation: {name} is {getattr(self, name)}, expected at least 1")
-        for name in ("anchor_batch_size", "anchor_sequences", "measure_sequences", "deadline_s", "debt_weight"):
+        for name in ("anchor_batch_size", "anchor_sequences", "measure_sequences", "deadline_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"allocation: {name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("debt_weight", "rarity_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"allocation: {name} is {getattr(self, name)}, expected 0 or more")
 
@@ -115,9 +125,12 @@ class AllocationClient:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """How much each block has been trained so far: sums of accepted n_k, older rounds counting less."""
+    """How much each block has been trained so far, and on what; older rounds count less."""
 
     seen: Mapping[int, float]
+    """Block id -> sum of accepted n_k."""
+    topics: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
+    """Block id -> sum of the accepted clients' topic histograms; absent where nobody shared one."""
 
     @classmethod
     def of(cls, blocks: Iterable[int]) -> Coverage:
@@ -129,20 +142,38 @@ class Coverage:
         most = max(self.seen.values(), default=0.0)
         return 1.0 - self.seen.get(block, 0.0) / most if most > 0 else 1.0
 
-    def adding(self, blocks: Iterable[int], num_examples: int) -> Coverage:
-        """With one more client's examples on these blocks."""
-        seen = dict(self.seen)
+    def rarity(self, block: int, topics: tuple[int, ...]) -> float:
+        """How unlike what the block has seen these topics are, in [0, 1]; 0 where either is unknown."""
+        return topic_divergence(topics, self.topics.get(block, ()))
+
+    def adding(self, blocks: Iterable[int], num_examples: int, topics: tuple[int, ...] = ()) -> Coverage:
+        """With one more client's examples, and the topics among them, on these blocks."""
+        seen, seen_topics = dict(self.seen), dict(self.topics)
         for block in blocks:
             seen[block] = seen.get(block, 0.0) + num_examples
-        return Coverage(seen=seen)
+            if topics:
+                seen_topics[block] = _sum_of(seen_topics.get(block, ()), topics)
+        return Coverage(seen=seen, topics=seen_topics)
 
-    def after_round(self, accepted: Iterable[tuple[Iterable[int], int]]) -> Coverage:
-        """After a closed round: what there was decays, the accepted (blocks, n_k) are added, in any order."""
+    def after_round(
+        self, accepted: Iterable[tuple[Iterable[int], int] | tuple[Iterable[int], int, tuple[int, ...]]]
+    ) -> Coverage:
+        """After a closed round: what there was decays, the accepted (blocks, n_k, topics) are added, in any order."""
         total = Coverage(seen={})
-        for blocks, num_examples in accepted:
-            total = total.adding(blocks, num_examples)
-        blocks_known = sorted({*self.seen, *total.seen})
-        return Coverage(seen={b: COVERAGE_DECAY * self.seen.get(b, 0.0) + total.seen.get(b, 0.0) for b in blocks_known})
+        for blocks, num_examples, *topics in accepted:
+            total = total.adding(blocks, num_examples, *topics)
+        return Coverage(
+            seen={
+                block: COVERAGE_DECAY * self.seen.get(block, 0.0) + total.seen.get(block, 0.0)
+                for block in sorted({*self.seen, *total.seen})
+            },
+            topics={
+                block: _sum_of(
+                    tuple(COVERAGE_DECAY * count for count in self.topics.get(block, ())), total.topics.get(block, ())
+                )
+                for block in sorted({*self.topics, *total.topics})
+            },
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +212,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueParts:
-    """Where the value of the chosen blocks comes from; rarity is 0 until topic histograms are shared (part 4)."""
+    """Where the value of the chosen blocks comes from; rarity is 0 unless topic histograms are shared and weighed."""
 
     gain: float = 0.0
     debt: float = 0.0
@@ -300,7 +331,7 @@ def plan_round(
         choice = problem.choose(client, deadline.seconds, planned, gains[client.key])
         choices[client.key] = choice
         if choice.role == "train":
-            planned = planned.adding(choice.blocks, client.statistics.num_examples)
+            planned = planned.adding(choice.blocks, client.statistics.num_examples, client.statistics.topics)
     ordered = tuple(choices[key] for key in sorted(choices))
     return RoundPlan(
         round=round,
@@ -309,6 +340,87 @@ def plan_round(
         coverage=planned,
         no_client_fits="" if any(c.role == "train" for c in ordered) else _nearest_miss(ordered),
     )
+
+
+def topic_divergence(first: Sequence[float], second: Sequence[float]) -> float:
+    """Jensen-Shannon divergence of two histograms, base 2: 0 for equal shares, 1 for none in common (methods.md 6.3).
+
+    Bins that only the longer one has are empty in the other; a histogram without a count is unlike nothing: 0.
+    """
+    total_first, total_second = math.fsum(first), math.fsum(second)
+    if not (total_first > 0 and total_second > 0):
+        return 0.0
+    terms: list[float] = []
+    for a, b in zip_longest(first, second, fillvalue=0.0):
+        p, q = a / total_first, b / total_second
+        middle = (p + q) / 2
+        terms += [0.5 * share * math.log2(share / middle) for share in (p, q) if share > 0]
+    return min(1.0, max(0.0, math.fsum(terms)))
+
+
+def _sum_of(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a + b for a, b in zip_longest(first, second, fillvalue=0.0))
+
+
+def objective(
+    blocks_of: Mapping[ClientKey, Iterable[int]],
+    clients: Sequence[AllocationClient],
+    *,
+    blocks: Sequence[int],
+    settings: AllocationSettings,
+    coverage: Coverage,
+) -> float:
+    """J of methods.md 6.4, what the sequential rule approximates: the higher, the better the plan.
+
+    Gains and rarities of what each client trains, and beta·N times the debts (of the round's start) of the blocks that
+    are trained, each counted in full once a mean client's examples have gone into it.
+
+    Args:
+        blocks_of: what each client trains; clients that do not train may be absent.
+        clients: the cohort, N of them.
+        blocks: ids of all expanded blocks.
+        coverage: at the start of the round.
+    """
+    gains = relative_gains(clients, blocks)
+    examples = {client.key: client.statistics.num_examples for client in clients}
+    mean_examples = math.fsum(examples.values()) / len(clients)
+    trained = dict.fromkeys(blocks, 0)
+    own: list[float] = []
+    for client in clients:
+        for block in blocks_of.get(client.key, ()):
+            trained[block] += examples[client.key]
+            own.append(gains[client.key][block] + _rarity(settings, coverage, client, block))
+    covered = math.fsum(
+        coverage.debt(block) * min(1.0, trained[block] / mean_examples) for block in blocks if trained[block] > 0
+    )
+    return math.fsum(own) + settings.debt_weight * len(clients) * covered
+
+
+def feasible_sets(
+    client: AllocationClient,
+    *,
+    layout: StackLayout,
+    shape: ModelShape,
+    settings: AllocationSettings,
+    deadline_s: float,
+    steps: int,
+) -> tuple[tuple[int, ...], ...]:
+    """Every set of blocks that the client can train within its limits, by the planner's own predictions.
+
+    All 2^M - 1 are asked about: for holding a plan against the best one, not for planning.
+    """
+    problem = _Problem(layout=layout, shape=shape, settings=settings, round=0)
+    candidate = _Candidate(problem, client, steps, problem.limits(client, deadline_s))
+    sizes = range(1, len(layout.blocks) + 1)
+    every = (chosen for size in sizes for chosen in combinations(sorted(layout.blocks), size))
+    return tuple(chosen for chosen in every if candidate.best_mode(chosen) is not None)
+
+
+def _rarity(settings: AllocationSettings, coverage: Coverage, client: AllocationClient, block: int) -> float:
+    """gamma·rare; nothing is computed where the weight is 0."""
+    if settings.rarity_weight == 0:
+        return 0.0
+    return settings.rarity_weight * coverage.rarity(block, client.statistics.topics)
 
 
 def next_deadline(
@@ -367,14 +479,15 @@ class _Option:
     blocks: tuple[int, ...]
     """Ascending ids."""
     steps: int
-    mode: ExecutionMode
     value: float
     upload_bytes: int
+    low: int
+    """Position of the lowest block."""
 
-    def rank(self, layout: StackLayout) -> tuple[float, int, int, int]:
-        """Larger is better: value, fewer bytes up, the higher lowest block, larger forward passes."""
-        low = min(layout.positions[block] for block in self.blocks)
-        return (self.value, -self.upload_bytes, low, self.mode.micro_batch_size)
+    @property
+    def rank(self) -> tuple[float, int, int]:
+        """Larger is better: value, fewer bytes up, the higher lowest block."""
+        return (self.value, -self.upload_bytes, self.low)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -385,6 +498,21 @@ class _Problem:
     shape: ModelShape
     settings: AllocationSettings
     round: int
+    searches: dict[tuple[DeviceProfile, Workload], ModeSearch] = field(
+        default_factory=dict[tuple[DeviceProfile, Workload], ModeSearch]
+    )
+    """The newest :data:`KEPT_SEARCHES`."""
+
+    def search(self, profile: DeviceProfile, work: Workload) -> ModeSearch:
+        """All modes of this work on such a device; which device it is and how much memory it has are no matter."""
+        key = (replace(profile, device="", memory_usable_bytes=0, measured_unix_s=0.0), work)
+        found = self.searches.pop(key, None)
+        if found is None:
+            found = ModeSearch(profile, self.shape, self.layout, work, self.settings.optimizers)
+            if len(self.searches) >= KEPT_SEARCHES:
+                del self.searches[next(iter(self.searches))]
+        self.searches[key] = found
+        return found
 
     def workload(self, client: AllocationClient, steps: int) -> Workload:
         """The client's round in numbers; padding and label share follow from its data statistics."""
@@ -464,50 +592,61 @@ class _Problem:
         """The best option that fits; the exact search of methods.md 6.4 at full width."""
         limits = self.limits(client, deadline_s)
         debts = {block: self.settings.debt_weight * coverage.debt(block) for block in self.layout.blocks}
-        worth = {block: gains[block] + debts[block] for block in self.layout.blocks}
+        rarities = {block: _rarity(self.settings, coverage, client, block) for block in self.layout.blocks}
+        worth = {block: gains[block] + debts[block] + rarities[block] for block in self.layout.blocks}
         refused: list[Refused] = []
         steps = self.settings.steps
         while client.statistics.num_examples > 0:
             candidate = _Candidate(self, client, steps, limits)
             fitting = self._fitting(candidate, worth, refused)
             if fitting:
-                best = max(fitting, key=lambda option: option.rank(self.layout))
-                return self._training(candidate, best, fitting, worth, gains, debts, tuple(refused))
+                best = _best(fitting, candidate)
+                parts = ValueParts(
+                    gain=math.fsum(gains[block] for block in best.blocks),
+                    debt=math.fsum(debts[block] for block in best.blocks),
+                    rarity=math.fsum(rarities[block] for block in best.blocks),
+                )
+                return self._training(candidate, best, fitting, worth, parts, tuple(refused))
             if steps // 2 < MIN_STEPS or not _deadline_is_in_the_way(refused, steps):
                 break
             steps //= 2
         return self._not_training(client, limits, tuple(refused))
 
     def _fitting(self, candidate: _Candidate, worth: Mapping[int, float], refused: list[Refused]) -> list[_Option]:
-        """Every option of the enumeration that fits; what ends a branch is noted in ``refused``.
+        """Every option of the enumeration that fits; what ends a branch is noted in ``refused``."""
+        found: list[_Option] = []
+        fitting = len(self.layout.blocks)
+        for branch in self._branches(worth):
+            # A neighbouring branch usually ends at the same size; every miss costs a look at all modes.
+            fitting = _count_while(branch, lambda blocks: candidate.best_mode(blocks) is not None, fitting)
+            if fitting < len(branch):
+                refused.append(candidate.refusal(branch[fitting]))
+            found += [
+                _Option(
+                    blocks=blocks,
+                    steps=candidate.steps,
+                    value=math.fsum(worth[block] for block in blocks),
+                    upload_bytes=self.upload_bytes(len(blocks)),
+                    low=min(self.layout.positions[block] for block in blocks),
+                )
+                for blocks in branch[:fitting]
+            ]
+        return found
+
+    def _branches(self, worth: Mapping[int, float]) -> Iterator[list[tuple[int, ...]]]:
+        """Sets that grow by one block, the most valuable first; each costs more than the one before.
 
         Blocks above the lowest cost the same, save one at the top of the stack, which costs less: so the sets with it
         and those without it are two branches.
         """
         positions = self.layout.positions
         top = self.layout.top_block if positions[self.layout.top_block] == self.layout.num_entries - 1 else None
-        found: list[_Option] = []
         for lowest in self.layout.blocks:
             above = [block for block in self.layout.blocks if positions[block] > positions[lowest] and block != top]
             above.sort(key=lambda block: (-worth[block], -positions[block]))
             starts = ((lowest,),) if top in (None, lowest) else ((lowest,), (lowest, top))
             for start in starts:
-                for count in range(len(above) + 1):
-                    blocks = tuple(sorted((*start, *above[:count])))
-                    mode = candidate.best_mode(blocks)
-                    if mode is None:
-                        refused.append(candidate.refusal(blocks))
-                        break
-                    found.append(
-                        _Option(
-                            blocks=blocks,
-                            steps=candidate.steps,
-                            mode=mode,
-                            value=math.fsum(worth[block] for block in blocks),
-                            upload_bytes=self.upload_bytes(len(blocks)),
-                        )
-                    )
-        return found
+                yield [tuple(sorted((*start, *above[:count]))) for count in range(len(above) + 1)]
 
     def _training(
         self,
@@ -515,12 +654,13 @@ class _Problem:
         best: _Option,
         fitting: Sequence[_Option],
         worth: Mapping[int, float],
-        gains: Mapping[int, float],
-        debts: Mapping[int, float],
+        parts: ValueParts,
         refused: tuple[Refused, ...],
     ) -> Choice:
         client = candidate.client
-        runner_up = self._runner_up(candidate, best, fitting, worth, refused)
+        mode = candidate.best_mode(best.blocks)
+        assert mode is not None
+        runner_up = self._runner_up(candidate, best, mode, fitting, worth, refused)
         return Choice(
             client=client.key,
             name=client.name,
@@ -529,13 +669,10 @@ class _Problem:
             blocks=best.blocks,
             steps=best.steps,
             batch_size=self.settings.batch_size,
-            predicted=candidate.prediction(best.blocks, best.mode),
+            predicted=candidate.prediction(best.blocks, mode),
             limits=candidate.limits,
             value=best.value,
-            parts=ValueParts(
-                gain=math.fsum(gains[block] for block in best.blocks),
-                debt=math.fsum(debts[block] for block in best.blocks),
-            ),
+            parts=parts,
             binding=runner_up.limit if runner_up is not None else "none",
             runner_up=runner_up,
             refused=refused,
@@ -575,6 +712,7 @@ class _Problem:
         self,
         candidate: _Candidate,
         best: _Option,
+        mode: ExecutionMode,
         fitting: Sequence[_Option],
         worth: Mapping[int, float],
         refused: tuple[Refused, ...],
@@ -597,18 +735,24 @@ class _Problem:
             over = other.refusal(blocks)
             return _runner_up(blocks, steps, other.free_mode(blocks), value, _excess_text(over), over.reason)
         free = candidate.free_mode(best.blocks)
-        over = _refusal(best.blocks, best.steps, candidate.prediction(best.blocks, free), candidate.limits)
+        over = (
+            None
+            if free == mode
+            else _refusal(best.blocks, best.steps, candidate.prediction(best.blocks, free), candidate.limits)
+        )
         if over is not None:
             return _runner_up(best.blocks, best.steps, free, best.value, _excess_text(over), over.reason)
         others = [option for option in fitting if option.blocks != best.blocks]
         if not others:
             return None
-        second = max(others, key=lambda option: option.rank(self.layout))
+        second = _best(others, candidate)
+        second_mode = candidate.best_mode(second.blocks)
+        assert second_mode is not None
         if second.value < best.value:
             why = f"it is worth {best.value - second.value:.2f} less"
         else:
             why = "it is worth the same, but costs more to send or to compute"
-        return _runner_up(second.blocks, second.steps, second.mode, second.value, why, "none")
+        return _runner_up(second.blocks, second.steps, second_mode, second.value, why, "none")
 
 
 class _Candidate:
@@ -620,7 +764,7 @@ class _Candidate:
         self.limits = limits
         self._problem = problem
         profile, work = client.profile, problem.workload(client, steps)
-        self._search = ModeSearch(profile, problem.shape, problem.layout, work, problem.settings.optimizers)
+        self._search = problem.search(profile, work)
         self._measure_s = measure_time(profile, problem.shape, problem.layout, work, scale=client.time_scale)
         self._download_s = problem.download_bytes(client) / profile.downlink_bytes_per_s
         # A hair below the limits, so that rounding on the way back cannot pass them.
@@ -678,6 +822,36 @@ class _Candidate:
     def _other_s(self, blocks: tuple[int, ...]) -> float:
         upload_s = self._problem.upload_bytes(len(blocks)) / self.client.profile.uplink_bytes_per_s
         return self._download_s + self._measure_s + upload_s
+
+
+def _best(options: Sequence[_Option], candidate: _Candidate) -> _Option:
+    """The option of the highest rank; among equals the one with the larger forward passes, then the first."""
+    highest = max(option.rank for option in options)
+    equals = [option for option in options if option.rank == highest]
+    if len(equals) == 1:
+        return equals[0]
+
+    def sequences(option: _Option) -> int:
+        mode = candidate.best_mode(option.blocks)
+        return mode.micro_batch_size if mode is not None else 0
+
+    return max(equals, key=sequences)
+
+
+def _count_while(items: Sequence[_T], holds: Callable[[_T], bool], guess: int) -> int:
+    """How many of the first items hold, where none holds after one that does not; ``guess`` is looked at first."""
+    low, high = 0, len(items)  # items before low hold; the one at high, if there is one, does not
+    probe = min(guess, high) - 1
+    while low < high:
+        probe = min(max(probe, low), high - 1)
+        if holds(items[probe]):
+            low = probe + 1
+            # From a right guess one step up; from a wrong one by halves.
+            probe = low if probe == guess - 1 else (low + high) // 2
+        else:
+            high = probe
+            probe = high - 1 if probe == guess else (low + high) // 2
+    return low
 
 
 def _scaled_memory(client: AllocationClient, peak_bytes: int) -> int:

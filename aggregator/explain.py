@@ -73,6 +73,8 @@ def sentence(choice: Choice) -> str:
         f"{predicted.seconds:.1f} s of {limits.deadline_s:.1f} s and {_mib(predicted.memory_bytes)} of "
         f"{_mib(limits.memory_bytes)}"
     )
+    if choice.parts.rarity > 0:
+        text += f"; {choice.parts.rarity:.2f} of the value {choice.value:.2f} is for topics that are rare there"
     return f"{text}; {_why(choice, choice.runner_up)}."
 
 

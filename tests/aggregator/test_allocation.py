@@ -19,11 +19,13 @@ from fedblocks.aggregator.allocation import (
     AllocationSettings,
     Coverage,
     Deadline,
+    feasible_sets,
     next_deadline,
     plan_round,
     quantile,
     relative_gains,
     running_mean,
+    topic_divergence,
 )
 from fedblocks.aggregator.explain import record, sentence
 from fedblocks.profiles.catalog_files import load, scale_factor, scaled
@@ -382,6 +384,137 @@ def test_a_thousand_clients_and_eight_blocks_are_planned_in_seconds():
     began = time.process_time()
     assert len(plan(fleet, layout=layout, deadline_s=5.0).choices) == 1000
     assert time.process_time() - began < 10  # 1.9 on a quiet core
+
+
+# Boundary cases (methods.md 6.7). Tested elsewhere: an update that ran out of memory in its round (test_server.py), the
+# refusal to open a round that nobody fits (test_fedbe.py), a client without training data in the run (test_fedbe.py).
+
+
+def test_a_lone_client_trains_what_it_can_and_debt_is_neutral():
+    [first] = plan([client("a")]).choices
+    assert (first.role, first.blocks, first.parts.gain, first.parts.debt) == ("train", (0, 1, 2), 3.0, 3.0)
+    covered = Coverage.of(THIRDS.blocks).after_round([((0, 1, 2), 100)])
+    [later] = plan([client("a")], coverage=covered).choices
+    assert (later.blocks, later.parts.debt) == ((0, 1, 2), 0.0)
+
+
+def test_a_block_that_nobody_can_train_stays_uncovered_and_every_client_says_what_is_in_the_way():
+    layout = StackLayout(num_entries=9, positions={0: 0, 1: 7, 2: 8})
+    reachable = plan([client(k, flops=2e9) for k in "ab"], layout=layout, deadline_s=0.9 * _seconds_of(layout, 0))
+    assert reachable.no_client_fits == ""
+    for choice in reachable.choices:
+        assert choice.role == "train"
+        assert 0 not in choice.blocks
+        assert any(0 in refusal.blocks and refusal.reason == "deadline" for refusal in choice.refused)
+    assert reachable.coverage.seen[0] == 0
+    assert reachable.coverage.debt(0) == 1.0
+
+
+# What the data are about (methods.md 6.3)
+
+TOPICS = st.lists(st.integers(0, 40), min_size=1, max_size=64).map(tuple)
+
+
+def with_topics(site, *topics):
+    return dataclasses.replace(site, statistics=dataclasses.replace(site.statistics, topics=topics))
+
+
+@given(first=TOPICS, second=TOPICS, factor=st.integers(1, 9))
+def test_the_divergence_of_topics_is_symmetric_between_0_and_1_and_blind_to_size(first, second, factor):
+    found = topic_divergence(first, second)
+    assert 0 <= found <= 1
+    assert topic_divergence(second, first) == pytest.approx(found, abs=1e-12)
+    assert topic_divergence(first, [factor * count for count in second]) == pytest.approx(found, abs=1e-9)
+    assert topic_divergence(first, [factor * count for count in first]) == pytest.approx(0, abs=1e-9)
+    apart = topic_divergence((*first, *[0] * len(second)), (*[0] * len(first), *second))
+    assert apart == pytest.approx(1.0 if sum(first) and sum(second) else 0.0)
+
+
+def test_the_divergence_is_that_of_the_formula():
+    assert topic_divergence((1, 1), (1, 1)) == 0.0
+    assert topic_divergence((5,), (0, 5)) == 1.0
+    assert topic_divergence((1, 1), (1, 0)) == pytest.approx(
+        0.5 * (0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 / 0.25)) + 0.5 * math.log2(1 / 0.75)
+    )
+    assert topic_divergence((), (1,)) == topic_divergence((0,), (1,)) == 0.0
+
+
+@given(cohort=COHORTS, coverage=COVERAGES, weight=st.floats(0, 5))
+def test_without_histograms_the_plan_is_the_one_without_rarity(cohort, coverage, weight):
+    usual = plan(cohort, coverage=coverage, deadline_s=2.0)
+    assert plan(cohort, coverage=coverage, deadline_s=2.0, rarity_weight=weight) == usual
+    known = dataclasses.replace(coverage, topics={0: (3.0, 1.0)})
+    assert plan(cohort, coverage=known, deadline_s=2.0, rarity_weight=weight).choices == usual.choices
+
+
+@given(cohort=COHORTS, coverage=COVERAGES)
+def test_with_weight_0_histograms_change_no_choice(cohort, coverage):
+    shared = [with_topics(site, *range(min(3, site.statistics.num_examples))) for site in cohort]
+    known = dataclasses.replace(coverage, topics={0: (3.0, 1.0), 1: (0.0, 1.0)})
+    assert plan(shared, coverage=known).choices == plan(cohort, coverage=coverage).choices
+
+
+@given(site=SITES, coverage=COVERAGES, deadline_s=st.floats(0.02, 10), more=st.floats(1, 4), topics=TOPICS)
+def test_a5_holds_with_rarity(site, coverage, deadline_s, more, topics):
+    site = with_topics(dataclasses.replace(site, statistics=data(3000)), *topics)
+    coverage = dataclasses.replace(coverage, topics={0: (5.0, 1.0), 2: (0.0, 9.0)})
+
+    def worth(one, seconds):
+        [choice] = plan([one], coverage=coverage, deadline_s=seconds, rarity_weight=0.5).choices
+        return {"rest": 0, "evaluate": 1, "train": 2}[choice.role], choice.steps, choice.value
+
+    memory = int(more * site.profile.memory_usable_bytes)
+    roomier = dataclasses.replace(site, profile=dataclasses.replace(site.profile, memory_usable_bytes=memory))
+    assert worth(roomier, deadline_s) >= worth(site, deadline_s)
+    assert worth(site, more * deadline_s) >= worth(site, deadline_s)
+
+
+def test_of_two_blocks_the_one_that_has_seen_other_topics_is_taken_and_the_sentence_says_so():
+    layout = StackLayout(num_entries=8, positions={0: 6, 1: 7})
+    coverage = Coverage(seen={0: 100.0, 1: 100.0}, topics={0: (100.0, 0.0), 1: (0.0, 100.0)})
+    site = with_topics(client("a"), 0, 90)
+    both = plan([site], layout=layout, coverage=coverage, rarity_weight=0.5).choices[0]
+    assert both.parts.rarity == 0.5
+    assert both.value == both.parts.gain + both.parts.debt + both.parts.rarity
+    assert record(both)["parts"]["rarity"] == 0.5
+    assert "0.50 of the value 2.50 is for topics that are rare there" in sentence(both)
+    assert "rare" not in sentence(plan([site], layout=layout, coverage=coverage).choices[0])
+    # Time for one block: without the weight the top one is cheaper to the same value, with it the other is worth more.
+    one = {"layout": layout, "coverage": coverage, "deadline_s": 1.001 * _seconds_of(layout, 0, site)}
+    assert plan([site], **one).choices[0].blocks == (1,)
+    assert plan([site], **one, rarity_weight=0.5).choices[0].blocks == (0,)
+
+
+def _seconds_of(layout, block, site=None):
+    """Predicted seconds of this block alone: the shortest deadline that it meets."""
+    site = site or client("a", flops=2e9)
+    low, high = 0.0, 1e4
+    settings_ = AllocationSettings(anchor_tokens=64)
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits = (block,) in feasible_sets(
+            site, layout=layout, shape=STARTER, settings=settings_, deadline_s=middle, steps=16
+        )
+        low, high = (low, middle) if fits else (middle, high)
+    return high
+
+
+def test_stronger_clients_see_the_topics_that_weaker_ones_will_bring():
+    layout = StackLayout(num_entries=7, positions={0: 6})
+    sites = [with_topics(client("a", flops=1e9), 80, 0), with_topics(client("b", flops=1e11), 80, 0)]
+    coverage = Coverage(seen={0: 10.0}, topics={0: (0.0, 10.0)})
+    weak, strong = plan(sites, layout=layout, coverage=coverage, rarity_weight=1.0).choices
+    assert weak.parts.rarity == 1.0
+    assert 0 < strong.parts.rarity < 0.2
+
+
+def test_what_blocks_have_seen_of_each_topic_decays_and_is_added_in_any_order():
+    rounds = [((0,), 3, (1, 2)), ((0, 1), 5, (0, 1, 4)), ((1,), 7, ()), ((2,), 9)]
+    for order in (rounds, rounds[::-1]):
+        after = Coverage.of((0, 1, 2)).after_round(order)
+        assert after.topics == {0: (1, 3, 4), 1: (0, 1, 4)}
+        assert after.seen == {0: 8, 1: 12, 2: 9}
+    assert after.after_round([]).topics[0] == pytest.approx((0.95, 2.85, 3.8))
 
 
 # The demo (issue: the four catalog profiles are scaled to the starter model so that limits bind)

@@ -300,6 +300,18 @@ def test_an_update_from_before_modes_were_reported_gets_the_assigned_one(tmp_pat
     )
 
 
+def test_a_client_from_before_topics_could_be_shared_has_shared_none(tmp_path: Path) -> None:
+    ledger = opened(tmp_path)
+    ledger.save_client(ANN, "ann", {"name": "ann", "statistics": {"num_examples": 3}}, unix_s=1.0)
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("PRAGMA user_version = 3")
+    db.commit()
+    db.close()
+    [known] = opened(tmp_path).clients()
+    assert known.record["statistics"] == {"num_examples": 3, "topics": []}
+
+
 def test_a_reader_sees_the_state_of_a_ledger_that_is_being_written(tmp_path: Path) -> None:
     writer = with_open_round(tmp_path)
     reader = open_read_only(tmp_path / "ledger.sqlite")

@@ -47,6 +47,10 @@ OWN_RULES = {
         "delta_density": share,
     },
     Measurement: {"num_items": st.integers(1000, 2000), "num_correct": st.integers(0, 1000)},
+    DataStatistics: {
+        "num_examples": st.integers(1000, 2**31),
+        "topics": st.lists(st.integers(0, 15), max_size=64).map(tuple),
+    },
 }
 
 
@@ -294,6 +298,21 @@ def test_a_number_that_is_not_finite_has_its_own_code(value):
     hello = {**plain_of(make(Hello)), "statistics": {**plain, "mean_tokens": value}}
 
     assert refused("hello", hello) == "non_finite"
+
+
+@pytest.mark.parametrize("topics", [[-1], [0] * 65, [2, 2], [1.0], [[1]], None, "abc", b"abc"])
+def test_a_topic_histogram_is_a_few_counts_of_the_examples(topics):
+    plain = {**plain_of(make(DataStatistics)), "topics": topics}
+
+    assert refused("hello", {**plain_of(make(Hello)), "statistics": plain}) == "malformed"
+
+
+def test_a_site_that_shares_no_topics_says_so_with_an_empty_histogram():
+    statistics = DataStatistics(num_examples=3, num_target_tokens=9, mean_tokens=5.0, max_tokens=8)
+    hello = make(Hello, statistics=statistics)
+
+    assert codec.decode(*codec.encode(hello)) == hello
+    assert plain_of(hello)["statistics"]["topics"] == []
 
 
 @pytest.mark.parametrize("value", [True, "0.5", None, [], b""])
