@@ -11,9 +11,10 @@ same blocks + liger the same with Liger
 =================== ===================================================================================================
 
 All see the same random weights, token ids and labels, take the same number of optimizer steps with AdamW and clipping
-to norm 1, without dropout and without recomputation. Three passes over the samples count the prefix pass and the new
-cache of ours. Nothing is loaded from a hub and no 16-bit checkpoint is written: weights are drawn layer by layer on the
-device. Systems are measured in turn; those that fit into memory beside each other stay, and are measured again.
+to norm 1, without dropout and without recomputation. What trains beside bitsandbytes is fp32 under bf16 autocast, as
+transformers' trainer does it. Three passes over the samples count the prefix pass and the new cache of ours. Nothing is
+loaded from a hub and no 16-bit checkpoint is written: weights are drawn layer by layer on the device. Systems are
+measured in turn; those that fit into memory beside each other stay, and are measured again.
 """
 
 from __future__ import annotations
@@ -186,7 +187,6 @@ class Peer:
         self.data = data
         self.held = "nf4"
         self._device = device
-        self._autocast = plan is not None
         self.model: Any = _transformers_model(weights, device, plan)
         self._patches = _LigerPatches(self.model) if liger else None
         if plan is None:
@@ -229,7 +229,7 @@ class Peer:
         samples = self.data.batch(index, label_share)
         ids = torch.from_numpy(np.stack([s.ids for s in samples]).astype(np.int64)).to(self._device)
         targets = torch.from_numpy(np.stack([s.label_mask for s in samples])).to(self._device)
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
+        with torch.autocast(self._device.type, torch.bfloat16):
             return self.model(input_ids=ids, labels=ids.masked_fill(~targets, -100)).loss
 
     def close(self) -> None:
@@ -597,6 +597,7 @@ def measure_model(
                     if key in found:
                         row = row_of(found[key], flops_of(plan, model, _data(sizes, key), key[2]), key[1], peaks)
                         say("  " + step_line(name, plan, key, row))
+            _clean(device)
             if _share_free(device) > KEEP_FREE:
                 kept[plan.name] = opened
             else:
