@@ -20,6 +20,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import bench_gpu  # noqa: E402
 import gpu_operations  # noqa: E402
 import gpu_steps  # noqa: E402
+import gpu_timing  # noqa: E402
 import runtime_document  # noqa: E402
 from gpu_timing import Budget, Candidate, DeviceLostError, Timer, measure_peaks, spread  # noqa: E402
 from rivals import Data  # noqa: E402
@@ -392,3 +393,53 @@ def test_what_computes_wrongly_does_not_serve_the_steps(tmp_path, monkeypatch):
     ]
     assert bench_gpu._choose_kernels(rows, CPU, tmp_path) is None
     assert {(op, rungs) for op, _, _, rungs in chosen} == {("swiglu", ("triton",))}
+
+
+def test_a_sample_on_a_gpu_is_the_time_between_two_events_after_the_cache_was_emptied(monkeypatch):
+    order = []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("record")
+
+        def synchronize(self):
+            order.append("synchronize")
+
+        def elapsed_time(self, other):
+            return 2.5
+
+    class Flush:
+        def zero_(self):
+            order.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    timer = Timer(CPU)
+    timer._flush = Flush()
+    assert timer.sample(lambda: order.append("run")) == 2.5e-3
+    assert order == ["flush", "record", "run", "record", "synchronize"]
+
+
+def test_clocks_and_power_mode_are_read_where_their_tools_are(tmp_path, monkeypatch):
+    values = ", ".join(f"value {i}" for i in range(len(gpu_timing.QUERIES)))
+    for name, answer in (("nvidia-smi", values), ("nvpmodel", "NV Power Mode: 15W")):
+        tool = tmp_path / name
+        tool.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = gpu_timing.clocks()
+    assert found["nvidia_smi"]["driver_version"] == "value 0"
+    assert found["nvpmodel"] == "NV Power Mode: 15W"
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'Field \"pstate\" is not a valid field to query.'\n")
+    assert "not a valid field" in gpu_timing.clocks()["nvidia_smi"]
+    (tmp_path / "nvidia-smi").write_text(
+        '#!/bin/sh\ncase "$1" in *reasons*) echo no; exit 2;; esac\necho ' + values[:-10]
+    )
+    assert gpu_timing.clocks()["nvidia_smi"]["pstate"] == "value 1"
+
+
+def test_names_of_devices_make_names_of_files():
+    assert gpu_timing.slug("NVIDIA GeForce RTX 4090") == "nvidia-geforce-rtx-4090"
+    assert gpu_timing.slug("Orin (nvgpu)") == "orin-nvgpu"
