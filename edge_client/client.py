@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from typing_extensions import assert_never
 
@@ -41,10 +41,12 @@ from fedblocks.protocol.keys import KeyPair
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
     Assignment,
+    AttemptId,
     Evaluate,
     Fetch,
     Goodbye,
     Hello,
+    Message,
     Ready,
     Report,
     Welcome,
@@ -53,7 +55,8 @@ from fedblocks.protocol.run_config import ConfigError
 from fedblocks.protocol.site_file import CacheSettings, JoinSettings, RuntimeSettings, SiteFile
 
 if TYPE_CHECKING:
-    from fedblocks.edge_client.work import Workbench
+    from fedblocks.edge_client.work import Shared, Workbench
+    from fedblocks.protocol.payloads import Bytes
 
 EXIT_BUG = 1
 EXIT_REFUSED = 4
@@ -118,7 +121,7 @@ def join(options: JoinOptions, *, say: Say) -> int:
     key_is_new = not (options.home / KEY_FILE).exists()
     identity = load_or_create_identity(options.home)
     store = ClientStore(options.home / site.run_id)
-    client = _Client(
+    client = SiteClient(
         options=options,
         site=site,
         encoder=encoder,
@@ -232,7 +235,19 @@ def write_profile(home: Path, profile: DeviceProfile) -> None:
     write_durably(home / PROFILE_FILE, json.dumps(to_plain(profile), indent=2).encode())
 
 
-class _Client:
+class Link(Protocol):
+    """What actions need of a transport."""
+
+    def send(self, message: Message, payload: Bytes | Path = b"") -> None:
+        """Queues a message."""
+        ...
+
+    def set_status(self, *, attempt_id: AttemptId | None, phase: str, steps_done: int) -> None:
+        """What the next heartbeats say."""
+        ...
+
+
+class SiteClient:
     """The shell around the session: sockets, files, the workbench."""
 
     def __init__(
@@ -309,7 +324,7 @@ class _Client:
 
     def _follow(self, transport: Transport) -> tuple[int, bool]:
         """The session's actions, one after the other; returns the exit code, and whether our key was refused."""
-        shell = _Shell(self, transport)
+        shell = Shell(self, transport)
         state = s.SessionState(
             have=self.store.resource_hashes(), outbox=self.store.pending_attempt(), resting=rests(self.site.join)
         )
@@ -358,12 +373,13 @@ def _session_event(event: TransportEvent | None, transport: Transport, say: Say,
             return s.Tick(uploading=transport.uploading, resting=resting)
 
 
-class _Shell:
+class Shell:
     """Carries out single actions."""
 
-    def __init__(self, client: _Client, transport: Transport) -> None:
+    def __init__(self, client: SiteClient, transport: Link, shared: Shared | None = None) -> None:
         self.client = client
         self.transport = transport
+        self.shared = shared
         self.store = client.store
         self._bench: Workbench | None = None
 
@@ -438,6 +454,7 @@ class _Shell:
             memory_limit_bytes=client.memory_limit_bytes,
             cache=client.options.cache,
             emulation=Emulation(profile=client.profile) if client.options.emulate else None,
+            shared=self.shared,
             say=client.say,
         )
         self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ class Emulation:
     """The emulated device, scaled."""
 
 
+@dataclass(slots=True, kw_only=True)
+class Shared:
+    """What the clients of one process have in common in a simulation; each is filled by the first that needs it.
+
+    All of it is the same for every client of a run: base layers, hidden states and teacher records by content.
+    """
+
+    backbone: Backbone | None = None
+    anchors: AnchorSet | None = None
+    stores: dict[str, RecordStore] = field(default_factory=dict)
+    """Name of the folder -> store."""
+
+
 class DoesNotFitError(RuntimeError):
     """This device cannot train even the smallest assignment of the run; the text says what it would take."""
 
@@ -90,6 +103,8 @@ class Workbench:
         memory_limit_bytes: most memory above the imports that a task may take; 0 means no limit but the device's.
         cache: how much the caches may take, and where.
         emulation: the device to emulate, if any.
+        shared: with other clients of this process, none of which can be told apart by its memory: what a task takes is
+            then reported as predicted.
         say: for warnings.
     """
 
@@ -105,9 +120,11 @@ class Workbench:
         memory_limit_bytes: int,
         cache: CacheSettings | None = None,
         emulation: Emulation | None,
+        shared: Shared | None = None,
         say: Callable[[str], None],
     ) -> None:
         self.store = store
+        self._shared = shared
         self.data = data
         self.client = client
         self.plan = ExpansionPlan.from_json(store.resource("plan.json").read_bytes())
@@ -125,8 +142,11 @@ class Workbench:
         self._cache = cache or CacheSettings()
         return_large_blocks()
         device = torch.device("cuda" if profile.accelerator == "cuda" else "cpu")
-        backbone = Backbone.open(checkpoint, store.cache_folder / "backbone", base_hash=content_hash, device=device)
-        say(f"4-bit layers by {backbone.quantiser}, read by our own decoder; arithmetic in {profile.compute_dtype}")
+        folder = store.cache_folder / "backbone"
+        backbone = shared.backbone if shared is not None else None
+        if backbone is None:
+            backbone = Backbone.open(checkpoint, folder, base_hash=content_hash, device=device)
+            say(f"4-bit layers by {backbone.quantiser}, read by our own decoder; arithmetic in {profile.compute_dtype}")
         # What a task holds is counted from here: libraries are imported, nothing of the model is in memory yet.
         give_back_freed_memory()
         self._after_imports_bytes = anonymous_bytes()
@@ -134,11 +154,15 @@ class Workbench:
         self.model = ExpandedModel(
             backbone=backbone, checkpoint=checkpoint, plan=self.plan, state=self.state, dtype=dtype
         )
-        anchors = AnchorSet.from_bytes(store.resource("anchor.bin").read_bytes())
+        anchors = shared.anchors if shared is not None else None
+        anchors = anchors or AnchorSet.from_bytes(store.resource("anchor.bin").read_bytes())
         fields = cut_fields(self.model, content_hash, cut=self.model.base_cut)
         key = cut_key(self.model, content_hash, cut=self.model.base_cut)
         prefix_folder = store.cache_folder / "prefix"
-        evict_others(prefix_folder, [key, f"{key}.teacher"], say, now=fields)
+        if shared is None:
+            evict_others(prefix_folder, [key, f"{key}.teacher"], say, now=fields)
+        else:
+            shared.backbone, shared.anchors = backbone, anchors
         self.prefix = PrefixStates(self.model, self._open_store(prefix_folder / key, fields))
         records = self._open_store(prefix_folder / f"{key}.teacher", fields)
         self.teacher = Teacher(anchors=anchors, model=self.model, prefix=self.prefix, store=records)
@@ -151,6 +175,12 @@ class Workbench:
     def _open_store(self, folder: Path, meta: Mapping[str, Any]) -> RecordStore:
         """On the disk unless the site wants otherwise: there a restart finds it, and it takes no memory from a task."""
         location = "ram" if self._cache.location == "ram" else "disk"
+        if self._shared is not None:
+            if folder.name not in self._shared.stores:
+                self._shared.stores[folder.name] = RecordStore(
+                    folder, max_bytes=self._cache.max_bytes, location="ram", meta=meta, warn=self._say
+                )
+            return self._shared.stores[folder.name]
         return RecordStore(folder, max_bytes=self._cache.max_bytes, location=location, meta=meta, warn=self._say)
 
     def _refuse_a_device_that_is_too_small(self) -> None:
@@ -255,7 +285,8 @@ class Workbench:
                 result = train(
                     model=self.model,
                     task=task,
-                    mode=chosen.mode,
+                    # Recomputing gives the same bits for more arithmetic, which only a real memory is worth.
+                    mode=chosen.mode if self._shared is None else replace(chosen.mode, checkpoint=False),
                     data=self.data.train,
                     teacher=self.teacher,
                     prefix=self.prefix,
@@ -284,8 +315,9 @@ class Workbench:
             self.model.load_state(self.state)
             self.model.release()
         predicted = chosen.memory.peak
-        if limit and memory.peak_bytes > limit:
-            text = f"measured peak {memory.peak_bytes} bytes, the budget is {limit} (predicted {predicted})"
+        peak_bytes = memory.peak_bytes if self._shared is None else predicted
+        if limit and peak_bytes > limit:
+            text = f"measured peak {peak_bytes} bytes, the budget is {limit} (predicted {predicted})"
             return self._failed(task, "over_memory_budget", text)
         self.residuals.stage(task.attempt_id, encoded.residuals, round=task.round)
         body = b"".join(encoded.parts)
@@ -310,7 +342,7 @@ class Workbench:
                 measure_s=measured - began,
                 encode_s=time.monotonic() - trained,
                 step_s=result.train_s / result.steps,  # pauses of an emulated device included
-                peak_memory_bytes=memory.peak_bytes,
+                peak_memory_bytes=peak_bytes,
                 predicted_peak_bytes=predicted,
                 mode=chosen.mode,
                 gradient_energy=result.gradient_energy,

@@ -218,6 +218,36 @@ def probe(
         json_file.write_text(to_json(result), encoding="utf-8")
 
 
+@app.command(epilog="Example: fedblocks simulate fleet.toml --out runs/fleet")
+def simulate(
+    fleet: Annotated[Path, typer.Argument(metavar="FLEET.toml", help="devices, chances, events: docs/simulate.md")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="folder of the run, the result and the picture")] = Path(
+        "runs/fleet"
+    ),
+    model: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="the base model; default: the bundled starter and its task")
+    ] = None,
+    train: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="with --model: rows to deal to the clients")
+    ] = None,
+    general: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="with --model: rows that measure general ability")
+    ] = None,
+) -> None:
+    """Run a fleet of assumed devices: real aggregator, sessions, sockets and training, on a virtual clock."""
+    from fedblocks.fleet_file import load
+    from fedblocks.simulation import inputs_of
+    from fedblocks.simulation import simulate as run
+    from fedblocks.simulation_report import plot, print_result
+
+    wanted = load(fleet)
+    result = run(wanted, inputs_of(model, train, general, out), out, say=lambda line: typer.echo(line))
+    print_result(result)
+    (out / "result.json").write_text(json.dumps(result.to_plain(), indent=1), encoding="utf-8")
+    plot(result, out / "plot.png", say=lambda line: typer.echo(line))
+    typer.echo(f"result: {out / 'result.json'}; run folder: {result.run}")
+
+
 @app.command(epilog="Example: fedblocks preflight site-a.toml --data train.jsonl --model ./Qwen2.5-0.5B")
 def preflight(
     site: Annotated[Path, typer.Argument(metavar="SITE.toml", help="the file from `fedblocks invite`")],

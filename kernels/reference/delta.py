@@ -28,7 +28,7 @@ def delta_rows(
     rows, cols = x.shape
     lanes = x.new_zeros(rows, LANES, dtype=torch.float64)
     for first in range(0, cols, LANES):
-        tile = clean[:, first : first + LANES].double().square_()
+        tile = clean[:, first : first + LANES].double().square()
         lanes[:, : tile.shape[1]] += tile
     half = LANES // 2
     while half:

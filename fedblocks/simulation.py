@@ -1,0 +1,542 @@
+"""What would a run do on a fleet that nobody has here? The real aggregator, real sessions, sockets and training, on a
+clock that the cost model moves.
+
+Everything happens in one thread, in the order of virtual time; between two moments all messages under way are
+delivered. So the same seed gives the same run, to the bit. Every client has a session, a socket and a folder of its
+own; base layers, hidden states and teacher records, which are the same for all, are held once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import zmq
+
+from fedblocks.fleet_file import Event, Fleet, Group
+from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol.keys import KeyPair
+from fedblocks.protocol.messages import ClientKey
+from fedblocks.protocol.run_config import ConfigError
+
+MARKER: Final = ".fedblocks-simulation"
+SUBFOLDERS: Final = ("run", "sites", "data")
+START_UNIX_S: Final = 1_800_000_000.0
+"""Wall clock of the books at virtual time 0."""
+QUIET_TIMEOUT_S: Final = 60.0
+"""Real seconds after which messages that do not arrive are an error."""
+SETTLE_S: Final = 0.0002
+R_BYTES: Final = 1 << 20
+
+
+class SimulationError(RuntimeError):
+    """The simulation cannot go on; a bug, not a matter of the fleet."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Model and rows of a simulated run.
+
+    Args:
+        train: JSONL that is dealt to the clients.
+        general: JSONL that measures general ability, or None.
+    """
+
+    model: Path
+    train: Path
+    general: Path | None
+    overrides: tuple[str, ...] = ()
+    anchor_sequences: int = 128
+    anchor_tokens: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientResult:
+    """What became of one client."""
+
+    name: str
+    device: str
+    tasks: int
+    updates: int
+    train_s: float
+    """Virtual seconds of training tasks."""
+    lost: int
+    """Tasks whose result never arrived."""
+    bytes_up: int
+    bytes_down: int
+    energy_j: float | None
+    """Virtual training time times the board's power; None where the catalog does not know it."""
+    spans: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceClass:
+    """What the clients with one device did together."""
+
+    device: str
+    clients: int
+    updates: int
+    lost: int
+    share_of_updates: float
+    """Of all; fair is what its clients are of all clients."""
+    busy_share: float
+    """Of their time they trained or measured."""
+    bytes_up: int
+    bytes_down: int
+    energy_j: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulationResult:
+    """The whole run."""
+
+    run: Path
+    rounds: tuple[dict[str, Any], ...]
+    """The rows of metrics.jsonl, each with ``virtual_s``, when it was closed."""
+    clients: tuple[ClientResult, ...]
+    coverage: Mapping[str, Mapping[int, int]]
+    """Device -> block -> accepted updates."""
+    virtual_s: float
+    wall_s: float
+    state_sha256: str
+    finished: bool
+
+    def device_classes(self) -> tuple[DeviceClass, ...]:
+        """A row for each device, in the order of the file."""
+        total = max(1, sum(client.updates for client in self.clients))
+        made: list[DeviceClass] = []
+        for device in dict.fromkeys(client.device for client in self.clients):
+            members = [client for client in self.clients if client.device == device]
+            energies = [client.energy_j for client in members]
+            busy_s = sum(span["end_s"] - span["start_s"] for c in members for span in c.spans if span["kind"] != "away")
+            updates = sum(client.updates for client in members)
+            made.append(
+                DeviceClass(
+                    device=device,
+                    clients=len(members),
+                    updates=updates,
+                    lost=sum(client.lost for client in members),
+                    share_of_updates=updates / total,
+                    busy_share=busy_s / max(1e-9, len(members) * self.virtual_s),
+                    bytes_up=sum(client.bytes_up for client in members),
+                    bytes_down=sum(client.bytes_down for client in members),
+                    energy_j=None if None in energies else sum(e for e in energies if e is not None),
+                )
+            )
+        return tuple(made)
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON; a time that never ended is null."""
+        plain = asdict(self)
+        plain["run"] = str(self.run)
+        plain["device_classes"] = [asdict(row) for row in self.device_classes()]
+        for client in plain["clients"]:
+            for span in client["spans"]:
+                span["end_s"] = span["end_s"] if math.isfinite(span["end_s"]) else None
+        return plain
+
+
+def inputs_of(model: Path | None, train: Path | None, general: Path | None, out: Path) -> Inputs:
+    """The user's model and rows, or the bundled model with its frozen task.
+
+    Raises:
+        ConfigError: a model without rows, or rows without a model.
+    """
+    if model is not None:
+        if train is None:
+            raise ConfigError("simulate --model DIR needs --train FILE: the rows to deal to the clients")
+        return Inputs(model=model, train=train, general=general)
+    if train is not None or general is not None:
+        raise ConfigError("simulate --train and --general need --model DIR: the bundled model has a task of its own")
+    from fedblocks.demo import STARTER_OVERRIDES
+    from fedblocks.edge_client.starter import starter_folder
+    from fedblocks.edge_client.starter.skills import general_items
+    from fedblocks.edge_client.starter.tasks import frozen_federation, write_jsonl
+
+    clear(out, ("data",))
+    data = out / "data"
+    write_jsonl([row for part in frozen_federation("rule", "evidence") for row in part], data / "train.jsonl")
+    write_jsonl(general_items(11, 20, "validation"), data / "general.jsonl")
+    overrides = tuple(o for o in STARTER_OVERRIDES if not o.startswith(("server.", "allocation.deadline")))
+    return Inputs(
+        model=starter_folder(), train=data / "train.jsonl", general=data / "general.jsonl", overrides=overrides
+    )
+
+
+def simulate(
+    fleet: Fleet, inputs: Inputs, out: Path, *, say: Callable[[str], None] = lambda _line: None
+) -> SimulationResult:
+    """Runs the fleet to the end of its run, or of its hours.
+
+    Args:
+        out: folder of the run and of the clients; what an earlier simulation left there is removed.
+        say: takes lines about the rounds.
+
+    Raises:
+        ConfigError: the fleet, the rows or the folder cannot be used.
+        SimulationError: messages got lost, which is a bug.
+    """
+    import torch
+
+    torch.set_num_threads(
+        1
+    )  # the matrices of models that are simulated are small; more threads cost more than they give
+    began = time.monotonic()
+    clear(out, ("sites",))
+    shutil.rmtree(out / "run", ignore_errors=True)  # made by whoever makes runs
+    rows = _rows(inputs.train)
+    make_run(fleet, inputs, out)
+    with contextlib.ExitStack() as cleanup:
+        simulation = _Simulation(fleet, inputs, out, rows, cleanup, say)
+        simulation.go()
+        return simulation.result(time.monotonic() - began)
+
+
+def clear(out: Path, names: Sequence[str]) -> None:
+    """Removes what an earlier simulation made in ``out`` under these names, and nothing else; makes them empty.
+
+    Raises:
+        ConfigError: the folder holds something of one of our names that no simulation made.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    marker = out / MARKER
+    found = [name for name in SUBFOLDERS if (out / name).exists()]
+    if found and not marker.is_file():
+        raise ConfigError(f"{out} holds {', '.join(found)}, which no simulation made; give --out a folder of its own")
+    marker.write_text("made by fedblocks simulate; the next simulation in this folder removes what this one made\n")
+    for name in names:
+        shutil.rmtree(out / name, ignore_errors=True)
+        (out / name).mkdir()
+
+
+def make_run(fleet: Fleet, inputs: Inputs, out: Path) -> None:
+    """The run folder, as ``fedblocks init`` makes it."""
+    from fedblocks.edge_client.init_run import init_run
+
+    settings = tuple(f"{key}={_text(value)}" for key, value in fleet.run.items())
+    init_run(
+        model=inputs.model,
+        out=out / "run",
+        general=inputs.general,
+        overrides=(*inputs.overrides, *settings, "server.bind=tcp://127.0.0.1:*"),
+        anchor_sequences=inputs.anchor_sequences,
+        anchor_tokens=inputs.anchor_tokens,
+    )
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _rows(path: Path) -> list[str]:
+    from fedblocks.edge_client.data import read_rows
+
+    read_rows(path)
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def assumed_profile(group: Group, default_scale: float) -> DeviceProfile:
+    """The catalog's device, scaled, with the arithmetic of this machine's kind: fp32 on a CPU."""
+    from fedblocks.profiles import catalog_files
+
+    device = catalog_files.load(group.device)
+    factor = group.scale or default_scale
+    host = replace(
+        device,
+        accelerator="cpu",
+        compute_dtype="float32",
+        runtime_memory_bytes=R_BYTES,
+        gemm_flops_per_s=1e15,
+        memory_bytes_per_s=1e15,
+        disk_read_bytes_per_s=1e15,
+        memory_usable_bytes=1 << 60,
+        measured_unix_s=START_UNIX_S,
+    )
+    found = catalog_files.scaled(device, factor, host=host) if factor < 1 else replace(device, compute_dtype="float32")
+    return replace(
+        found,
+        measured_unix_s=START_UNIX_S,
+        uplink_bytes_per_s=found.uplink_bytes_per_s * group.link,
+        downlink_bytes_per_s=found.downlink_bytes_per_s * group.link,
+    )
+
+
+def key_of(seed: int, name: str) -> KeyPair:
+    """The client's key, the same for the same seed: keys break ties when a round is planned."""
+    secret = zmq.utils.z85.encode(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=32).digest())
+    public = zmq.curve_public(secret)
+    return KeyPair(public=ClientKey(public.decode("ascii")), secret=secret.decode("ascii"))
+
+
+class _Simulation:
+    def __init__(
+        self,
+        fleet: Fleet,
+        inputs: Inputs,
+        out: Path,
+        rows: Sequence[str],
+        cleanup: contextlib.ExitStack,
+        say: Callable[[str], None],
+    ) -> None:
+        from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
+        from fedblocks.aggregator.endpoint import RouterEndpoint
+        from fedblocks.aggregator.ledger import open_ledger
+        from fedblocks.aggregator.run_folder import open_run_folder
+        from fedblocks.aggregator.server import Aggregator
+        from fedblocks.edge_client.work import Shared
+        from fedblocks.profiles.catalog_files import scale_factor
+        from fedblocks.virtual_client import VirtualClock
+
+        self._fleet, self._out, self._say = fleet, out, say
+        self._clock = VirtualClock()
+        self._folder = open_run_folder(out / "run", ())
+        cleanup.callback(os.close, self._folder.lock())
+        self._ledger = open_ledger(self._folder.ledger_path, self._folder.identity())
+        cleanup.callback(self._ledger.close)
+        self._server_keys = load_or_create_server_keys(out / "run")
+        registry = Registry(out / "run")
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, 2 * len(fleet.client_names()) + 64)
+        cleanup.callback(self._context.destroy, linger=0)
+        for name in fleet.client_names():
+            registry.enrol(key_of(fleet.seed, name).public, name, now_unix_s=START_UNIX_S)
+        self._endpoint = RouterEndpoint(
+            self._folder.config.server.bind,
+            keys=self._server_keys,
+            registry=registry,
+            expected_clients=2 * len(fleet.client_names()) + 64,
+            clock=self._clock,
+        )
+        cleanup.callback(self._endpoint.close)
+        roster = [(e.key, e.name) for e in registry.list()]
+        self._aggregator = Aggregator(
+            self._folder,
+            self._ledger,
+            self._endpoint,
+            roster=roster,
+            clock=self._clock,
+            wall_clock=lambda: START_UNIX_S + self._clock.now_s,
+            on_event=say,
+        )
+        self._shared = Shared()
+        self._links: dict[ClientKey, Any] = {}
+        self._gone_bytes: dict[ClientKey, list[int]] = defaultdict(lambda: [0, 0])
+        """Of links that were closed: sent and received."""
+        self._closed_s: list[float] = []
+        self._metrics_size = self._rounds_written = 0
+        scale = scale_factor(self._folder.plan.shape)
+        self._clients = {}
+        for number, (group, name) in enumerate((g, n) for g in fleet.groups for n in _names(g)):
+            client = self._make_client(group, name, number, inputs, rows, scale)
+            self._clients[name] = client
+            self._clock.at(group.joins_s, client.join)
+        for event in fleet.events:
+            self._clock.at(event.at_s, lambda event=event: self._happens(event))
+
+    def _make_client(
+        self, group: Group, name: str, number: int, inputs: Inputs, rows: Sequence[str], scale: float
+    ) -> Any:
+        from fedblocks.aggregator.invitation import write_invitation
+        from fedblocks.edge_client.client import JoinOptions, SiteClient
+        from fedblocks.edge_client.data import TextEncoder, load_site_data
+        from fedblocks.edge_client.store import ClientStore
+        from fedblocks.edge_client.summary import Summary, SummaryFile, held_out_sha256
+        from fedblocks.virtual_client import VirtualClient
+
+        home = self._out / "sites" / name
+        home.mkdir()
+        rng = np.random.Generator(np.random.Philox(key=[self._fleet.seed, 1_000_000 + number]))
+        chosen = rng.permutation(len(rows))[: group.examples]
+        (home / "data.jsonl").write_text("\n".join(rows[i] for i in sorted(chosen.tolist())) + "\n", encoding="utf-8")
+        site = write_invitation(self._out / "run", name=name, out=home / "site.toml")
+        if not hasattr(self, "_encoder"):
+            self._encoder = TextEncoder(inputs.model, site.data)
+        data = load_site_data(home / "data.jsonl", self._encoder)
+        profile = assumed_profile(group, scale)
+        options = JoinOptions(
+            site=replace(site, runtime=replace(site.runtime, memory_gb=profile.memory_usable_bytes / 1e9)),
+            data=home / "data.jsonl",
+            model=inputs.model,
+            home=home,
+            evaluate_general=number == 0,
+        )
+        store = ClientStore(home / site.run_id)
+        summary = Summary(
+            run_id=site.run_id,
+            base_name=site.base_name,
+            client_name=name,
+            num_train=len(data.train),
+            num_held_out=len(data.validation),
+            held_out_sha256=held_out_sha256(data.validation),
+        )
+        return VirtualClient(
+            site=SiteClient(
+                options=options,
+                site=site,
+                encoder=self._encoder,
+                data=data,
+                identity=key_of(self._fleet.seed, name),
+                store=store,
+                summary=SummaryFile(store.folder, summary),
+                profile=profile,
+                say=lambda line, name=name: self._say_of(name, line),
+            ),
+            group=group.prefix,
+            clock=self._clock,
+            connect=self._connect,
+            disconnect=self._disconnect,
+            chance=self._fleet.chance,
+            seed=(self._fleet.seed << 20) + number,
+            heartbeat_s=self._folder.config.server.heartbeat_interval_s,
+            shared=self._shared,
+        )
+
+    def _say_of(self, name: str, line: str) -> None:
+        if "failed" in line or "refused" in line:
+            self._say(f"{name}: {line}")
+
+    # sockets
+
+    def _connect(self, keys: KeyPair) -> Any:
+        from fedblocks.virtual_client import VirtualLink
+
+        link = VirtualLink(self._context, self._endpoint.address, self._server_keys.public, keys)
+        self._links[keys.public] = link
+        return link
+
+    def _disconnect(self, link: Any) -> None:
+        key = next(key for key, known in self._links.items() if known is link)
+        self._settle()
+        del self._links[key]
+        self._gone_bytes[key][0] += link.bytes_sent
+        self._gone_bytes[key][1] += link.bytes_received
+        link.close()
+
+    def _is_quiet(self) -> bool:
+        """Has everything that was sent arrived, both ways?"""
+        for key, link in self._links.items():
+            count = self._endpoint.bytes_by_key.get(key)
+            sent, received = (0, 0) if count is None else (count.sent, count.received)
+            gone_sent, gone_received = self._gone_bytes.get(key, (0, 0))
+            if received - gone_sent != link.bytes_sent or sent - gone_received != link.bytes_received:
+                return False
+        return True
+
+    def _settle(self) -> None:
+        """Delivers all messages under way, and what they cause at this moment."""
+        until_s = time.monotonic() + QUIET_TIMEOUT_S
+        while True:
+            self._aggregator.step(0.0)
+            moved = [client.pump() for client in self._clients.values()]
+            if not any(moved) and self._is_quiet():
+                return
+            if not any(moved):
+                if time.monotonic() > until_s:
+                    raise SimulationError(f"messages are under way for {QUIET_TIMEOUT_S:.0f} s; {self._unsettled()}")
+                time.sleep(SETTLE_S)
+
+    def _unsettled(self) -> str:
+        found = []
+        for key, link in self._links.items():
+            count = self._endpoint.bytes_by_key.get(key)
+            found.append(f"{key}: client {link.bytes_sent}/{link.bytes_received}, aggregator {count}")
+        return "; ".join(found[:5])
+
+    # the run
+
+    def go(self) -> None:
+        """To the end of the run, or of the fleet's hours."""
+        end_s = 3600 * self._fleet.max_hours
+        while not self._aggregator.finished and self._clock.now_s < end_s:
+            for action in self._clock.advance(self._clock.now_s + self._fleet.tick_s):
+                action()
+            self._settle()
+            while len(self._closed_s) < self._num_rounds():
+                self._closed_s.append(self._clock.now_s)
+        self._settle()
+
+    def _num_rounds(self) -> int:
+        """Rounds whose row stands in metrics.jsonl."""
+        path = self._folder.metrics_path
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self._metrics_size:
+            self._metrics_size, self._rounds_written = size, path.read_bytes().count(b"\n")
+        return self._rounds_written
+
+    def _happens(self, event: Event) -> None:
+        for name, client in self._clients.items():
+            if event.clients not in (name, client.group):
+                continue
+            if event.kind == "leave":
+                client.leave()
+            elif event.kind == "join":
+                client.join()
+            elif event.kind == "slow":
+                client.now.slow = event.factor
+            else:
+                client.now.link = event.factor
+
+    def result(self, wall_s: float) -> SimulationResult:
+        """What has become of everything."""
+        metrics = (
+            self._folder.path / "metrics.jsonl" if hasattr(self._folder, "path") else self._out / "run/metrics.jsonl"
+        )
+        rounds = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+        coverage: dict[str, dict[int, int]] = {}
+        updates: dict[str, int] = defaultdict(int)
+        group_of = {name: client.group for name, client in self._clients.items()}
+        for index, row in enumerate(rounds):
+            row["virtual_s"] = self._closed_s[index] if index < len(self._closed_s) else self._clock.now_s
+            for client in row["clients"]:
+                if client["outcome"] == "stored":
+                    updates[client["name"]] += 1
+                    blocks = coverage.setdefault(group_of[client["name"]], defaultdict(int))
+                    for block in client["blocks"]:
+                        blocks[block] += 1
+        return SimulationResult(
+            run=self._out / "run",
+            rounds=tuple(rounds),
+            clients=tuple(self._client_result(name, client, updates[name]) for name, client in self._clients.items()),
+            coverage={device: dict(sorted(blocks.items())) for device, blocks in coverage.items()},
+            virtual_s=self._clock.now_s,
+            wall_s=wall_s,
+            state_sha256=self._aggregator.published_sha256,
+            finished=self._aggregator.finished,
+        )
+
+    def _client_result(self, name: str, client: Any, updates: int) -> ClientResult:
+        from fedblocks.profiles import catalog_files
+
+        count = self._endpoint.bytes_by_key.get(client.site.identity.public)
+        trained_s = sum(span.end_s - span.start_s for span in client.spans if span.kind == "train")
+        device = next(group.device for group in self._fleet.groups if group.prefix == client.group)
+        power = catalog_files.entry(device).facts.get("board_power_w")
+        return ClientResult(
+            name=name,
+            device=device,
+            tasks=sum(span.kind in ("train", "evaluate", "lost") for span in client.spans),
+            updates=updates,
+            train_s=trained_s,
+            lost=sum(span.kind == "lost" for span in client.spans),
+            bytes_up=0 if count is None else count.received,
+            bytes_down=0 if count is None else count.sent,
+            energy_j=None if power is None else trained_s * float(power.value),
+            spans=tuple(asdict(span) for span in client.spans),
+        )
+
+
+def _names(group: Group) -> list[str]:
+    return [f"{group.prefix}-{i + 1}" for i in range(group.count)]

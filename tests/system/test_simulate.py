@@ -1,0 +1,175 @@
+"""``fedblocks simulate``: the real aggregator and real sessions on a virtual clock; the same seed, the same run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from fedblocks import cli, simulation
+from fedblocks.fleet_file import Chance, Event, Fleet, Group, load
+from fedblocks.protocol.run_config import ConfigError
+from fedblocks.simulation import Inputs, simulate
+from fedblocks.virtual_client import VirtualClock
+
+RUN = {"run.max_rounds": 2, "training.steps": 4, "expansion.blocks": 2}
+
+
+@pytest.fixture
+def inputs(tmp_path, tiny_checkpoint):
+    train, general = tmp_path / "train.jsonl", tmp_path / "general.jsonl"
+    train.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "xy"[i % 2] * 2}) + "\n" for i in range(60)))
+    general.write_text("".join(json.dumps({"prompt": f"g{i}", "completion": "ab"}) + "\n" for i in range(8)))
+    model = tiny_checkpoint(tmp_path, layers=4)
+    return Inputs(model=model, train=train, general=general, anchor_sequences=16, anchor_tokens=24)
+
+
+def fleet(**changes):
+    groups = (
+        Group(device="jetson-orin-nano-8gb", count=2, name="nano", examples=20),
+        Group(device="jetson-agx-orin-64gb", count=1, name="agx", examples=30),
+    )
+    return Fleet(**{"groups": groups, "run": RUN, "seed": 5, **changes})
+
+
+def test_a_fleet_runs_to_its_end_and_the_same_seed_gives_the_same_bits(inputs, tmp_path):
+    first = simulate(fleet(), inputs, tmp_path / "a")
+    again = simulate(fleet(), inputs, tmp_path / "b")
+    other = simulate(fleet(seed=6), inputs, tmp_path / "c")
+    assert first.finished
+    assert [row["num_accepted"] for row in first.rounds] == [3, 3]
+    assert first.state_sha256 == again.state_sha256 != other.state_sha256
+    assert first.virtual_s == again.virtual_s
+    assert [c.spans for c in first.clients] == [c.spans for c in again.clients]
+    assert {c.name: c.updates for c in first.clients} == {"nano-1": 2, "nano-2": 2, "agx-1": 2}
+    assert set(first.coverage) == {"nano", "agx"}
+
+
+def test_a_task_takes_what_was_predicted_for_its_device(inputs, tmp_path):
+    found = simulate(fleet(chance=Chance(jitter=0.0)), inputs, tmp_path / "run")
+    for row in found.rounds[1:]:  # in the first round first passes are predicted generously
+        for client in row["clients"]:
+            assert client["measured_seconds"] == pytest.approx(client["predicted_seconds"] / 1.15, rel=0.25)
+    spans = {c.name: c.spans for c in found.clients}
+    took = {name: max(s["end_s"] - s["start_s"] for s in of if s["kind"] == "train") for name, of in spans.items()}
+    assert took["agx-1"] < took["nano-1"]
+
+
+def test_clients_that_vanish_lose_their_task_come_back_and_the_run_goes_on(inputs, tmp_path):
+    found = simulate(
+        fleet(chance=Chance(dropout=0.5, rejoin_s=5.0), run={**RUN, "run.max_rounds": 4}), inputs, tmp_path / "r"
+    )
+    assert found.finished
+    assert sum(c.lost for c in found.clients) > 0
+    assert sum(row["num_accepted"] for row in found.rounds) > 0
+    for client in found.clients:
+        away = [s for s in client.spans if s["kind"] == "away"]
+        assert len(away) >= client.lost
+        assert all(s["end_s"] - s["start_s"] == pytest.approx(5.0) for s in away)
+
+
+def test_events_slow_a_client_down_send_it_away_and_let_another_in(inputs, tmp_path):
+    events = (
+        Event(at_s=0.5, clients="agx", kind="slow", factor=50.0),
+        Event(at_s=0.5, clients="nano-2", kind="leave"),
+    )
+    groups = (*fleet().groups, replace(fleet().groups[0], name="late", count=1, joins_s=1.0))
+    found = simulate(fleet(events=events, groups=groups), inputs, tmp_path / "run")
+    spans = {c.name: c.spans for c in found.clients}
+    assert spans["nano-2"][-1]["kind"] == "away"
+    assert math.isinf(spans["nano-2"][-1]["end_s"])
+    assert min(s["start_s"] for s in spans["late-1"]) >= 1.0
+    plain = found.to_plain()
+    json.dumps(plain, allow_nan=False)
+    assert [row["device"] for row in plain["device_classes"]] == ["jetson-orin-nano-8gb", "jetson-agx-orin-64gb"]
+
+
+def test_a_simulation_replaces_its_own_folder_and_no_other(inputs, tmp_path):
+    (tmp_path / "mine" / "run").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="holds run, which no simulation made"):
+        simulate(fleet(), inputs, tmp_path / "mine")
+    assert (tmp_path / "mine" / "run").is_dir()
+
+
+def test_the_verb_writes_a_result_and_a_picture(inputs, tmp_path):
+    (tmp_path / "fleet.toml").write_text(
+        'seed = 5\n[run]\n"run.max_rounds" = 1\n"training.steps" = 4\n"expansion.blocks" = 2\n'
+        '[[group]]\ndevice = "laptop-cpu"\ncount = 2\nexamples = 20\n'
+    )
+    done = CliRunner().invoke(
+        cli.app,
+        ["simulate", str(tmp_path / "fleet.toml"), "--out", str(tmp_path / "out"), "--model", str(inputs.model),
+         "--train", str(inputs.train), "--general", str(inputs.general)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "laptop-cpu" in done.output
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["finished"]
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_without_rows_and_rows_without_a_model_are_errors(tmp_path):
+    for arguments in ((tmp_path, None, None), (None, tmp_path, None)):
+        with pytest.raises(ConfigError, match="need"):
+            simulation.inputs_of(*arguments, tmp_path / "out")
+
+
+def test_the_clock_gives_what_is_due_in_order_and_never_goes_back():
+    clock, done = VirtualClock(), []
+    clock.at(2.0, lambda: done.append("b"))
+    clock.at(1.0, lambda: done.append("a"))
+    clock.at(2.0, lambda: done.append("c"))
+    for _ in range(3):
+        for action in clock.advance(clock.now_s + 1.5):
+            action()
+    assert (done, clock.now_s) == (["a", "b", "c"], 3.5)
+    clock.at(0.5, lambda: done.append("late"))
+    for action in clock.advance(0.0):
+        action()
+    assert (done[-1], clock.now_s) == ("late", 3.5)
+
+
+GOOD = 'seed = 3\n[chance]\ndropout = 0.1\n[[group]]\ndevice = "laptop-cpu"\ncount = 2\n'
+
+
+def test_a_fleet_file_is_read_whole(tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_text(
+        GOOD + 'name = "slow"\n[[event]]\nat_s = 1.5\nclients = "slow-2"\nkind = "leave"\n[run.training]\nsteps = 4\n'
+    )
+    found = load(path)
+    assert found.seed == 3
+    assert found.chance.dropout == 0.1
+    assert found.client_names() == ["slow-1", "slow-2"]
+    assert found.events[0].clients == "slow-2"
+    assert found.run == {"training.steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "the number of clients is 0, expected 1 to 1000"),
+        (GOOD + "cuont = 3\n", "unknown key 'group.cuont'; nearest key: count"),
+        (GOOD.replace("laptop-cpu", "abacus"), "group.device is 'abacus', expected one of"),
+        (GOOD.replace("0.1", "1.5"), "chance.dropout is 1.5, expected a share from 0 to 1"),
+        (GOOD.replace("seed = 3", "sed = 3"), "unknown key 'sed'; nearest key: seed"),
+        (
+            GOOD + '[[event]]\nat_s = 1.0\nclients = "x"\nkind = "leave"\n',
+            "event.clients is 'x', expected a group or a",
+        ),
+        (GOOD + '[[event]]\nclients = "laptop-cpu"\nkind = "leave"\n', "event.at_s is missing"),
+        (GOOD + '[[event]]\nat_s = 1.0\nclients = "laptop-cpu"\nkind = "explode"\n', "kind"),
+        (GOOD + '[[group]]\ndevice = "laptop-cpu"\n', "a name of its own for each"),
+        ("seed = ", "not valid TOML"),
+    ],
+)
+def test_what_a_fleet_file_cannot_hold_is_named(text, says, tmp_path):
+    path = tmp_path / "fleet.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load(tmp_path / "other.toml")
