@@ -577,7 +577,7 @@ def _measured(site, choice, true_flops, true_overhead_s):
 
 
 def test_the_records_of_a_plan_are_json_with_the_keys_of_the_method():
-    [choice] = plan([client("a", memory_mib=13.3)], deadline_s=1000.0).choices
+    [choice] = plan([client("a", memory_mib=14.2)], deadline_s=1000.0).choices
     content = json.loads(json.dumps(record(choice)))
     assert set(content) >= {
         "client",
