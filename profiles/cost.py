@@ -585,10 +585,12 @@ OPTIMIZER_CHUNK_BUFFERS: Final = 5
 #: of 256 KiB or more go back to the system when they are freed (``edge_client/memory.py``); smaller ones leave holes in
 #: the heap, in a very small model up to half of what is live there, which is why the share ends at a few MiB. The
 #: constant is buffers of the libraries (2 MiB, never given back), 1 MiB held from one task to the next, and holes.
+#: Where passes are repeated, a quarter of what is not kept stays as holes, up to the last of these.
 #: The matrix library keeps its compiled bf16 kernels and their scratch memory.
 ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.25, "cuda": 0.06}
 ALLOCATOR_MOST_TEMPORARIES: Final[Mapping[Accelerator, float]] = {"cpu": 31 << 20, "cuda": math.inf}
-ALLOCATOR_FLOOR_BYTES: Final = 6 << 20
+ALLOCATOR_FLOOR_BYTES: Final = 51 << 17
+RECOMPUTING_BYTES: Final[Mapping[Accelerator, int]] = {"cpu": 2 << 20, "cuda": 0}
 CPU_BF16_BYTES: Final = 32 << 20
 
 
@@ -878,10 +880,13 @@ class _Memory:
             training = max(0, middle - max(index, 1) + 1) + (1 if last else 0)
             own_top = top if index == 0 else 0
             copies = cast * (training + (top_trains if index == 0 else 0))
+            every = training * trained + (below_top - training) * frozen + own_top
             if mode.checkpoint:  # the inputs of all of them, and what this one's second forward pass saves
                 again = top if index == 0 else trained if trains(index) else frozen
-                return (last - index + 1) * tokens * row_bytes + again + copies
-            return training * trained + (below_top - training) * frozen + own_top + copies
+                kept = (last - index + 1) * tokens * row_bytes + again
+                holes = min(RECOMPUTING_BYTES[self._accelerator], max(0, every - kept) // 4)
+                return kept + holes + copies
+            return every + copies
 
         own_gradients = self._autograd_keeps(mode)
         every_gradient = of.size * block_gradient if own_gradients else 0
