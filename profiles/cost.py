@@ -587,8 +587,8 @@ OPTIMIZER_CHUNK_BUFFERS: Final = 5
 #: constant is buffers of the libraries (2 MiB, never given back), 1 MiB held from one task to the next, and holes.
 #: Where passes are repeated, a quarter of what is not kept stays as holes, up to the last of these.
 #: The matrix library keeps its compiled bf16 kernels and their scratch memory.
-ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.25, "cuda": 0.06}
-ALLOCATOR_MOST_TEMPORARIES: Final[Mapping[Accelerator, float]] = {"cpu": 31 << 20, "cuda": math.inf}
+ALLOCATOR_SHARE: Final[Mapping[Accelerator, float]] = {"cpu": 0.35, "cuda": 0.06}
+ALLOCATOR_MOST_TEMPORARIES: Final[Mapping[Accelerator, float]] = {"cpu": 22 << 20, "cuda": math.inf}
 ALLOCATOR_FLOOR_BYTES: Final = 51 << 17
 RECOMPUTING_BYTES: Final[Mapping[Accelerator, int]] = {"cpu": 2 << 20, "cuda": 0}
 CPU_BF16_BYTES: Final = 32 << 20
