@@ -105,7 +105,8 @@ def replace_part(page: Path, mark: str, parts: list[str]) -> None:
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     after = rest.partition(end)[2]
     text = "\n\n".join([begin, *parts, end])
-    page.write_text(f"{before.rstrip()}\n\n{text}\n{after.lstrip()}", encoding="utf-8")
+    following = f"\n{after.lstrip()}" if after.strip() else ""
+    page.write_text(f"{before.rstrip()}\n\n{text}\n{following}", encoding="utf-8")
 
 
 if __name__ == "__main__":

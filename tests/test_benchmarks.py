@@ -198,3 +198,15 @@ def test_results_belong_to_the_shipped_model_and_the_frozen_split(name):
     for row in starter_runs.results_rows(path):
         assert row["base_hash"] == shipped
         assert row["partition_hash"] == partitions[row["task"]]
+
+
+def test_a_part_of_a_page_is_replaced_and_the_rest_stays_as_it_is(tmp_path):
+    from demos_document import replace_part
+
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\n<!-- begin: a -->\n\nold\n\n<!-- end: a -->\n\n## Next\n\ntext\n")
+    for _ in range(2):  # a second time changes nothing
+        replace_part(page, "a", ["new"])
+        assert page.read_text() == "# Title\n\n<!-- begin: a -->\n\nnew\n\n<!-- end: a -->\n\n## Next\n\ntext\n"
+    replace_part(page, "b", ["more"])
+    assert page.read_text().endswith("text\n\n<!-- begin: b -->\n\nmore\n\n<!-- end: b -->\n")
