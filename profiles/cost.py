@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple
@@ -1060,6 +1060,8 @@ class ModeSearch:
         self._time = _Time(device, shape, layout, work)
         self._reading_s = self._time.fill_s("suffix") - self._time.fill_s("resident")
         self._modes = tuple(_modes(layout, work, set(optimizers), reads=self._reading_s > 0))
+        self._sparing = _most_sparing(self._modes)
+        self._least: dict[_Set, tuple[ExecutionMode, int]] = {}
         self._timed: dict[_Set, list[tuple[float, int, ExecutionMode]]] = {}
         self._peaks: dict[tuple[_Set, ExecutionMode], int] = {}
 
@@ -1080,6 +1082,8 @@ class ModeSearch:
             return None
         if first_s <= min(max_seconds, (1 + SAME_TIME) * fastest_s) and self._peak(of, self._modes[0]) <= budget_bytes:
             return self._modes[0]
+        if self._least_of(of)[1] > budget_bytes:
+            return None
         fastest = chosen = None  # (seconds, place among equals, mode)
         enough_s = max_seconds
         for found in self._by_time(of):
@@ -1100,8 +1104,14 @@ class ModeSearch:
 
     def least_memory(self, blocks: Iterable[int]) -> tuple[ExecutionMode, int]:
         """The mode that takes the least memory, and its bytes."""
-        of = _set_of(self._layout, blocks)
-        return min(((mode, self._peak(of, mode)) for mode in self._modes), key=lambda found: found[1])
+        return self._least_of(_set_of(self._layout, blocks))
+
+    def _least_of(self, of: _Set) -> tuple[ExecutionMode, int]:
+        found = self._least.get(of)
+        if found is None:
+            peaks = ((mode, self._peak(of, mode)) for mode in self._sparing)
+            found = self._least[of] = min(peaks, key=lambda pair: pair[1])
+        return found
 
     def least_bytes_in_time(self, blocks: Iterable[int], max_seconds: float) -> int | None:
         """The least memory of all modes that are fast enough; None if none is."""
@@ -1173,6 +1183,17 @@ def _modes(
                     checkpoint=checkpoint,
                 )
             size //= 2
+
+
+def _most_sparing(modes: Sequence[ExecutionMode]) -> tuple[ExecutionMode, ...]:
+    """Those of which one takes the least memory, whatever blocks train.
+
+    In moments, frozen layers and residency the sparing choice never takes more than another (tested). A large pass
+    may take less than a small one, since it adds up no gradients; a single block is not made smaller by recomputation.
+    """
+    last = modes[-1]
+    wanted = (last.optimizer, "suffix", last.frozen)
+    return tuple(mode for mode in modes if (mode.optimizer, mode.residency, mode.frozen) == wanted)
 
 
 def choose_mode(
