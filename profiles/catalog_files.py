@@ -222,6 +222,11 @@ def _mode(name: str, content: Mapping[str, Any], facts: Mapping[str, Fact]) -> C
     return found
 
 
+#: Memory above R that a process takes whatever the size of its model: what the libraries keep, and what stays from one
+#: task to the next (profiles/cost.py, the allocator's constant without the holes).
+UNSCALED_BYTES: Final = 3 << 20
+
+
 def scale_factor(shape: ModelShape, reference: ModelShape = QWEN2_5_0_5B) -> float:
     """Multiply-adds of one block of ``shape`` over those of one block of ``reference``: P / P_reference.
 
@@ -236,8 +241,8 @@ def scaled(device: DeviceProfile, factor: float, *, host: DeviceProfile) -> Devi
     One factor multiplies the matrix rate, the memory rate, the disk rate and the memory above R alike, so that a block
     of the small model costs the same share of the device as a block ``1/factor`` times larger costs of the real one.
     Three things are not scaled, because they are those of the process that really runs: R (its ``host`` measurement
-    stands in for the device's own), the arithmetic (the host's accelerator and compute type), and the links, which
-    carry the small model's real bytes. The fixed overhead of a step does not shrink with a model either.
+    stands in for the device's own) with :data:`UNSCALED_BYTES`, the arithmetic (the host's accelerator and compute
+    type), and the links, which carry the small model's real bytes. The fixed overhead of a step does not shrink with a model either.
     Where the scaled device would be faster than the host, it is as fast as the host: pauses can only slow down.
 
     Args:
@@ -255,6 +260,7 @@ def scaled(device: DeviceProfile, factor: float, *, host: DeviceProfile) -> Devi
         compute_dtype=host.compute_dtype,
         four_bit=host.four_bit,
         memory_usable_bytes=host.runtime_memory_bytes
+        + UNSCALED_BYTES
         + int(factor * (device.memory_usable_bytes - device.runtime_memory_bytes)),
         runtime_memory_bytes=host.runtime_memory_bytes,
         gemm_flops_per_s=min(factor * device.gemm_flops_per_s, host.gemm_flops_per_s),
