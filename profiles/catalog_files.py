@@ -242,7 +242,8 @@ def scaled(device: DeviceProfile, factor: float, *, host: DeviceProfile) -> Devi
     of the small model costs the same share of the device as a block ``1/factor`` times larger costs of the real one.
     Three things are not scaled, because they are those of the process that really runs: R (its ``host`` measurement
     stands in for the device's own) with :data:`UNSCALED_BYTES`, the arithmetic (the host's accelerator and compute
-    type), and the links, which carry the small model's real bytes. The fixed overhead of a step does not shrink with a model either.
+    type), and the links, which carry the small model's real bytes. The fixed overhead of a step does not shrink with a
+    model either.
     Where the scaled device would be faster than the host, it is as fast as the host: pauses can only slow down.
 
     Args:
