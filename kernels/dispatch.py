@@ -160,6 +160,11 @@ class Dispatcher:
         self._choices[op, dtype, size] = rungs
         self._cache.clear()
 
+    def forget(self) -> None:
+        """Drops what calibrations have chosen."""
+        self._choices.clear()
+        self._cache.clear()
+
     @contextmanager
     def demanding(self, backend: Backend) -> Iterator[None]:
         """Within it every operation is served by ``backend``."""

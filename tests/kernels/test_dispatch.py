@@ -105,6 +105,9 @@ def test_what_a_calibration_chose_holds_for_its_dtype_and_size_only(ladder):
     assert (pack.launched, triton.launched) == ([], ["swiglu"])
     swiglu(on_accelerator().bfloat16())
     assert pack.launched == ["swiglu"]
+    made.forget()
+    swiglu(on_accelerator())
+    assert pack.launched == ["swiglu", "swiglu"]
 
 
 def test_a_kernel_that_usually_loses_is_asked_only_if_a_calibration_chose_it(ladder):
