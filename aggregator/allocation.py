@@ -23,6 +23,7 @@ from itertools import combinations, zip_longest
 from typing import Final, Literal, TypeVar
 
 from fedblocks.profiles.cost import (
+    MEMORY_SAFETY,
     ExecutionMode,
     ModeSearch,
     OptimizerMode,
@@ -44,8 +45,6 @@ Binding = Literal["deadline", "memory", "none"]
 
 #: Every predicted duration is multiplied by this before it is compared (methods.md 6.1).
 TIME_SAFETY: Final = 1.15
-#: Share of the memory above R that a prediction may fill; R itself is measured, not predicted (methods.md 6.1).
-MEMORY_SAFETY: Final = 0.9
 #: Steps below which halving is given up (methods.md 6.4).
 MIN_STEPS: Final = 4
 #: Per round, what was covered counts this much less (methods.md 6.3).

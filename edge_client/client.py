@@ -302,7 +302,7 @@ class SiteClient:
                 try:
                     code, refused_key = self._follow(transport)
                 except Exception as error:
-                    transport.send(Goodbye(reason=_why_it_leaves(error)))
+                    transport.send(Goodbye(reason=why_it_leaves(error)))
                     raise
                 finally:
                     transport.close()
@@ -349,7 +349,7 @@ class SiteClient:
                     events.append(event)
 
 
-def _why_it_leaves(error: Exception) -> str:
+def why_it_leaves(error: Exception) -> str:
     """What the operator is told of an error that ends ``join``: no text of ours may carry paths or rows of the site."""
     code = getattr(error, "exit_code", EXIT_BUG)
     return f"does not fit: {error}"[:1000] if code == EXIT_DOES_NOT_FIT else f"an error, exit code {code}"

@@ -14,8 +14,15 @@ from typing import Any, Final
 
 import torch
 
-from fedblocks.kernels import calibration
-from fedblocks.kernels.ops import DISPATCHER, NUMERICS_CLASS, BackendError, Event, KernelSettings
+from fedblocks.kernels.ops import (
+    DISPATCHER,
+    NUMERICS_CLASS,
+    BackendError,
+    Event,
+    KernelSettings,
+    calibration,
+    pack_sizes,
+)
 from fedblocks.protocol.durable import write_durably
 from fedblocks.protocol.run_config import ConfigError
 from fedblocks.protocol.site_file import KernelsSettings
@@ -150,7 +157,7 @@ class KernelReport:
     """torch, and what else a time depends on."""
     rungs: dict[str, str]
     """pack, triton and torch -> ``ready``, or why it cannot serve here."""
-    packs: dict[str, int]
+    packs: dict[int, int]
     """Compute capability -> bytes of its pack in this installation."""
     choices: tuple[Choice, ...]
     falls: tuple[dict[str, Any], ...]
@@ -183,18 +190,15 @@ def describe_kernels(home: Path, settings: KernelsSettings, *, again: bool, say:
     Raises:
         ConfigError: see :func:`choose_kernels`.
     """
-    from fedblocks.kernels.packs import pack_file
-
     device = training_device("cuda" if torch.cuda.is_available() else "cpu")
     found = choose_kernels(home, settings, device, say=say, again=again)
     on_gpu = device if device.type == "cuda" else torch.device("cuda", 0)
     states = {name: rung.missing(on_gpu) or "ready" for name, rung in DISPATCHER.rungs_by_name.items()}
-    packs = {path.stem.removeprefix("sm_"): path.stat().st_size for path in pack_file.FOLDER.glob("sm_*.pack")}
     return KernelReport(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         software=calibration.key_of(device, NUMERICS_CLASS),
         rungs={**states, "torch": "ready"},
-        packs=dict(sorted(packs.items(), key=lambda item: int(item[0]))),
+        packs=pack_sizes(),
         choices=tuple(choices(device, found)),
         falls=tuple(falls()),
     )

@@ -17,7 +17,14 @@ from fedblocks.edge_client.client import JoinOptions, device_profile
 from fedblocks.edge_client.data import DataError, SiteData, TextEncoder, load_site_data
 from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
 from fedblocks.edge_client.transport import Connected, Disconnected, Problem, Transport
-from fedblocks.profiles.cost import NF4_BYTES_PER_WEIGHT, NoFit, StackLayout, Workload, choose_mode
+from fedblocks.profiles.cost import (
+    MEMORY_SAFETY,
+    NF4_BYTES_PER_WEIGHT,
+    NoFit,
+    StackLayout,
+    Workload,
+    choose_mode,
+)
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.expansion import ExpansionError, plan_expansion
 from fedblocks.protocol.keys import KeyFileError
@@ -32,8 +39,6 @@ CONNECT_TIMEOUT_S: Final = 5.0
 HANDSHAKE_TIMEOUT_S: Final = 10.0
 BLOCKS: Final = 3
 """Expanded blocks of the plan that is looked at: the default placement, grown once."""
-MEMORY_SHARE: Final = 0.9
-"""Share of the memory above R that a prediction may fill, as the aggregator plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,7 +182,7 @@ def _fits(
     layout = StackLayout(num_entries=len(plan.stack()), positions={b: plan.position(b) for b in plan.block_ids})
     by_height = sorted(layout.positions, key=lambda block: -layout.positions[block])
     limit = options.runtime.memory_bytes
-    usable = MEMORY_SHARE * max(0, profile.memory_usable_bytes - profile.runtime_memory_bytes)
+    usable = MEMORY_SAFETY * max(0, profile.memory_usable_bytes - profile.runtime_memory_bytes)
     budget = limit or int(usable)
     statistics = data.statistics()
     work = Workload(

@@ -233,6 +233,9 @@ def simulate(
     general: Annotated[
         Path | None, typer.Option(metavar="FILE", help="with --model: rows that measure general ability")
     ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="where to write the result; default: DIR/result.json")
+    ] = None,
 ) -> None:
     """Run a fleet of assumed devices: real aggregator, sessions, sockets and training, on a virtual clock."""
     from fedblocks.fleet_file import load
@@ -243,9 +246,10 @@ def simulate(
     wanted = load(fleet)
     result = run(wanted, inputs_of(model, train, general, out), out, say=lambda line: typer.echo(line))
     print_result(result)
-    (out / "result.json").write_text(json.dumps(result.to_plain(), indent=1), encoding="utf-8")
+    path = json_file or out / "result.json"
+    path.write_text(json.dumps(result.to_plain(), indent=1), encoding="utf-8")
     plot(result, out / "plot.png", say=lambda line: typer.echo(line))
-    typer.echo(f"result: {out / 'result.json'}; run folder: {result.run}")
+    typer.echo(f"result: {path}; run folder: {result.run}")
 
 
 @app.command(epilog="Example: fedblocks preflight site-a.toml --data train.jsonl --model ./Qwen2.5-0.5B")

@@ -265,7 +265,7 @@ def assumed_profile(group: Group, default_scale: float) -> DeviceProfile:
         memory_usable_bytes=1 << 60,
         measured_unix_s=START_UNIX_S,
     )
-    found = catalog_files.scaled(device, factor, host=host) if factor < 1 else replace(device, compute_dtype="float32")
+    found = catalog_files.scaled(device, factor, host=host)
     return replace(
         found,
         measured_unix_s=START_UNIX_S,
@@ -335,6 +335,8 @@ class _Simulation:
         self._links: dict[ClientKey, Any] = {}
         self._gone_bytes: dict[ClientKey, list[int]] = defaultdict(lambda: [0, 0])
         """Of links that were closed: sent and received."""
+        self._encoder: Any = None
+        """Made from the first invitation; the same for all."""
         self._closed_s: list[float] = []
         self._metrics_size = self._rounds_written = 0
         scale = scale_factor(self._folder.plan.shape)
@@ -362,8 +364,7 @@ class _Simulation:
         chosen = rng.permutation(len(rows))[: group.examples]
         (home / "data.jsonl").write_text("\n".join(rows[i] for i in sorted(chosen.tolist())) + "\n", encoding="utf-8")
         site = write_invitation(self._out / "run", name=name, out=home / "site.toml")
-        if not hasattr(self, "_encoder"):
-            self._encoder = TextEncoder(inputs.model, site.data)
+        self._encoder = self._encoder or TextEncoder(inputs.model, site.data)
         data = load_site_data(home / "data.jsonl", self._encoder)
         profile = assumed_profile(group, scale)
         options = JoinOptions(
@@ -405,7 +406,7 @@ class _Simulation:
         )
 
     def _say_of(self, name: str, line: str) -> None:
-        if "failed" in line or "refused" in line:
+        if any(word in line for word in ("failed", "refused", "cannot take part")):
             self._say(f"{name}: {line}")
 
     # sockets

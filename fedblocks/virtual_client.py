@@ -20,9 +20,9 @@ import numpy as np
 import zmq
 
 from fedblocks.edge_client import session as s
-from fedblocks.edge_client.client import Shell, SiteClient
+from fedblocks.edge_client.client import Shell, SiteClient, why_it_leaves
 from fedblocks.edge_client.train import data_order
-from fedblocks.edge_client.work import Shared
+from fedblocks.edge_client.work import KL_VAL_SEQUENCES, DoesNotFitError, Shared
 from fedblocks.fleet_file import Chance
 from fedblocks.profiles.cost import ModeSearch, StackLayout, Workload, measure_time
 from fedblocks.protocol import transfer
@@ -32,6 +32,7 @@ from fedblocks.protocol.messages import (
     AttemptId,
     Delta,
     Evaluate,
+    Goodbye,
     Heartbeat,
     Message,
     Resource,
@@ -177,7 +178,6 @@ class VirtualClient:
     """Counts connections: what was planned in an earlier one is void."""
     _seen: set[bytes] = field(default_factory=set)
     """Samples whose hidden states this client has computed."""
-    _status: tuple[AttemptId | None, str, int] = (None, "starting", 0)
     _tasks: int = 0
     _running: Span | None = None
 
@@ -236,8 +236,7 @@ class VirtualClient:
             self.link.pump()
 
     def set_status(self, *, attempt_id: AttemptId | None, phase: str, steps_done: int) -> None:
-        """For the next heartbeat."""
-        self._status = (attempt_id, phase, steps_done)
+        """Nothing: a heartbeat here says what virtual time says, not what the arithmetic is at."""
 
     # how it works
 
@@ -245,14 +244,11 @@ class VirtualClient:
         if life != self._life or self.link is None or self.stopped:
             return
         if self._state is not None and self._state.welcome is not None:
-            attempt, phase = (self._running_attempt(), "training") if self._running else (None, "idle")
+            attempt, phase = (self._state.busy, "training") if self._running else (None, "idle")
             self.link.send(Heartbeat(attempt_id=attempt, phase=phase, steps_done=0))
             self.link.pump()
         self._feed(s.Tick(uploading=False, resting=False))
         self.clock.at(self.clock() + self.heartbeat_s, lambda: self._beat(life))
-
-    def _running_attempt(self) -> AttemptId | None:
-        return self._state.busy if self._state is not None else None
 
     def _feed(self, first: s.Event) -> None:
         events: deque[s.Event] = deque([first])
@@ -267,9 +263,19 @@ class VirtualClient:
                         self._work(task, payload)
                     case _:
                         assert self._shell is not None
-                        event = self._shell.perform(action)
+                        try:
+                            event = self._shell.perform(action)
+                        except DoesNotFitError as error:
+                            self._give_up(error)
+                            return
                         if event is not None:
                             events.append(event)
+
+    def _give_up(self, error: DoesNotFitError) -> None:
+        """As ``join`` does on a device that is too small: the operator is told, and this client takes no part."""
+        self.site.say(str(error))
+        self.send(Goodbye(reason=why_it_leaves(error)))
+        self.stopped = True
 
     def _work(self, task: Assignment | Evaluate, payload: bytes) -> None:
         """Does the task now, and lets its end come when the assumed device would have done it."""
@@ -316,7 +322,9 @@ class VirtualClient:
         slow = self.now.slow * luck
         data = self.site.data.statistics()
         anchors = bench.teacher.anchors
-        measure_tokens = 8 * max(1, anchors.num_tokens // len(anchors.sequences)) if "anchor" in task.measure else 0
+        measure_tokens = (
+            KL_VAL_SEQUENCES * max(1, anchors.num_tokens // len(anchors.sequences)) if "anchor" in task.measure else 0
+        )
         if "validation" in task.measure:
             measure_tokens += sum(len(sample.ids) for sample in self.site.data.validation)
         if "general" in task.measure:

@@ -131,6 +131,23 @@ def _each(values: tuple[int, ...]) -> Iterator[tuple[str, int]]:
 
 _NF4 = _pointers("packed:*u8", "absmax:*u8", "nested_code:*fp32", "nested_absmax:*fp32", "code:*fp32")
 
+
+def _adamw(name: str, *, split: bool, eight_bit: bool) -> Kernel:
+    weight, moment = "i16" if split else "fp32", "u8" if eight_bit else "fp32"
+    return Kernel(
+        name=name,
+        module="optimizer",
+        general=True,
+        params=(
+            *_pointers(f"weight:*{weight}", "low:*i16", "gradient:*fp32", f"m:*{moment}", f"v:*{moment}"),
+            *_pointers("m_scale:*fp32", "v_scale:*fp32", "dither_table:*i32", "hyper:*fp32"),
+            Param("n", "i64"),
+            Param("dither_step", "i32"),
+        ),
+        variants=(variant("fp32", 4, SPLIT=split, EIGHT_BIT=eight_bit, BLOCK=ADAMW_BLOCK),),
+    )
+
+
 _KERNELS = (
     Kernel(
         name="nf4_dequant",
@@ -224,54 +241,10 @@ _KERNELS = (
             for gradient in (0, 1)
         ),
     ),
-    Kernel(
-        name="adamw_",
-        module="optimizer",
-        general=True,
-        params=(
-            *_pointers("weight:*fp32", "low:*i16", "gradient:*fp32", "m:*fp32", "v:*fp32"),
-            *_pointers("m_scale:*fp32", "v_scale:*fp32", "dither_table:*i32", "hyper:*fp32"),
-            Param("n", "i64"),
-            Param("dither_step", "i32"),
-        ),
-        variants=(variant("fp32", 4, SPLIT=False, EIGHT_BIT=False, BLOCK=ADAMW_BLOCK),),
-    ),
-    Kernel(
-        name="adamw_split_",
-        module="optimizer",
-        general=True,
-        params=(
-            *_pointers("weight:*i16", "low:*i16", "gradient:*fp32", "m:*fp32", "v:*fp32"),
-            *_pointers("m_scale:*fp32", "v_scale:*fp32", "dither_table:*i32", "hyper:*fp32"),
-            Param("n", "i64"),
-            Param("dither_step", "i32"),
-        ),
-        variants=(variant("fp32", 4, SPLIT=True, EIGHT_BIT=False, BLOCK=ADAMW_BLOCK),),
-    ),
-    Kernel(
-        name="adamw_split_8bit_",
-        module="optimizer",
-        general=True,
-        params=(
-            *_pointers("weight:*i16", "low:*i16", "gradient:*fp32", "m:*u8", "v:*u8"),
-            *_pointers("m_scale:*fp32", "v_scale:*fp32", "dither_table:*i32", "hyper:*fp32"),
-            Param("n", "i64"),
-            Param("dither_step", "i32"),
-        ),
-        variants=(variant("fp32", 4, SPLIT=True, EIGHT_BIT=True, BLOCK=ADAMW_BLOCK),),
-    ),
-    Kernel(
-        name="adamw_8bit_",
-        module="optimizer",
-        general=True,
-        params=(
-            *_pointers("weight:*fp32", "low:*i16", "gradient:*fp32", "m:*u8", "v:*u8"),
-            *_pointers("m_scale:*fp32", "v_scale:*fp32", "dither_table:*i32", "hyper:*fp32"),
-            Param("n", "i64"),
-            Param("dither_step", "i32"),
-        ),
-        variants=(variant("fp32", 4, SPLIT=False, EIGHT_BIT=True, BLOCK=ADAMW_BLOCK),),
-    ),
+    _adamw("adamw_", split=False, eight_bit=False),
+    _adamw("adamw_split_", split=True, eight_bit=False),
+    _adamw("adamw_split_8bit_", split=True, eight_bit=True),
+    _adamw("adamw_8bit_", split=False, eight_bit=True),
     Kernel(
         name="square_norm",
         module="optimizer",

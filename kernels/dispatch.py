@@ -202,7 +202,7 @@ class Dispatcher:
             elif wanted != "auto":
                 raise BackendError(f"[kernels] demands {wanted} for {op}, which is not there: {reason}")
             else:
-                self._fell(Event(op, name, "the next", reason))
+                self._fell(Event(op, name, "the next rung", reason))
 
     def fell(self, op: str, name: str, got: str, reason: str) -> None:
         """Counts that ``name`` declined one call of ``op``.

@@ -11,7 +11,7 @@ kernel's; d_logits is rounded once to the operands' dtype, and ``scale`` multipl
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import torch
@@ -60,10 +60,10 @@ class _Logits:
 class _Gradients:
     """Collects dh and dW chunk by chunk, for those operands that want one."""
 
-    def __init__(self, ctx: Any, h: Tensor, weight: Tensor, scale: float) -> None:
+    def __init__(self, h: Tensor, weight: Tensor, scale: float, wanted: Sequence[bool]) -> None:
         self._h, self._weight, self._scale = h, weight, scale
-        self.dh = torch.empty_like(h) if ctx.needs_input_grad[0] else None
-        self.dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        self.dh = torch.empty_like(h) if wanted[0] else None
+        self.dw = torch.zeros_like(weight) if wanted[1] else None
 
     @property
     def wanted(self) -> bool:
@@ -77,13 +77,48 @@ class _Gradients:
         if self.dw is not None:
             self.dw.addmm_(d_logits.T, self._h[rows], alpha=self._scale)
 
-    def save(self, ctx: Any) -> None:
-        ctx.gradients = (self.dh, self.dw)
+    def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        return tuple(None if gradient is None else gradient * upstream for gradient in (self.dh, self.dw))
 
 
-def _times(gradients: tuple[Tensor | None, Tensor | None], upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    dh, dw = gradients
-    return (None if dh is None else dh * upstream, None if dw is None else dw * upstream)
+def _loss(
+    h: Tensor,
+    weight: Tensor,
+    scale: float,
+    wanted: Sequence[bool],
+    of_chunk: Callable[[Tensor, slice, bool], Tensor],
+) -> tuple[Tensor, _Gradients]:
+    """``scale`` times the sum over rows, and the gradients that are wanted.
+
+    Args:
+        wanted: of h, of the matrix.
+        of_chunk: (logits, rows, gradient) -> the rows' losses; with ``gradient`` the logits become their gradient.
+    """
+    gradients = _Gradients(h, weight, scale, wanted)
+    total = h.new_zeros((), dtype=reference.wide_dtype(h.dtype))
+    for rows, logits in _Logits(h, weight).chunks():
+        total += of_chunk(logits, rows, gradients.wanted).sum()
+        if gradients.wanted:
+            gradients.add(rows, logits)
+    return total * scale, gradients
+
+
+def _cross_entropy(
+    h: Tensor, weight: Tensor, target: Tensor, scale: float, wanted: Sequence[bool]
+) -> tuple[Tensor, _Gradients]:
+    return _loss(h, weight, scale, wanted, lambda z, rows, grad: cross_entropy_(z, target[rows], gradient=grad))
+
+
+def _kl_topk(
+    h: Tensor, weight: Tensor, ids: Tensor, logp: Tensor, log_tail: Tensor, scale: float, wanted: Sequence[bool]
+) -> tuple[Tensor, _Gradients]:
+    return _loss(
+        h,
+        weight,
+        scale,
+        wanted,
+        lambda z, rows, grad: kl_topk_(z, ids[rows], logp[rows], log_tail[rows], gradient=grad),
+    )
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -91,18 +126,12 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, target: Tensor, scale: float) -> Tensor:
-        gradients = _Gradients(ctx, h, weight, scale)
-        total = h.new_zeros((), dtype=reference.wide_dtype(h.dtype))
-        for rows, logits in _Logits(h, weight).chunks():
-            total += cross_entropy_(logits, target[rows], gradient=gradients.wanted).sum()
-            if gradients.wanted:
-                gradients.add(rows, logits)
-        gradients.save(ctx)
-        return total * scale
+        total, ctx.gradients = _cross_entropy(h, weight, target, scale, ctx.needs_input_grad[:2])
+        return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        return *_times(ctx.gradients, upstream), None, None
+        return *ctx.gradients.times(upstream), None, None
 
 
 class LinearKlTopK(torch.autograd.Function):
@@ -112,28 +141,20 @@ class LinearKlTopK(torch.autograd.Function):
     def forward(
         ctx: Any, h: Tensor, weight: Tensor, ids: Tensor, logp: Tensor, log_tail: Tensor, scale: float
     ) -> Tensor:
-        gradients = _Gradients(ctx, h, weight, scale)
-        total = h.new_zeros((), dtype=reference.wide_dtype(h.dtype))
-        for rows, logits in _Logits(h, weight).chunks():
-            total += kl_topk_(logits, ids[rows], logp[rows], log_tail[rows], gradient=gradients.wanted).sum()
-            if gradients.wanted:
-                gradients.add(rows, logits)
-        gradients.save(ctx)
-        return total * scale
+        total, ctx.gradients = _kl_topk(h, weight, ids, logp, log_tail, scale, ctx.needs_input_grad[:2])
+        return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        return *_times(ctx.gradients, upstream), None, None, None, None
+        return *ctx.gradients.times(upstream), None, None, None, None
 
 
 @torch.no_grad()
 def cross_entropy_with_gradient(h: Tensor, weight: Tensor, target: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The loss of :class:`LinearCrossEntropy` and dh (N, H); no gradient of the matrix."""
-    total, dh = h.new_zeros((), dtype=reference.wide_dtype(h.dtype)), torch.empty_like(h)
-    for rows, logits in _Logits(h, weight).chunks():
-        total += cross_entropy_(logits, target[rows], gradient=True).sum()
-        torch.mm(logits, weight, out=dh[rows]).mul_(scale)
-    return total * scale, dh
+    total, gradients = _cross_entropy(h, weight, target, scale, (True, False))
+    assert gradients.dh is not None
+    return total, gradients.dh
 
 
 @torch.no_grad()
@@ -141,11 +162,9 @@ def kl_topk_with_gradient(
     h: Tensor, weight: Tensor, ids: Tensor, logp: Tensor, log_tail: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """The loss of :class:`LinearKlTopK` and dh (N, H); no gradient of the matrix."""
-    total, dh = h.new_zeros((), dtype=reference.wide_dtype(h.dtype)), torch.empty_like(h)
-    for rows, logits in _Logits(h, weight).chunks():
-        total += kl_topk_(logits, ids[rows], logp[rows], log_tail[rows], gradient=True).sum()
-        torch.mm(logits, weight, out=dh[rows]).mul_(scale)
-    return total * scale, dh
+    total, gradients = _kl_topk(h, weight, ids, logp, log_tail, scale, (True, False))
+    assert gradients.dh is not None
+    return total, gradients.dh
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedblocks.kernels import calibration
 from fedblocks.kernels import library as _library
 from fedblocks.kernels import nf4 as _nf4
 from fedblocks.kernels.delta import EncodedRows, delta_encode
@@ -17,6 +18,7 @@ from fedblocks.kernels.fused import attention_in, mlp
 from fedblocks.kernels.head import LinearCrossEntropy, LinearKlTopK, top_k
 from fedblocks.kernels.launcher import Launcher
 from fedblocks.kernels.optimizer import adamw_step_, square_norm
+from fedblocks.kernels.packs.pack_file import sizes as pack_sizes
 from fedblocks.kernels.pointwise import RmsNorm, Rope, SwiGlu
 from fedblocks.kernels.reference import split as _split
 from fedblocks.kernels.reference.adamw import Moments, Moments8Bit
@@ -34,6 +36,7 @@ __all__ = [
     "Nf4Weight",
     "adamw_step_",
     "attention_in",
+    "calibration",
     "delta_encode",
     "frozen_nf4_linear",
     "linear_cross_entropy",
@@ -41,6 +44,7 @@ __all__ = [
     "merge_split",
     "mlp",
     "nf4_dequant",
+    "pack_sizes",
     "quantize_nf4",
     "rms_norm",
     "rope",

@@ -48,6 +48,8 @@ ROWS_APART_SHARE: Final = 0.9
 #: are held to (runtime.md 10). Below the second share they are none.
 TIME_TOLERANCE: Final = 0.15
 SAME_TIME: Final = 0.01
+#: Share of the memory above R that a prediction may fill; R itself is measured, not predicted (methods.md 6.1).
+MEMORY_SAFETY: Final = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,6 +133,12 @@ FOLDER: Final = Path(__file__).parent
 """Where the packs lie that come with this package."""
 
 
+def sizes(folder: Path = FOLDER) -> dict[int, int]:
+    """Compute capability -> bytes of its pack, of those that there are."""
+    found = ((int(path.stem.removeprefix("sm_")), path.stat().st_size) for path in folder.glob("sm_*.pack"))
+    return dict(sorted(found))
+
+
 def encode(
     capability: int,
     toolchain: Toolchain,

@@ -115,7 +115,7 @@ def test_the_report_of_a_machine_without_a_gpu_says_so_for_every_rung(tmp_path):
     report = describe_kernels(tmp_path, KernelsSettings(), again=False, say=print)
     assert report.rungs == {"pack": "no GPU that torch can use", "triton": report.rungs["triton"], "torch": "ready"}
     assert report.rungs["triton"] != "ready"
-    assert set(report.packs) == {"80", "86", "87", "89", "90", "120"}
+    assert set(report.packs) == {80, 86, 87, 89, 90, 120}
     lines = report.text().splitlines()
     assert len([line for line in lines if line.split()[:1] and line.split()[0] in OPERATIONS]) == len(OPERATIONS)
     json.dumps(report.to_plain())

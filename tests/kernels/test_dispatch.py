@@ -66,7 +66,7 @@ def test_where_no_rung_is_left_torch_serves_and_says_so(ladder):
     made, swiglu = ladder(pack=FakeRung(missing="no pack for sm_999"), triton=FakeRung(declines="odd shape"))
     assert swiglu(on_accelerator()).shape == (2, 4)
     assert [(e.wanted, e.got, e.reason) for e in made.events] == [
-        ("pack", "the next", "no pack for sm_999"),
+        ("pack", "the next rung", "no pack for sm_999"),
         ("triton", "torch", "odd shape"),
     ]
 

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 from fedblocks import cli, simulation
 from fedblocks.fleet_file import Chance, Event, Fleet, Group, load
+from fedblocks.profiles import catalog_files
 from fedblocks.protocol.run_config import ConfigError
-from fedblocks.simulation import Inputs, simulate
+from fedblocks.simulation import Inputs, assumed_profile, simulate
 from fedblocks.virtual_client import VirtualClock
 
 RUN = {"run.max_rounds": 2, "training.steps": 4, "expansion.blocks": 2}
@@ -71,6 +72,22 @@ def test_clients_that_vanish_lose_their_task_come_back_and_the_run_goes_on(input
         assert all(s["end_s"] - s["start_s"] == pytest.approx(5.0) for s in away)
 
 
+def test_a_device_that_is_too_small_takes_no_part_and_the_others_go_on(inputs, tmp_path):
+    said = []
+    groups = (*fleet().groups, Group(device="raspberry-pi-5-8gb", name="tiny", scale=1e-9, examples=20))
+    found = simulate(fleet(groups=groups), inputs, tmp_path / "run", say=said.append)
+    assert found.finished
+    assert {c.name: c.updates for c in found.clients}["tiny-1"] == 0
+    assert any(line.startswith("tiny-1: this device cannot take part") for line in said)
+    assert all(row["num_accepted"] == 3 for row in found.rounds)
+
+
+def test_a_whole_gpu_of_the_catalog_is_assumed_on_a_machine_without_one():
+    profile = assumed_profile(Group(device="rtx-4090", scale=1.0), 0.5)
+    assert (profile.accelerator, profile.compute_dtype) == ("cpu", "float32")
+    assert profile.gemm_flops_per_s == catalog_files.load("rtx-4090").gemm_flops_per_s
+
+
 def test_events_slow_a_client_down_send_it_away_and_let_another_in(inputs, tmp_path):
     events = (
         Event(at_s=0.5, clients="agx", kind="slow", factor=50.0),
@@ -102,11 +119,11 @@ def test_the_verb_writes_a_result_and_a_picture(inputs, tmp_path):
     done = CliRunner().invoke(
         cli.app,
         ["simulate", str(tmp_path / "fleet.toml"), "--out", str(tmp_path / "out"), "--model", str(inputs.model),
-         "--train", str(inputs.train), "--general", str(inputs.general)],
+         "--train", str(inputs.train), "--general", str(inputs.general), "--json", str(tmp_path / "found.json")],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "laptop-cpu" in done.output
-    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    result = json.loads((tmp_path / "found.json").read_text())
     assert result["finished"]
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
