@@ -539,8 +539,9 @@ def open_ledger(path: Path, identity: Mapping[str, str]) -> Ledger:
         raise LedgerError(
             f"{path}: schema version {found}, this release knows {len(MIGRATIONS)}; use the release that wrote it"
         )
-    for version in range(found, len(MIGRATIONS)):
-        db.executescript(f"BEGIN; {MIGRATIONS[version]} PRAGMA user_version = {version + 1}; COMMIT;")
+    if found < len(MIGRATIONS):
+        # All of them in one transaction: a reader beside us finds the schema of no release half made.
+        db.executescript(f"BEGIN; {' '.join(MIGRATIONS[found:])} PRAGMA user_version = {len(MIGRATIONS)}; COMMIT;")
     ledger = Ledger(db)
     for name, value in identity.items():
         stored = ledger.get_run(name)

@@ -276,6 +276,25 @@ def test_a_ledger_of_a_newer_release_is_refused(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_a_reader_beside_the_maker_of_a_ledger_finds_a_finished_schema_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.sqlite"
+    seen = []
+
+    class Watched(sqlite3.Connection):
+        def executescript(self, script: str, /) -> sqlite3.Cursor:
+            cursor = super().executescript(script)
+            seen.extend(connect(path).execute("PRAGMA user_version").fetchone())
+            return cursor
+
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda *args, **named: connect(*args, **named, factory=Watched))
+    opened(tmp_path).close()
+    monkeypatch.undo()
+    assert seen == [len(MIGRATIONS)]
+
+
 def test_the_mode_of_an_update_is_kept(tmp_path: Path) -> None:
     ledger = with_open_round(tmp_path)
     mode = ExecutionMode(optimizer="split_8bit", frozen="nf4", micro_batch_size=2, checkpoint=True)
