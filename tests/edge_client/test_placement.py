@@ -123,7 +123,7 @@ def test_the_fused_form_keeps_what_the_memory_model_counts_and_no_more():
 def test_a_training_step_on_an_accelerator_meets_no_tensor_of_another_device():
     """The device "meta" stands in: its tensors have no data, and an operation between it and a CPU is an error."""
     spec, weights, rotary = a_block(dtype=torch.float32, device="meta")
-    with pytest.raises(RuntimeError, match="not on the expected device|on the same device"):
+    with pytest.raises(RuntimeError, match=r"not on the expected device|on the same device"):
         block_forward(torch.empty(2, 7, 64, device="meta"), a_block(dtype=torch.float32)[1], spec, rotary)
     for fused in (False, True):
         leaves = weights.as_leaves()
