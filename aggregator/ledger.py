@@ -79,6 +79,10 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     _MODE_AS_ASSIGNED,
     "UPDATE updates SET message = json_set(message, '$.train.kernel_falls', json('[]'));",
     "UPDATE clients SET record = json_set(record, '$.statistics.topics', json('[]'));",
+    """
+    UPDATE assignments SET message = json_set(message, '$.width', 1.0) WHERE json_extract(message, '$.blocks') NOT NULL;
+    UPDATE updates SET message = json_set(message, '$.width', 1.0);
+    """,
 )
 
 #: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.

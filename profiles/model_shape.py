@@ -8,6 +8,14 @@ torch, no configuration quirks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+#: Widths of a slim block, ascending (methods.md 3): the share of its heads and neurons that train.
+WIDTHS: Final = (0.125, 0.25, 0.5, 1.0)
+#: Neurons are cut in multiples of this, in layers of at least so many (methods.md 3.1); else in eighths.
+NEURON_UNIT: Final = 64
+NEURON_UNIT_FROM: Final = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,30 +90,38 @@ class ModelShape:
         """Width of the key (and of the value) projection, nkv·hd."""
         return self.num_kv_heads * self.head_dim
 
-    def block_tensors(self) -> tuple[TensorSpec, ...]:
-        """All tensors of one block in the order in which they are hashed, encoded and folded."""
-        h, i, q, kv = self.hidden_size, self.intermediate_size, self.q_size, self.kv_size
-        specs = [TensorSpec(name="input_layernorm.weight", shape=(h,))]
+    def slice_sizes(self, width: float) -> tuple[int, int, int]:
+        """Query heads, key/value heads and neurons of a slim block (methods.md 3.1): always the first ones.
 
-        def linear(name: str, out: int, inner: int, bias: bool, is_out: bool = False) -> None:
-            specs.append(TensorSpec(name=f"{name}.weight", shape=(out, inner), is_out=is_out))
-            if bias:
-                specs.append(TensorSpec(name=f"{name}.bias", shape=(out,), is_out=is_out))
+        Raises:
+            ValueError: not one of :data:`WIDTHS`.
+        """
+        if width not in WIDTHS:
+            raise ValueError(f"block width is {width!r}, expected one of {', '.join(map(str, WIDTHS))}")
+        if width == 1.0:
+            return self.num_heads, self.num_kv_heads, self.intermediate_size
+        group = self.num_heads // self.num_kv_heads
+        heads, kv_heads = max(1, int(width * self.num_heads)), 1
+        if heads >= group:
+            kv_heads = heads // group
+            heads = group * kv_heads
+        unit = NEURON_UNIT if self.intermediate_size >= NEURON_UNIT_FROM else max(1, self.intermediate_size // 8)
+        return heads, kv_heads, max(unit, unit * int(width * self.intermediate_size / unit))
 
-        linear("self_attn.q_proj", q, h, self.qkv_bias)
-        linear("self_attn.k_proj", kv, h, self.qkv_bias)
-        linear("self_attn.v_proj", kv, h, self.qkv_bias)
-        if self.qk_norm:
-            specs += [
-                TensorSpec(name="self_attn.q_norm.weight", shape=(self.head_dim,)),
-                TensorSpec(name="self_attn.k_norm.weight", shape=(self.head_dim,)),
-            ]
-        linear("self_attn.o_proj", h, q, self.o_bias, is_out=True)
-        specs.append(TensorSpec(name="post_attention_layernorm.weight", shape=(h,)))
-        linear("mlp.gate_proj", i, h, self.mlp_bias)
-        linear("mlp.up_proj", i, h, self.mlp_bias)
-        linear("mlp.down_proj", h, i, self.mlp_bias, is_out=True)
-        return tuple(specs)
+    def block_tensors(self, width: float = 1.0) -> tuple[TensorSpec, ...]:
+        """All tensors of one block in the order in which they are hashed, encoded and folded.
+
+        A slim block has the same tensors, each cut to its first rows (q, k, v, gate, up) or columns (o, down): nested,
+        so that what a width trains every larger one trains too.
+
+        Args:
+            width: one of :data:`WIDTHS`.
+        """
+        return _block_tensors(self, width)
+
+    def slice_parameters(self, width: float) -> int:
+        """Parameters that train in a slim block of this width."""
+        return sum(t.size for t in self.block_tensors(width))
 
     @property
     def linear_parameters(self) -> int:
@@ -122,3 +138,31 @@ class ModelShape:
         """Parameters of the whole base model; a tied head counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * self.block_parameters + embeddings + self.hidden_size
+
+
+@lru_cache(maxsize=256)
+def _block_tensors(shape: ModelShape, width: float) -> tuple[TensorSpec, ...]:
+    h = shape.hidden_size
+    heads, kv_heads, i = shape.slice_sizes(width)
+    q, kv = heads * shape.head_dim, kv_heads * shape.head_dim
+    specs = [TensorSpec(name="input_layernorm.weight", shape=(h,))]
+
+    def linear(name: str, out: int, inner: int, bias: bool, is_out: bool = False) -> None:
+        specs.append(TensorSpec(name=f"{name}.weight", shape=(out, inner), is_out=is_out))
+        if bias:
+            specs.append(TensorSpec(name=f"{name}.bias", shape=(out,), is_out=is_out))
+
+    linear("self_attn.q_proj", q, h, shape.qkv_bias)
+    linear("self_attn.k_proj", kv, h, shape.qkv_bias)
+    linear("self_attn.v_proj", kv, h, shape.qkv_bias)
+    if shape.qk_norm:
+        specs += [
+            TensorSpec(name="self_attn.q_norm.weight", shape=(shape.head_dim,)),
+            TensorSpec(name="self_attn.k_norm.weight", shape=(shape.head_dim,)),
+        ]
+    linear("self_attn.o_proj", h, q, shape.o_bias, is_out=True)
+    specs.append(TensorSpec(name="post_attention_layernorm.weight", shape=(h,)))
+    linear("mlp.gate_proj", i, h, shape.mlp_bias)
+    linear("mlp.up_proj", i, h, shape.mlp_bias)
+    linear("mlp.down_proj", h, i, shape.mlp_bias, is_out=True)
+    return tuple(specs)

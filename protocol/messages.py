@@ -13,9 +13,10 @@ from typing import Final, Literal, NewType
 
 from fedblocks.profiles.cost import ExecutionMode, OptimizerMode
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.errors import RefusalCode
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 
 #: Lines about kernels in one update, and the length of each.
 MAX_KERNEL_FALLS: Final = 8
@@ -198,6 +199,8 @@ class Assignment:
     payload_sha256: str
     blocks: tuple[int, ...]
     """Ids of the expanded blocks to train, ascending."""
+    width: float = 1.0
+    """Share of each block that trains, one of ``model_shape.WIDTHS``; the rest of the block is there, and frozen."""
     steps: int
     """tau: optimizer steps."""
     batch_size: int
@@ -234,6 +237,8 @@ class Assignment:
             raise ValueError(
                 f"assignment: blocks are {self.blocks}, expected ascending ids without repeats, at least one"
             )
+        if self.width not in WIDTHS:
+            raise ValueError(f"assignment: width is {self.width}, expected one of {', '.join(map(str, WIDTHS))}")
         for name in ("steps", "batch_size", "anchor_every", "micro_batch_size", "warmup_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"assignment: {name} is {getattr(self, name)}, expected at least 1")
@@ -319,6 +324,8 @@ class Delta:
     steps: int = field(metadata={"refusal": "bad_steps"})
     format: DeltaFormat
     density: float
+    width: float = 1.0
+    """That of the assignment: rows and columns of the tensors are those of the slim block."""
     tensors: tuple[TensorHeader, ...]
     payload_bytes: int
     payload_sha256: str

@@ -18,7 +18,15 @@ from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.expansion import plan_expansion
-from fedblocks.protocol.messages import Assignment, ClientKey, DataStatistics, Hello, Measure, Measurement
+from fedblocks.protocol.messages import (
+    PROTOCOL_VERSION,
+    Assignment,
+    ClientKey,
+    DataStatistics,
+    Hello,
+    Measure,
+    Measurement,
+)
 
 PLAN = plan_expansion(
     base_hash="ab" * 32,
@@ -395,7 +403,7 @@ def test_out_of_memory_raises_the_predicted_memory_by_a_quarter() -> None:
 def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_new_one() -> None:
     known = client("ann", time_scale=2.0, memory_scale=1.25, received_bytes=7, trained_sequences=50)
     hello = Hello(
-        protocol_version=2,
+        protocol_version=PROTOCOL_VERSION,
         run_id="tiny",
         base_hash="ab" * 32,
         client_name="ann",

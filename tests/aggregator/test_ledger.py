@@ -331,6 +331,25 @@ def test_a_client_from_before_topics_could_be_shared_has_shared_none(tmp_path: P
     assert known.record["statistics"] == {"num_examples": 3, "topics": []}
 
 
+def test_tasks_and_updates_from_before_slim_blocks_are_of_whole_blocks(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.add_update(ANN, delta("a0"), measurements=(), folded_in=0, unix_s=3.0)
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    for table in ("assignments", "updates"):
+        db.execute(f"UPDATE {table} SET message = json_remove(message, '$.width')")
+    db.execute("PRAGMA user_version = 4")
+    db.commit()
+    db.close()
+    migrated = opened(tmp_path)
+    assert migrated.updates_of(0)[0].delta == delta("a0")
+    kinds = [type(a.message) for a in migrated.assignments(0)]
+    assert Assignment in kinds
+    assert [a.message.width for a in migrated.assignments(0) if isinstance(a.message, Assignment)] == [
+        1.0
+    ] * kinds.count(Assignment)
+
+
 def test_a_reader_sees_the_state_of_a_ledger_that_is_being_written(tmp_path: Path) -> None:
     writer = with_open_round(tmp_path)
     reader = open_read_only(tmp_path / "ledger.sqlite")

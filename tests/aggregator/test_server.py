@@ -18,6 +18,7 @@ from fedblocks.aggregator.ledger import Ledger
 from fedblocks.aggregator.replay import replay, state_at
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError
 from fedblocks.protocol.messages import (
+    PROTOCOL_VERSION,
     Ack,
     Assignment,
     AttemptId,
@@ -295,7 +296,7 @@ def test_a_refused_attempt_cannot_be_mended_under_the_same_id(make_world: Callab
     [
         ({"base_hash": "ff" * 32}, "model_mismatch", ("ff" * 32, "ab" * 32)),
         ({"run_id": "other-run"}, "model_mismatch", ("other-run", "tiny-run")),
-        ({"protocol_version": 99}, "version_skew", ("99", "2")),
+        ({"protocol_version": 99}, "version_skew", ("99", str(PROTOCOL_VERSION))),
     ],
 )
 def test_a_client_of_another_base_run_or_version_is_refused_with_both_values(

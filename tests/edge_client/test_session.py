@@ -8,6 +8,7 @@ import pytest
 
 from fedblocks.edge_client import session as s
 from fedblocks.protocol.messages import (
+    PROTOCOL_VERSION,
     Ack,
     AttemptId,
     DataFormat,
@@ -25,7 +26,7 @@ FILE = ResourceInfo(name="plan.json", num_bytes=4, sha256="aa")
 
 def welcome(*resources: ResourceInfo) -> Welcome:
     return Welcome(
-        protocol_version=2,
+        protocol_version=PROTOCOL_VERSION,
         run_id="r",
         method="fedbe",
         round=1,

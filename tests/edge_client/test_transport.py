@@ -33,6 +33,7 @@ from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.keys import KeyFileError, KeyPair
 from fedblocks.protocol.messages import (
+    PROTOCOL_VERSION,
     DataFormat,
     Delta,
     Fetch,
@@ -64,7 +65,7 @@ def new_pair() -> KeyPair:
 
 def welcome(interval_s: float) -> Welcome:
     return Welcome(
-        protocol_version=2,
+        protocol_version=PROTOCOL_VERSION,
         run_id="r",
         method="fedbe",
         round=1,
@@ -562,7 +563,7 @@ def test_another_protocol_version_ends_with_exit_4_naming_both(aggregator, conne
     problem = wait_for(transport, Problem)
     assert (problem.exit_code, problem.reason, problem.fatal) == (4, "version_skew", True)
     assert "version 7" in problem.text
-    assert "speaks 2" in problem.text
+    assert f"speaks {PROTOCOL_VERSION}" in problem.text
     until(lambda: aggregator.of(Refused))
     assert aggregator.of(Refused)[0].code == "version_skew"
 

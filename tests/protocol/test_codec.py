@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import (
@@ -45,6 +46,7 @@ OWN_RULES = {
     Assignment: {
         "blocks": st.sets(st.integers(0, 99), min_size=1, max_size=5).map(lambda s: tuple(sorted(s))),
         "delta_density": share,
+        "width": st.sampled_from(WIDTHS),
     },
     Measurement: {"num_items": st.integers(1000, 2000), "num_correct": st.integers(0, 1000)},
     DataStatistics: {
@@ -398,7 +400,10 @@ def test_a_mode_that_is_no_map_of_its_fields_is_malformed(mode):
 # The header.
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", 2.0, True, None])
+@pytest.mark.parametrize(
+    "version",
+    [0, 1, PROTOCOL_VERSION - 1, PROTOCOL_VERSION + 1, str(PROTOCOL_VERSION), float(PROTOCOL_VERSION), True, None],
+)
 def test_another_protocol_version_is_named_beside_ours(version):
     header = msgpack.packb({"protocol": version, "kind": "ack"})
 
