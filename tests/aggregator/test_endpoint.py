@@ -497,7 +497,7 @@ def test_a_peer_of_another_version_is_told_once_and_no_loop_of_refusals_begins(h
         peer.socket.send_multipart([packed({"protocol": PROTOCOL_VERSION + 1, "kind": "refused"}), b"\x80"])
     refused = peer.hear()
     assert refused.code == "version_skew"
-    assert "2" in refused.text
+    assert str(PROTOCOL_VERSION) in refused.text
     assert peer.hear(timeout_s=0.3) is None
 
 
