@@ -209,6 +209,17 @@ def _sizes(shape: ModelShape) -> tuple[int, int]:
     return shape.linear_parameters, shape.block_parameters
 
 
+@lru_cache(maxsize=256)
+def _slice_sizes(shape: ModelShape, width: float) -> tuple[int, int, int]:
+    """What trains in a block of this width: parameters of its matrices, all its parameters, its largest matrix as the
+    client holds it (q, k and v are one, and so are gate and up)."""
+    tensors = shape.block_tensors(width)
+    linear = sum(t.size for t in tensors if len(t.shape) == 2)
+    heads, kv_heads, neurons = shape.slice_sizes(width)
+    joined = (2 * neurons, (heads + 2 * kv_heads) * shape.head_dim)
+    return linear, sum(t.size for t in tensors), shape.hidden_size * max(joined)
+
+
 class _Set(NamedTuple):
     """What the cost of a set of trained blocks depends on: all sets that agree in these cost the same."""
 
@@ -217,9 +228,11 @@ class _Set(NamedTuple):
     size: int
     top_trains: bool
     """Whether one stands at the top of the stack, where only rows with a label are computed."""
+    width: float = 1.0
+    """Share of each that trains."""
 
 
-def _set_of(layout: StackLayout, blocks: Iterable[int]) -> _Set:
+def _set_of(layout: StackLayout, blocks: Iterable[int], width: float = 1.0) -> _Set:
     chosen = set(blocks)
     positions = layout.positions
     if not chosen or not chosen <= positions.keys():
@@ -229,7 +242,7 @@ def _set_of(layout: StackLayout, blocks: Iterable[int]) -> _Set:
             + (f"; unknown: {unknown}" if unknown else "")
         )
     taken = [positions[block] for block in chosen]
-    return _Set(min(taken), len(taken), max(taken) == layout.num_entries - 1)
+    return _Set(min(taken), len(taken), max(taken) == layout.num_entries - 1, width)
 
 
 # FLOPs per token (runtime.md 1.1). ``context`` is the length of the sequence that the token stands in. ``rows`` is the
@@ -253,9 +266,17 @@ def forward_block_flops(shape: ModelShape, context: float, rows: float = 1.0) ->
     return _block_flops(shape, context, rows, 2.0, 1.0)
 
 
-def trained_block_flops(shape: ModelShape, context: float, rows: float = 1.0) -> float:
-    """6P + 3.5a: forward, input and weight gradients, attention backward with recomputation."""
-    return _block_flops(shape, context, rows, 6.0, 3.5)
+def trained_block_flops(shape: ModelShape, context: float, rows: float = 1.0, width: float = 1.0) -> float:
+    """6P + 3.5a: forward, input and weight gradients, attention backward with recomputation.
+
+    Of a slim block: 4P + 2P_w + 3.5a, since only the weight gradients of its slice are computed.
+    """
+    if width == 1.0:
+        return _block_flops(shape, context, rows, 6.0, 3.5)
+    _, kv_heads, _ = shape.slice_sizes(width)
+    keys_values = 2 * shape.hidden_size * kv_heads * shape.head_dim
+    weights = 2.0 * (keys_values + rows * (_slice_sizes(shape, width)[0] - keys_values))
+    return _block_flops(shape, context, rows, 4.0, 3.5) + weights
 
 
 def frozen_block_flops(shape: ModelShape, context: float, rows: float = 1.0) -> float:
@@ -312,8 +333,12 @@ def _suffix_flops(
     trained = of.size - of.top_trains
     rows = _rows_apart(label_share)
     total = fresh_share * (of.low - layout.base_cut) * forward_block_flops(shape, context)
-    total += trained * trained_block_flops(shape, context) + (above - trained) * frozen_block_flops(shape, context)
-    total += (trained_block_flops if of.top_trains else frozen_block_flops)(shape, context, rows)
+    total += trained * trained_block_flops(shape, context, width=of.width)
+    total += (above - trained) * frozen_block_flops(shape, context)
+    if of.top_trains:
+        total += trained_block_flops(shape, context, rows, of.width)
+    else:
+        total += frozen_block_flops(shape, context, rows)
     if checkpoint:
         total += above * forward_block_flops(shape, context) + forward_block_flops(shape, context, rows)
     return total
@@ -423,7 +448,7 @@ class _Time:
         return (
             passes * (self._pass_overhead_s + (decoding_s if mode.frozen == "nf4" else 0.0))
             + arithmetic_s
-            + moved * of.size * self._block / self._device.memory_bytes_per_s
+            + moved * of.size * _slice_sizes(self._shape, of.width)[1] / self._device.memory_bytes_per_s
             + self._read_s
         )
 
@@ -468,6 +493,7 @@ def step_time(
     blocks: Iterable[int],
     work: Workload,
     mode: ExecutionMode | None = None,
+    width: float = 1.0,
 ) -> float:
     """Seconds of one optimizer step with a warm prefix cache.
 
@@ -478,7 +504,7 @@ def step_time(
     Args:
         mode: default :func:`usual_mode`.
     """
-    return _Time(device, shape, layout, work).step_s(_set_of(layout, blocks), mode or usual_mode(work))
+    return _Time(device, shape, layout, work).step_s(_set_of(layout, blocks, width), mode or usual_mode(work))
 
 
 def round_time(
@@ -492,11 +518,12 @@ def round_time(
     upload_num_bytes: int,
     download_num_bytes: int,
     scale: float = 1.0,
+    width: float = 1.0,
 ) -> TimeBreakdown:
     """Seconds of a whole round; ``scale`` corrects the computed parts (not the transfers) by measured / predicted."""
     mode = mode or usual_mode(work)
     time = _Time(device, shape, layout, work)
-    step_s = scale * time.step_s(_set_of(layout, blocks), mode)
+    step_s = scale * time.step_s(_set_of(layout, blocks, width), mode)
     return TimeBreakdown(
         download_s=download_num_bytes / device.downlink_bytes_per_s,
         fill_s=scale * time.fill_s(mode.residency),
@@ -522,9 +549,15 @@ def measure_time(
 
 @lru_cache(maxsize=1024)
 def upload_bytes(
-    shape: ModelShape, num_blocks: int, payload_format: PayloadFormat = "int8", density: float = 1.0
+    shape: ModelShape,
+    num_blocks: int,
+    payload_format: PayloadFormat = "int8",
+    density: float = 1.0,
+    width: float = 1.0,
 ) -> int:
-    """Largest payload of an upload of ``num_blocks`` whole blocks; all-zero rows make it smaller (methods.md 7.1).
+    """Largest payload of an upload of ``num_blocks`` blocks of this width; all-zero rows make it smaller.
+
+    Source: methods.md 7.1.
 
     int8: per matrix ``kr·C + 4·kr`` and, below density 1, a bitmap of ``ceil(R/8)``; per vector ``C + 4``.
     bf16 and fp32 are dense: 2 and 4 bytes per value.
@@ -535,9 +568,9 @@ def upload_bytes(
     if not 0 < density <= 1:
         raise ValueError(f"upload: density is {density}, expected a number in (0, 1]")
     if payload_format != "int8":
-        return num_blocks * _sizes(shape)[1] * (2 if payload_format == "bf16" else 4)
+        return num_blocks * shape.slice_parameters(width) * (2 if payload_format == "bf16" else 4)
     total = 0
-    for spec in shape.block_tensors():
+    for spec in shape.block_tensors(width):
         rows, columns = spec.rows_cols
         if len(spec.shape) == 1:
             total += columns + 4
@@ -723,6 +756,7 @@ class _Memory:
         self._work, e = work, work.dtype_bytes
         h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
         linear, self._block = _sizes(shape)
+        self._shape = shape
         self._e, self._h, self._i = e, h, i
         self._base_cut, self._entries, self._num_blocks = layout.base_cut, layout.num_entries, len(layout.positions)
         self._positions = tuple(layout.positions.values())
@@ -799,8 +833,8 @@ class _Memory:
 
     def after_training(self, of: _Set, mode: ExecutionMode) -> Iterator[_Moment]:
         """The change that the steps have made, one tensor after the other, and its encoding, beside nothing else."""
-        trained, largest, kept = of.size * self._block, self._largest_tensor, self._work.cache_bytes
-        blocks = (self._num_blocks - of.size) * self._block * self._e
+        trained, largest, kept = of.size * self._slice(of)[0], self._largest_tensor, self._work.cache_bytes
+        blocks = self._not_training(of)
         # Start and difference of one tensor, and its value where that is in two halves; the start is read in 2 bytes.
         work = largest * ((8 if self._e == 4 else 12) + 2)
         change = 8 * trained - 4 * largest
@@ -810,9 +844,8 @@ class _Memory:
 
     def training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, _Moment]:
         """The worst moment of a pass, and the optimizer's step."""
-        trained = of.size * self._block
-        frozen, head = self._frozen(mode), self._tables(mode)
-        blocks = (self._num_blocks - of.size) * self._block * self._e
+        trained = of.size * self._slice(of)[0]
+        frozen, head, blocks = self._frozen(mode), self._tables(mode), self._not_training(of)
         moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
         held = 4 * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
         gradients, saved, work = self._worst_of_pass(of, mode)
@@ -823,6 +856,16 @@ class _Memory:
             _Moment("training", frozen, blocks, head, held + gradients, saved, self._inputs, work),
             _Moment("training", frozen, blocks, head, every, 0, self._inputs, scratch),
         )
+
+    def _slice(self, of: _Set) -> tuple[int, int]:
+        """Parameters that train in one block, and the most of them in one matrix."""
+        _, parameters, largest = _slice_sizes(self._shape, of.width)
+        return parameters, largest
+
+    def _not_training(self, of: _Set) -> int:
+        """Expanded blocks in the compute dtype: those of others, and the whole of those that train in part."""
+        whole = self._num_blocks - (of.size if of.width == 1.0 else 0)
+        return whole * self._block * self._e
 
     def _autograd_keeps(self, mode: ExecutionMode) -> bool:
         """Gradients are autograd's own tensors, new in each step; else they are collected in buffers that stay."""
@@ -844,7 +887,9 @@ class _Memory:
         above = self._entries - of.low - sum(position >= of.low for position in self._positions)
         for kind in self._kinds(mode):
             if of.low > self._base_cut:
-                before = of.size * self._block * GRADIENT_BYTES if kind.repeated and self._autograd_keeps(mode) else 0
+                before = (
+                    of.size * self._slice(of)[0] * GRADIENT_BYTES if kind.repeated and self._autograd_keeps(mode) else 0
+                )
                 forward = kind.sequences * kind.tokens * self._forward + self._decoding(mode)
                 yield before, 0, forward
             yield from self._backward(of, mode, kind, self._decoding(mode) if above else 0)
@@ -863,7 +908,8 @@ class _Memory:
         Blocks are counted from the top, 0; the lowest is the last. Those that train beside it are taken to be the
         highest, where their gradients come earliest.
         """
-        e, row_bytes, block_gradient = self._e, self._h * self._e, self._block * GRADIENT_BYTES
+        trained_parameters, largest = self._slice(of)
+        e, row_bytes, block_gradient = self._e, self._h * self._e, trained_parameters * GRADIENT_BYTES
         last = self._entries - of.low - 1
         tokens = kind.sequences * kind.tokens
         rows = _rows_apart(kind.rows)
@@ -871,7 +917,7 @@ class _Memory:
         top_trains = of.top_trains or last == 0
         middle = max(0, of.size - (2 if top_trains else 1))  # 1 ... middle train
         frozen, trained, top = self._saved_totals(kind, rows, top_trains)
-        cast = 0 if e == 4 or mode.optimizer != "fp32" else 2 * self._block
+        cast = 0 if e == 4 or mode.optimizer != "fp32" else 2 * trained_parameters
 
         def trains(index: int) -> bool:
             return (top_trains if index == 0 else index <= middle) or index == last
@@ -905,10 +951,11 @@ class _Memory:
             work = (3 if trains(index) else 4) * count * self._i * e
             gradients = every_gradient
             if trains(index) and not growing:
-                work = max(work, self._new_gradient_bytes(mode, kind))
+                work = max(work, self._new_gradient_bytes(mode, kind, largest))
             elif growing:
                 above = (top_trains and index > 0) + min(max(index - 1, 0), middle)
-                first = self._h * self._i * GRADIENT_BYTES if trains(index) else 0  # the down projection's
+                down = self._shape.slice_sizes(of.width)[2] * self._h
+                first = down * GRADIENT_BYTES if trains(index) else 0
                 gradients = above * block_gradient + first
             yield gradients, saved_from(index), (tokens + count) * row_bytes + work + decoding
 
@@ -922,10 +969,10 @@ class _Memory:
             found = self._totals[key] = (frozen, trained, top)
         return found
 
-    def _new_gradient_bytes(self, mode: ExecutionMode, kind: _Pass) -> int:
+    def _new_gradient_bytes(self, mode: ExecutionMode, kind: _Pass, largest: int) -> int:
         """The largest gradient on its way to what it is added to, which torch widens where it is narrower."""
         widened = 0 if self._autograd_keeps(mode) or not kind.repeated else GRADIENT_BYTES
-        return self._largest * (self._e + widened)
+        return largest * (self._e + widened)
 
     def peak(self, of: _Set, mode: ExecutionMode) -> int:
         """Bytes of the moment that takes the most, allocator included."""
@@ -960,18 +1007,20 @@ def peak_memory(
     *,
     runtime_bytes: int = 0,
     accelerator: Accelerator = "cpu",
+    width: float = 1.0,
 ) -> MemoryBreakdown:
     """Bytes above the imports while a client carries out an assignment for ``blocks``, at the worst moment.
 
     Args:
         mode: default :func:`usual_mode`.
         runtime_bytes: R, only added.
+        width: share of each block that trains.
 
     Raises:
         ValueError: no block, or one that the layout does not hold.
     """
     memory = _Memory(shape, layout, work, accelerator)
-    return memory.breakdown(_set_of(layout, blocks), mode or usual_mode(work), runtime_bytes)
+    return memory.breakdown(_set_of(layout, blocks, width), mode or usual_mode(work), runtime_bytes)
 
 
 def measure_memory(
@@ -1068,7 +1117,12 @@ class ModeSearch:
         self._peaks: dict[tuple[_Set, ExecutionMode], int] = {}
 
     def best(
-        self, blocks: Iterable[int], *, budget_bytes: float = math.inf, max_seconds: float = math.inf
+        self,
+        blocks: Iterable[int],
+        *,
+        width: float = 1.0,
+        budget_bytes: float = math.inf,
+        max_seconds: float = math.inf,
     ) -> ExecutionMode | None:
         """The best mode within both limits; None if no mode is.
 
@@ -1076,7 +1130,7 @@ class ModeSearch:
         :data:`TIME_TOLERANCE`. Of modes that are equally fast, but for :data:`SAME_TIME`, the one with larger passes,
         then the one that does the least out of the ordinary.
         """
-        of = _set_of(self._layout, blocks)
+        of = _set_of(self._layout, blocks, width)
         # The first mode does nothing that costs time; it may read more than another in the first pass, not more.
         first_s = self._seconds(of, self._modes[0])
         fastest_s = first_s - self._reading_s
@@ -1104,9 +1158,9 @@ class ModeSearch:
                 chosen = found
         return None if chosen is None else chosen[2]
 
-    def least_memory(self, blocks: Iterable[int]) -> tuple[ExecutionMode, int]:
+    def least_memory(self, blocks: Iterable[int], width: float = 1.0) -> tuple[ExecutionMode, int]:
         """The mode that takes the least memory, and its bytes."""
-        return self._least_of(_set_of(self._layout, blocks))
+        return self._least_of(_set_of(self._layout, blocks, width))
 
     def _least_of(self, of: _Set) -> tuple[ExecutionMode, int]:
         found = self._least.get(of)
@@ -1115,19 +1169,19 @@ class ModeSearch:
             found = self._least[of] = min(peaks, key=lambda pair: pair[1])
         return found
 
-    def least_bytes_in_time(self, blocks: Iterable[int], max_seconds: float) -> int | None:
+    def least_bytes_in_time(self, blocks: Iterable[int], max_seconds: float, width: float = 1.0) -> int | None:
         """The least memory of all modes that are fast enough; None if none is."""
-        of = _set_of(self._layout, blocks)
+        of = _set_of(self._layout, blocks, width)
         fast_enough = (mode for seconds, _, mode in self._by_time(of) if seconds <= max_seconds)
         return min((self._peak(of, mode) for mode in fast_enough), default=None)
 
-    def fastest_s(self, blocks: Iterable[int]) -> float:
+    def fastest_s(self, blocks: Iterable[int], width: float = 1.0) -> float:
         """Seconds of the fastest mode, whatever memory it takes."""
-        return self._seconds(_set_of(self._layout, blocks), self._modes[0]) - self._reading_s
+        return self._seconds(_set_of(self._layout, blocks, width), self._modes[0]) - self._reading_s
 
-    def cost(self, blocks: Iterable[int], mode: ExecutionMode) -> ModeChoice:
+    def cost(self, blocks: Iterable[int], mode: ExecutionMode, width: float = 1.0) -> ModeChoice:
         """What these blocks cost in this mode."""
-        of = _set_of(self._layout, blocks)
+        of = _set_of(self._layout, blocks, width)
         step_s = self._time.step_s(of, mode)
         return ModeChoice(
             mode=mode,
@@ -1207,6 +1261,7 @@ def choose_mode(
     *,
     budget_bytes: float,
     optimizers: Collection[OptimizerMode] = ("fp32", "split", "split_8bit"),
+    width: float = 1.0,
 ) -> ModeChoice | NoFit:
     """The fastest mode whose predicted peak, R left out, is within the budget (:meth:`ModeSearch.best`).
 
@@ -1217,20 +1272,20 @@ def choose_mode(
     """
     blocks = tuple(sorted(set(blocks), key=lambda block: layout.positions.get(block, -1)))
     search = ModeSearch(device, shape, layout, work, optimizers)
-    mode = search.best(blocks, budget_bytes=budget_bytes)
+    mode = search.best(blocks, width=width, budget_bytes=budget_bytes)
     if mode is not None:
-        return search.cost(blocks, mode)
-    mode, _ = search.least_memory(blocks)
+        return search.cost(blocks, mode, width)
+    mode, _ = search.least_memory(blocks, width)
     parts = (blocks[dropped:] for dropped in range(1, len(blocks)))
-    fitting = next((part for part in parts if search.least_memory(part)[1] <= budget_bytes), ())
+    fitting = next((part for part in parts if search.least_memory(part, width)[1] <= budget_bytes), ())
     return NoFit(
         blocks=tuple(sorted(blocks)),
         mode=mode,
-        memory=search.cost(blocks, mode).memory,
+        memory=search.cost(blocks, mode, width).memory,
         budget_bytes=int(budget_bytes),
         fitting_blocks=tuple(sorted(fitting)),
-        fitting_blocks_bytes=search.least_memory(fitting)[1] if fitting else 0,
-        fitting_tokens=_fitting_tokens(shape, layout, blocks, work, mode, device.accelerator, budget_bytes),
+        fitting_blocks_bytes=search.least_memory(fitting, width)[1] if fitting else 0,
+        fitting_tokens=_fitting_tokens(shape, layout, blocks, work, mode, device.accelerator, budget_bytes, width),
     )
 
 
@@ -1242,12 +1297,13 @@ def _fitting_tokens(
     mode: ExecutionMode,
     accelerator: Accelerator,
     budget_bytes: float,
+    width: float,
 ) -> int:
     """The longest sequences with which the blocks fit in this mode; 0 if none do."""
     fits, too_long = 0, work.max_tokens
     while too_long - fits > 1:
         tokens = (fits + too_long) // 2
         shorter = replace(work, max_tokens=tokens, mean_tokens=min(work.mean_tokens, tokens))
-        peak = peak_memory(shape, layout, blocks, shorter, mode, accelerator=accelerator).peak
+        peak = peak_memory(shape, layout, blocks, shorter, mode, accelerator=accelerator, width=width).peak
         fits, too_long = (tokens, too_long) if peak <= budget_bytes else (fits, tokens)
     return fits
