@@ -22,7 +22,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FactKind = Literal["datasheet", "published", "probe", "estimate"]
+FactKind = Literal["datasheet", "published", "probe", "estimate", "definition"]
 Tier = Literal["A", "B", "C", "D"]
 
 #: Up and down, bytes/s, of each tier of the ladder (methods.md 12.4: 5/20, 10/50, 50/100, 100/200 Mbit/s).

@@ -123,6 +123,20 @@ def test_a_mode_that_contradicts_its_board_is_refused(pattern, replacement, mess
         parse("jetson-orin-nano-8gb-super", broken)
 
 
+def test_the_ladder_is_a_definition_with_the_speeds_memories_and_links_of_its_four_tiers():
+    tiers = [load(f"ladder-{letter}") for letter in "abcd"]
+    anchor = load("jetson-orin-nano-8gb")
+    for profile, speed, gib, up, down in zip(
+        tiers, (1, 2.5, 6, 12), (4, 8, 16, 24), (5, 10, 50, 100), (20, 50, 100, 200), strict=True
+    ):
+        for rate in ("gemm_flops_per_s", "memory_bytes_per_s", "disk_read_bytes_per_s"):
+            assert getattr(profile, rate) == pytest.approx(speed * getattr(anchor, rate), rel=5e-3)
+        assert profile.step_overhead_s == pytest.approx(anchor.step_overhead_s / speed, rel=1e-3)
+        assert profile.memory_usable_bytes == pytest.approx(gib * 2**30, rel=1e-3)
+        assert (profile.uplink_bytes_per_s, profile.downlink_bytes_per_s) == (up * 1e6 / 8, down * 1e6 / 8)
+        assert {fact.kind for fact in entry(profile.device).facts.values()} == {"definition"}
+
+
 def test_our_own_guess_of_a_laptop_is_marked_as_one():
     assert {fact.kind for fact in entry("laptop-cpu").facts.values()} == {"estimate"}
     assert "estimate" in entry("laptop-cpu").title
