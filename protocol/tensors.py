@@ -1,8 +1,9 @@
 """How does a tensor's change become bytes, and back? int8 codes with one scale a row, bf16, or fp32 (methods.md 7.1).
 
 The payload of a Delta is the concatenation of its tensors, blocks ascending, inside a block in the order of
-``ModelShape.block_tensors()``; its length follows from the headers before anything is allocated.
-A tensor is read as ``[R, C]``; a vector is one row.
+``ModelShape.block_tensors(width)``; its length follows from the headers before anything is allocated.
+A tensor is read as ``[R, C]``; a vector is one row. A slim block has fewer rows or columns: always the first ones of
+the whole block's (:func:`cut`, :func:`pad`).
 
 Layout of one tensor, all numbers little-endian, ``k`` = rows sent:
 
@@ -56,6 +57,20 @@ def unflatten(tensors: Mapping[str, FloatArray]) -> State:
         block, name = key.split("/", 1)
         state.setdefault(int(block), {})[name] = values
     return state
+
+
+def cut(values: FloatArray, shape: Sequence[int]) -> FloatArray:
+    """The part of a whole tensor that a slim block trains: a view of its first ``shape`` rows and columns."""
+    return values[tuple(slice(size) for size in shape)]
+
+
+def pad(values: FloatArray, shape: Sequence[int]) -> FloatArray:
+    """The whole tensor of this shape whose :func:`cut` is ``values``, zero elsewhere; itself where it is whole."""
+    if values.shape == tuple(shape):
+        return values
+    whole = np.zeros(shape, dtype=np.float32)
+    cut(whole, values.shape)[...] = values
+    return whole
 
 
 #: Partial sums of a row's energy; fixed, since their order decides between rows of nearly equal energy.
@@ -392,14 +407,18 @@ def delta_layout(
     blocks: Sequence[int],
     format: DeltaFormat,
     density: float,
+    width: float = 1.0,
 ) -> DeltaLayout:
     """Where each tensor lies, from the headers alone: exactly the tensors of ``blocks``, in their order.
+
+    Args:
+        width: share of each block that the payload holds, one of ``model_shape.WIDTHS``.
 
     Raises:
         RemoteProtocolError: ``malformed`` (out of order or twice), ``not_assigned`` (another block), ``incomplete`` (a
             tensor of ``blocks`` is missing) or ``shape_mismatch`` (no such tensor, or not that many rows).
     """
-    specs = {spec.name: (number, spec) for number, spec in enumerate(shape.block_tensors())}
+    specs = {spec.name: (number, spec) for number, spec in enumerate(shape.block_tensors(width))}
     places = [(h.block, specs[h.name][0]) for h in headers if h.name in specs]
     if any(later <= earlier for earlier, later in itertools.pairwise(places)):
         raise RemoteProtocolError("tensors are listed twice or out of order, expected blocks ascending, then by place")
@@ -437,7 +456,8 @@ class EncodedDelta:
     parts: tuple[bytes, ...]
     """One per header; the payload is their concatenation."""
     residuals: State
-    """e' of methods.md 7.3, to be staged until the upload is accepted; empty for the dense formats."""
+    """e' of methods.md 7.3, of the shapes that were sent, to be staged until the upload is accepted; empty for the
+    dense formats."""
 
 
 def encode_delta(
@@ -449,8 +469,15 @@ def encode_delta(
     format: DeltaFormat,
     density: float,
     cap: float = math.inf,
+    width: float = 1.0,
 ) -> EncodedDelta:
     """All tensors of ``blocks`` (ascending) encoded in payload order. A residual that is missing is zero.
+
+    Args:
+        deltas: of the slim blocks, in the shapes of ``shape.block_tensors(width)``.
+        residuals: of the whole blocks; what lies outside the slim ones is not looked at.
+        cap: as in :func:`encode_tensor`.
+        width: share of each block that was trained, one of ``model_shape.WIDTHS``.
 
     Raises:
         LocalProtocolError: a delta has another shape than the model's, or a value that cannot be sent.
@@ -459,11 +486,12 @@ def encode_delta(
     parts: list[bytes] = []
     rest: State = {}
     for block in blocks:
-        for spec in shape.block_tensors():
+        for spec in shape.block_tensors(width):
             delta = deltas[block][spec.name]
             if delta.shape != spec.shape:
                 raise LocalProtocolError(f"block {block}: {spec.name} has shape {delta.shape}, expected {spec.shape}")
             owed = residuals.get(block, {}).get(spec.name)
+            owed = None if owed is None else cut(owed, spec.shape)
             encoded = encode_tensor(delta, owed, format=format, density=density, cap=cap)
             headers.append(TensorHeader(block=block, name=spec.name, rows_sent=encoded.rows_sent))
             parts.append(encoded.payload)

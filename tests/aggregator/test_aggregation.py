@@ -102,6 +102,34 @@ def four_uneven_updates():
     ]
 
 
+def exact_updates():
+    """Changes made of whole numbers alone: the same bits on every machine."""
+    rng = np.random.default_rng(8)
+    return [
+        accepted(
+            f"k{number}",
+            {
+                b: {
+                    s.name: rng.integers(-999, 1000, s.shape).astype(np.float32) / np.float32(1 << 18)
+                    for s in model_shape().block_tensors()
+                }
+                for b in blocks
+            },
+            num_examples=10 + 37 * number,
+            steps=16 - 5 * number,
+            staleness=number % 2,
+            format=format,
+        )
+        for number, (blocks, format) in enumerate([((0,), "int8"), ((0, 1), "fp32"), ((0, 1, 2), "int8")])
+    ]
+
+
+def test_a_fold_of_whole_blocks_has_the_bits_that_it_had_before_there_were_slim_ones():
+    before = "d40608277120a9dd82f812ac6fb7b6b25c21c88b5880c0ae2810d8e6a6589fed"
+
+    assert fold_hash(exact_updates()) == before
+
+
 def test_every_order_of_arrival_gives_the_same_bits():
     hashes = {fold_hash(order) for order in itertools.permutations(four_uneven_updates())}
 

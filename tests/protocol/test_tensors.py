@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape, TensorSpec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import TensorHeader
 from fedblocks.protocol.tensors import (
     check_tensor,
+    cut,
     decode_tensor,
     delta_layout,
     encode_delta,
     encode_tensor,
+    pad,
     payload_length,
     read_rows,
 )
@@ -483,3 +485,91 @@ def test_a_delta_of_another_shape_is_our_own_bug():
 
     with pytest.raises(LocalProtocolError, match=r"mlp.up_proj.weight has shape \(8, 12\), expected \(12, 8\)"):
         encode_delta(model_shape(), (0,), deltas, {}, format="int8", density=0.25)
+
+
+SLIM_SHAPES = {
+    "qwen3": model_shape(),
+    "one key/value head": ModelShape(
+        family="qwen2", num_layers=2, hidden_size=24, intermediate_size=40, num_heads=6, num_kv_heads=1, head_dim=4,
+        vocab_size=16, tied_embeddings=True, qkv_bias=True,
+    ),
+    "no groups": ModelShape(
+        family="llama", num_layers=2, hidden_size=32, intermediate_size=640, num_heads=8, num_kv_heads=8, head_dim=4,
+        vocab_size=16, tied_embeddings=True, qkv_bias=True, o_bias=True, mlp_bias=True,
+    ),
+}  # fmt: skip
+
+
+def slim_deltas(shape, blocks, width, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        b: {s.name: (rng.standard_normal(s.shape) * 1e-3).astype(np.float32) for s in shape.block_tensors(width)}
+        for b in blocks
+    }
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", SLIM_SHAPES)
+def test_a_slice_that_is_padded_and_cut_again_is_the_same_slice(kind, width):
+    shape = SLIM_SHAPES[kind]
+    for spec, whole in zip(shape.block_tensors(width), shape.block_tensors(), strict=True):
+        values = slim_deltas(shape, (0,), width)[0][spec.name]
+        padded = pad(values, whole.shape)
+
+        assert padded.shape == whole.shape
+        assert cut(padded, spec.shape).tobytes() == values.tobytes()
+        assert np.count_nonzero(padded) == np.count_nonzero(values)
+        assert (padded is values) == (spec.shape == whole.shape)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", SLIM_SHAPES)
+@pytest.mark.parametrize("density", [0.25, 1.0])
+def test_a_slim_update_is_as_long_as_the_formula_says_and_decodes_to_what_was_sent(kind, width, density):
+    shape, blocks = SLIM_SHAPES[kind], (0, 2)
+    deltas = slim_deltas(shape, blocks, width)
+    encoded = encode_delta(shape, blocks, deltas, {}, format="int8", density=density, width=width)
+    payload = memoryview(b"".join(encoded.parts))
+    layout = delta_layout(encoded.headers, shape=shape, blocks=blocks, format="int8", density=density, width=width)
+    formula = 0
+    for spec in shape.block_tensors(width):  # methods.md 7.1
+        rows, cols = spec.rows_cols
+        kept = 1 if len(spec.shape) == 1 else math.ceil(density * rows)
+        formula += kept * cols + 4 * kept
+        formula += 0 if density == 1 or len(spec.shape) == 1 else math.ceil(rows / 8)
+
+    assert len(payload) == layout.total_bytes == 2 * formula
+    assert [(s.block, s.spec) for s in layout.slots] == [(b, s) for b in blocks for s in shape.block_tensors(width)]
+    for slot in layout.slots:
+        xhat = decode_tensor(slot.spec, slot.rows_sent, slot.of(payload), format="int8", density=density)
+        total = xhat.reshape(slot.spec.shape) + encoded.residuals[slot.block][slot.spec.name]
+        np.testing.assert_allclose(total, deltas[slot.block][slot.spec.name], rtol=1e-6)
+
+
+def test_a_slim_update_adds_the_slice_of_what_is_owed_and_no_more():
+    shape, width = SLIM_SHAPES["one key/value head"], 0.25
+    deltas, owed = slim_deltas(shape, (0,), width), slim_deltas(shape, (0,), 1.0, seed=1)
+    slices = {0: {s.name: np.ascontiguousarray(cut(owed[0][s.name], s.shape)) for s in shape.block_tensors(width)}}
+    encoded = encode_delta(shape, (0,), deltas, owed, format="int8", density=0.5, width=width)
+    same = encode_delta(shape, (0,), deltas, slices, format="int8", density=0.5, width=width)
+    without = encode_delta(shape, (0,), deltas, {}, format="int8", density=0.5, width=width)
+
+    assert encoded.parts == same.parts != without.parts
+    assert {n: r.shape for n, r in encoded.residuals[0].items()} == {
+        s.name: s.shape for s in shape.block_tensors(width)
+    }
+
+
+def test_a_delta_of_another_width_is_our_own_bug():
+    shape = SLIM_SHAPES["no groups"]
+    with pytest.raises(LocalProtocolError, match=r"q_proj.weight has shape \(16, 32\), expected \(8, 32\)"):
+        encode_delta(shape, (0,), slim_deltas(shape, (0,), 0.5), {}, format="int8", density=0.25, width=0.25)
+
+
+def test_the_headers_of_another_width_are_refused():
+    shape = SLIM_SHAPES["no groups"]
+    whole = encode_delta(shape, (0,), slim_deltas(shape, (0,), 1.0), {}, format="int8", density=1.0)
+    with pytest.raises(RemoteProtocolError, match="rows announced") as caught:
+        delta_layout(whole.headers, shape=shape, blocks=(0,), format="int8", density=1.0, width=0.25)
+
+    assert caught.value.code == "shape_mismatch"
