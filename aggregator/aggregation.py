@@ -4,6 +4,10 @@
 one multiplication and one addition per value, takes its scalars from ``math.fsum``, and rounds once at the end.
 Neither the order of arrival nor a restart can change a bit.
 It holds one tensor's accumulator and one tensor of one update at a time, however many clients there are.
+
+Slim blocks are nested, so those who trained a value are those whose width reaches its *segment*: what a width of
+``WIDTHS`` has and the one below it has not. Weight, coverage and damping are those of the segment, at most four a
+tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from typing import Final
 
 import numpy as np
 
-from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape, TensorSpec
 from fedblocks.protocol.messages import AttemptId, ClientKey, Delta, DeltaFormat, TensorHeader
 from fedblocks.protocol.tensors import FloatArray, Rows, State, TensorSlot, delta_layout, read_rows
 
@@ -50,6 +54,8 @@ class AcceptedUpdate:
     """Published version at the fold minus the version that the update started from."""
     format: DeltaFormat
     density: float
+    width: float = 1.0
+    """Share of each of its blocks that it trained, one of ``model_shape.WIDTHS``."""
     tensors: tuple[TensorHeader, ...]
     read_payload: Callable[[], memoryview]
     """The spooled bytes; called once or twice per block, so it should map the file instead of reading it."""
@@ -67,6 +73,7 @@ class AcceptedUpdate:
             staleness=version - delta.version,
             format=delta.format,
             density=delta.density,
+            width=delta.width,
             tensors=delta.tensors,
             read_payload=read_payload,
         )
@@ -93,12 +100,24 @@ class FoldResult:
     aggregate: State
     """Only the blocks that somebody trained; the others stay untouched."""
     coverage: Mapping[int, float]
-    """Share of the accepted weight that trained each block of ``aggregate``; a missing block has none."""
+    """Share of the accepted weight that trained each block of ``aggregate``, at whatever width; a missing block has
+    none."""
+    segment_coverage: Mapping[int, tuple[float, ...]]
+    """Block id -> the same for each of ``WIDTHS``: the share that trained at this width or a larger one, 0 where nobody
+    did."""
     history: NormHistory
     """To be handed to the next fold."""
     weights: Mapping[ClientKey, float]
     """w_k; the sum, where two updates of one client were folded."""
     clipped: tuple[Clipped, ...]
+
+    @property
+    def widths(self) -> dict[int, float]:
+        """Block id -> the largest width that somebody trained: nobody trained what lies beyond."""
+        return {
+            block: max(width for width, share in zip(WIDTHS, shares, strict=True) if share > 0)
+            for block, shares in self.segment_coverage.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +126,23 @@ class _Member:
 
     update: AcceptedUpdate
     weight: float
-    slots: Mapping[TensorSpec, TensorSlot]
+    slots: Mapping[str, TensorSlot]
 
-    def rows(self, payload: memoryview, spec: TensorSpec) -> Rows:
-        slot = self.slots[spec]
-        return read_rows(spec, slot.rows_sent, slot.of(payload), format=self.update.format, density=self.update.density)
+    def rows(self, payload: memoryview, name: str) -> Rows:
+        slot = self.slots[name]
+        return read_rows(
+            slot.spec, slot.rows_sent, slot.of(payload), format=self.update.format, density=self.update.density
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Segment:
+    """The values that this width has and the next smaller one that was trained has not, and what divides their sum."""
+
+    width: float
+    weight: float
+    """den: of all who trained them."""
+    damping: float
 
 
 def map_payload(path: Path) -> memoryview:
@@ -139,14 +170,19 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, history: NormH
     members: dict[int, list[_Member]] = {}
     for update, weight in zip(ordered, weights, strict=True):
         layout = delta_layout(
-            update.tensors, shape=shape, blocks=update.blocks, format=update.format, density=update.density
+            update.tensors,
+            shape=shape,
+            blocks=update.blocks,
+            format=update.format,
+            density=update.density,
+            width=update.width,
         )
         for block in update.blocks:
-            slots = {slot.spec: slot for slot in layout.slots if slot.block == block}
+            slots = {slot.spec.name: slot for slot in layout.slots if slot.block == block}
             members.setdefault(block, []).append(_Member(update=update, weight=weight, slots=slots))
     norms = dict(history or {})
     aggregate: State = {}
-    coverage: dict[int, float] = {}
+    segment_coverage: dict[int, tuple[float, ...]] = {}
     clipped: list[Clipped] = []
     for block in sorted(members):
         trained = members[block]
@@ -160,17 +196,28 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, history: NormH
             if clip < 1
         ]
         factors = [m.weight * nova * clip for m, nova, clip in zip(trained, novas, clips, strict=True)]
-        block_weight = math.fsum(m.weight for m in trained)
-        coverage[block] = block_weight / accepted_weight
-        damping = min(1.0, coverage[block] / FULL_COVERAGE)
-        aggregate[block] = {
-            spec.name: _mean(trained, factors, spec, damping=damping, weight=block_weight)
-            for spec in shape.block_tensors()
-        }
+        trained_by = {width: math.fsum(m.weight for m in trained if m.update.width >= width) for width in WIDTHS}
+        segment_coverage[block] = tuple(weight / accepted_weight for weight in trained_by.values())
+        segments = [
+            _Segment(
+                width=width,
+                weight=trained_by[width],
+                damping=min(1.0, trained_by[width] / accepted_weight / FULL_COVERAGE),
+            )
+            for width in sorted({m.update.width for m in trained})
+        ]
+        aggregate[block] = {spec.name: _mean(trained, factors, spec, shape, segments) for spec in shape.block_tensors()}
     by_client: dict[ClientKey, float] = {}
     for update, weight in zip(ordered, weights, strict=True):
         by_client[update.client] = by_client.get(update.client, 0.0) + weight
-    return FoldResult(aggregate=aggregate, coverage=coverage, history=norms, weights=by_client, clipped=tuple(clipped))
+    return FoldResult(
+        aggregate=aggregate,
+        coverage={block: shares[0] for block, shares in segment_coverage.items()},
+        segment_coverage=segment_coverage,
+        history=norms,
+        weights=by_client,
+        clipped=tuple(clipped),
+    )
 
 
 def _weights(updates: Sequence[AcceptedUpdate]) -> list[float]:
@@ -188,10 +235,10 @@ def _step_corrections(members: Sequence[_Member]) -> list[float]:
 
 
 def _norm(member: _Member, nova: float, shape: ModelShape) -> float:
-    """N_k = |xhat|·nova / sqrt(number of parameters)."""
+    """N_k = |xhat|·nova / sqrt(number of parameters that it trained)."""
     payload = member.update.read_payload()
-    squares = [member.rows(payload, spec).sum_of_squares() for spec in shape.block_tensors()]
-    return math.sqrt(math.fsum(squares)) * nova / math.sqrt(shape.block_parameters)
+    squares = [member.rows(payload, spec.name).sum_of_squares() for spec in shape.block_tensors()]
+    return math.sqrt(math.fsum(squares)) * nova / math.sqrt(shape.slice_parameters(member.update.width))
 
 
 def _clips(norms: Sequence[float], earlier: Sequence[Sequence[float]]) -> list[float]:
@@ -208,14 +255,29 @@ def _clips(norms: Sequence[float], earlier: Sequence[Sequence[float]]) -> list[f
 
 
 def _mean(
-    members: Sequence[_Member], factors: Sequence[float], spec: TensorSpec, *, damping: float, weight: float
+    members: Sequence[_Member],
+    factors: Sequence[float],
+    spec: TensorSpec,
+    shape: ModelShape,
+    segments: Sequence[_Segment],
 ) -> FloatArray:
-    """damp·num/den of one tensor: den counts all who trained it, whether or not they sent a row (methods.md 8.2)."""
+    """damp·num/den of one whole tensor: den counts all who trained a value, whether or not they sent its row; what
+    nobody trained is 0 (methods.md 8.2)."""
     numerator = np.zeros(spec.rows_cols, dtype=np.float64)  # (R, C)
     for member, factor in zip(members, factors, strict=True):
-        for rows in member.rows(member.update.read_payload(), spec).chunks():
+        for rows in member.rows(member.update.read_payload(), spec.name).chunks():
             coefficients = rows.scales.astype(np.float64) * factor  # (k,)
-            numerator[rows.index] += rows.values * coefficients[:, None]
-    numerator *= damping
-    numerator /= weight
+            slim = numerator[:, : rows.values.shape[1]]
+            slim[rows.index] += rows.values * coefficients[:, None]
+    inner_rows = inner_cols = 0
+    for segment in segments:
+        num_rows, num_cols = _rows_cols(shape, segment.width, spec.name)
+        for part in (numerator[inner_rows:num_rows, :num_cols], numerator[:inner_rows, inner_cols:num_cols]):
+            part *= segment.damping
+            part /= segment.weight
+        inner_rows, inner_cols = num_rows, num_cols
     return numerator.astype(np.float32).reshape(spec.shape)
+
+
+def _rows_cols(shape: ModelShape, width: float, name: str) -> tuple[int, int]:
+    return next(spec.rows_cols for spec in shape.block_tensors(width) if spec.name == name)

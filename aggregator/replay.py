@@ -56,7 +56,7 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
             folded = fedbe.aggregate(updates, shape=shape, state=method)
             method = fedbe.after_fold(method, updates, folded)
             settings = from_plain(fedbe.PublishSettings, record.settings, where="ledger.rounds")
-            published = fedbe.publish(model, folded.aggregate, shape=shape, settings=settings)
+            published = fedbe.publish(model, folded, shape=shape, settings=settings)
             model = model if published is None else published[0]
             found.append(
                 ReplayedVersion(

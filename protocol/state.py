@@ -38,8 +38,10 @@ from fedblocks.protocol.tensors import (
     FloatArray,
     Rows,
     State,
+    cut,
     delta_layout,
     encode_tensor,
+    pad,
     read_rows,
     rows_of,
 )
@@ -136,19 +138,28 @@ def publish(
     shape: ModelShape,
     format: DeltaFormat,
     density: float,
+    widths: Mapping[int, float] | None = None,
 ) -> Publication:
     """The next version: published + decoded(encoded(aggregate + residual)) for every block of ``aggregate``.
 
-    Blocks that nobody trained (absent from ``aggregate``) are not touched and their residual waits.
+    What nobody trained is not touched and its residual waits: blocks that are absent from ``aggregate``, and of the
+    others what lies beyond their width in ``widths``.
     This is the server optimiser ``avg`` with lr_s = 1 (methods.md 8.3). No argument is changed.
+
+    Args:
+        widths: block id -> the largest width that somebody trained; a missing block was trained whole. ``aggregate``
+            must be zero beyond it.
     """
-    return _publish(published, aggregate, residual, sorted(aggregate), shape=shape, format=format, density=density)
+    blocks = sorted(aggregate)
+    return _publish(
+        published, aggregate, residual, blocks, shape=shape, format=format, density=density, widths=widths or {}
+    )
 
 
 def publish_dense(published: State, aggregate: State, residual: State, *, shape: ModelShape) -> Publication:
     """The last version of a run: fp32 and complete, so that no residual waits at export."""
     blocks = sorted({*aggregate, *residual})
-    return _publish(published, aggregate, residual, blocks, shape=shape, format="fp32", density=1.0)
+    return _publish(published, aggregate, residual, blocks, shape=shape, format="fp32", density=1.0, widths={})
 
 
 def _publish(
@@ -160,19 +171,27 @@ def _publish(
     shape: ModelShape,
     format: DeltaFormat,
     density: float,
+    widths: Mapping[int, float],
 ) -> Publication:
     rest = {block: dict(tensors) for block, tensors in residual.items() if block not in blocks}
     rows_sent: list[int] = []
     parts: list[bytes] = []
     for block in blocks:
-        for spec in shape.block_tensors():
-            encoded = encode_tensor(
-                _tensor(aggregate, block, spec), _tensor(residual, block, spec), format=format, density=density
-            )
+        trained = shape.block_tensors(widths.get(block, 1.0))
+        for spec, part in zip(shape.block_tensors(), trained, strict=True):
+            owed, waits = _tensor(residual, block, spec), None
+            if part.shape != spec.shape:
+                waits = owed.copy()
+                cut(waits, part.shape)[...] = 0
+                owed = pad(cut(owed, part.shape), spec.shape)
+            encoded = encode_tensor(_tensor(aggregate, block, spec), owed, format=format, density=density)
             rows_sent.append(encoded.rows_sent)
             parts.append(encoded.payload)
-            if encoded.residual is not None:
-                rest.setdefault(block, {})[spec.name] = encoded.residual
+            left = encoded.residual
+            if waits is not None and waits.any():
+                left = waits if left is None else left + waits
+            if left is not None:
+                rest.setdefault(block, {})[spec.name] = left
     header = StepHeader(format=format, density=density, blocks=tuple(blocks), rows_sent=tuple(rows_sent))
     step = b"".join([_frame(header), *parts])
     return Publication(step=step, published=apply_step(published, step, shape=shape, blocks=blocks), residual=rest)

@@ -593,9 +593,10 @@ class GlobalState:
 
 
 def publish(
-    model: GlobalState, aggregate: State, *, shape: ModelShape, settings: PublishSettings
+    model: GlobalState, folded: FoldResult, *, shape: ModelShape, settings: PublishSettings
 ) -> tuple[GlobalState, bytes] | None:
     """The next version and the step to it; None if nothing was learnt, and the version stays."""
+    aggregate = folded.aggregate
     if not aggregate and not (settings.dense and model.residual):
         return None
     if settings.dense:
@@ -608,6 +609,7 @@ def publish(
             shape=shape,
             format=settings.format,
             density=settings.density,
+            widths=folded.widths,
         )
     after = GlobalState(
         version=model.version + 1,
@@ -649,7 +651,7 @@ def close(
     state = after_fold(state, updates, folded)
     reason = stop_reason(state, config, round=round)
     settings = PublishSettings(dense=reason is not None, format=config.delta.format, density=config.delta.down_density)
-    published = publish(model, folded.aggregate, shape=shape, settings=settings)
+    published = publish(model, folded, shape=shape, settings=settings)
     after, step = (model, None) if published is None else published
     return ClosedRound(
         model=after, step=step, state=state, pooled=pooled, folded=folded, stop_reason=reason, settings=settings

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, fold, map_payload
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol.messages import AttemptId, ClientKey
 from fedblocks.protocol.state import publish, state_sha256
-from fedblocks.protocol.tensors import decode_tensor, delta_layout, encode_delta
+from fedblocks.protocol.tensors import cut, decode_tensor, delta_layout, encode_delta, pad
 
 
 def model_shape(hidden=8):
@@ -34,12 +34,12 @@ def model_shape(hidden=8):
     )
 
 
-def random_deltas(blocks, seed=0, scale=1e-3, shape=None):
+def random_deltas(blocks, seed=0, scale=1e-3, shape=None, width=1.0):
     rng = np.random.default_rng(seed)
     return {
         b: {
             s.name: (rng.standard_normal(s.shape) * scale).astype(np.float32)
-            for s in (shape or model_shape()).block_tensors()
+            for s in (shape or model_shape()).block_tensors(width)
         }
         for b in blocks
     }
@@ -56,8 +56,11 @@ def accepted(
     density=0.5,
     shape=None,
     attempt="a",
+    width=1.0,
 ):
-    encoded = encode_delta(shape or model_shape(), sorted(deltas), deltas, {}, format=format, density=density)
+    encoded = encode_delta(
+        shape or model_shape(), sorted(deltas), deltas, {}, format=format, density=density, width=width
+    )
     payload = b"".join(encoded.parts)
     return AcceptedUpdate(
         client=ClientKey(client),
@@ -67,15 +70,21 @@ def accepted(
         staleness=staleness,
         format=format,
         density=density,
+        width=width,
         tensors=encoded.headers,
         read_payload=lambda: memoryview(payload),
     )
 
 
-def decoded(update):
-    """xhat of an update in fp64, block -> name -> tensor."""
+def decoded(update, shape=None):
+    """xhat of an update in fp64, block -> name -> tensor of the shape that was sent."""
     layout = delta_layout(
-        update.tensors, shape=model_shape(), blocks=update.blocks, format=update.format, density=update.density
+        update.tensors,
+        shape=shape or model_shape(),
+        blocks=update.blocks,
+        format=update.format,
+        density=update.density,
+        width=update.width,
     )
     found = {}
     for slot in layout.slots:
@@ -386,3 +395,143 @@ def test_an_empty_spooled_payload_maps_to_no_bytes(tmp_path):
     path.touch()
 
     assert bytes(map_payload(path)) == b""
+
+
+def wide_shape():
+    """All four widths are different slices: 1, 2, 4 and 8 heads, 8 to 64 neurons."""
+    return ModelShape(
+        family="qwen2",
+        num_layers=2,
+        hidden_size=16,
+        intermediate_size=64,
+        num_heads=8,
+        num_kv_heads=4,
+        head_dim=4,
+        vocab_size=16,
+        tied_embeddings=True,
+        qkv_bias=True,
+    )
+
+
+def slim(client, blocks, width, seed, **fields):
+    deltas = random_deltas(blocks, seed, shape=wide_shape(), width=width)
+    return accepted(client, deltas, width=width, shape=wide_shape(), **fields)
+
+
+def four_slim_updates():
+    return [
+        slim("k1", (0,), 0.125, 1, num_examples=7),
+        slim("k2", (0, 1), 0.5, 2, num_examples=400, steps=5, staleness=1),
+        slim("k3", (1, 2), 1.0, 3, num_examples=33, format="bf16"),
+        slim("k4", (0, 2), 0.25, 4, num_examples=90, steps=11, format="fp32"),
+    ]
+
+
+def test_every_order_of_arrival_of_mixed_widths_gives_the_same_bits():
+    hashes = {fold_hash(order, shape=wide_shape()) for order in itertools.permutations(four_slim_updates())}
+
+    assert len(hashes) == 1
+
+
+def test_the_fold_of_mixed_widths_equals_the_formula_written_out_for_every_value():
+    shape = wide_shape()
+    updates = [
+        slim("k1", (0,), 0.125, 1, num_examples=10, steps=16),
+        slim("k2", (0,), 0.5, 2, num_examples=20, steps=8, staleness=1),
+        slim("k3", (0,), 0.5, 3, num_examples=40, steps=16, format="fp32"),
+        slim("k4", (0,), 1.0, 4, num_examples=5, steps=16),
+        slim("k5", (1,), 0.25, 5, num_examples=60, steps=16),
+    ]
+    result = fold(updates, shape=shape)
+    w = [10, 20 * 0.6, 40, 5, 60]
+    values = [decoded(u, shape) for u in updates]
+    for block, members in ((0, (0, 1, 2, 3)), (1, (4,))):
+        tbar = sum(w[i] * updates[i].steps for i in members) / sum(w[i] for i in members)
+        nova = {i: min(2.0, max(0.5, tbar / updates[i].steps)) for i in members}
+        norms = {
+            i: math.sqrt(sum((v**2).sum() for v in values[i][block].values()))
+            * nova[i]
+            / math.sqrt(sum(v.size for v in values[i][block].values()))
+            for i in members
+        }
+        clip = {i: min(1.0, 3 * np.median(list(norms.values())) / norms[i]) for i in members}
+        assert result.history[block][-1] == pytest.approx(tuple(norms.values()), rel=1e-6)
+        for spec in shape.block_tensors():
+            num, den = np.zeros(spec.shape), np.zeros(spec.shape)
+            for i in members:
+                sent = values[i][block][spec.name]
+                cut(num, sent.shape)[...] += w[i] * nova[i] * clip[i] * sent
+                cut(den, sent.shape)[...] += w[i]
+            damp = np.minimum(1.0, den / sum(w) / 0.25)
+            expected = np.divide(damp * num, den, out=np.zeros(spec.shape), where=den > 0)
+            np.testing.assert_allclose(result.aggregate[block][spec.name], expected, rtol=1e-5, atol=1e-10)
+    assert result.segment_coverage[0] == pytest.approx((67 / 127, 57 / 127, 57 / 127, 5 / 127))
+    assert result.segment_coverage[1] == pytest.approx((60 / 127, 60 / 127, 0, 0))
+    assert result.coverage == {block: shares[0] for block, shares in result.segment_coverage.items()}
+    assert result.widths == {0: 1.0, 1: 0.25}
+
+
+def test_two_updates_by_hand_a_value_only_one_trained_is_the_mean_of_that_one():
+    """Weights 10 and 30: up_proj rows below 8 are (10·1 + 30·3)/40, rows 8 to 31 are 3, those beyond are untouched."""
+    shape = wide_shape()
+    one, three = (
+        {0: {s.name: np.full(s.shape, value, np.float32) for s in shape.block_tensors(width)}}
+        for value, width in ((1.0, 0.125), (3.0, 0.5))
+    )
+    updates = [
+        accepted("k1", one, width=0.125, num_examples=10, format="fp32", shape=shape),
+        accepted("k2", three, width=0.5, num_examples=30, format="fp32", shape=shape),
+    ]
+    block = fold(updates, shape=shape).aggregate[0]
+
+    for name, axis in (("mlp.up_proj.weight", 0), ("mlp.down_proj.weight", 1)):
+        rows = np.moveaxis(block[name], axis, 0)
+        assert [float(v) for v in np.unique(rows[:8])] == [2.5]
+        assert [float(v) for v in np.unique(rows[8:32])] == [3.0]
+        assert not rows[32:].any()
+    bias = block["self_attn.q_proj.bias"]  # 1, 4 and 8 heads of 4
+    assert bias.tolist() == [2.5] * 4 + [3.0] * 12 + [0.0] * 16
+    assert np.unique(block["input_layernorm.weight"]).tolist() == [2.5]
+
+
+def test_a_segment_trained_by_little_weight_is_damped_and_the_others_are_not():
+    shape, ones = wide_shape(), {}
+    for width in (0.25, 1.0):
+        ones[width] = {0: {s.name: np.ones(s.shape, np.float32) for s in shape.block_tensors(width)}}
+    updates = [
+        accepted(f"k{n}", ones[width], width=width, num_examples=10, format="fp32", shape=shape)
+        for n, width in enumerate([1.0] + [0.25] * 9)
+    ]
+    up = fold(updates, shape=shape).aggregate[0]["mlp.up_proj.weight"]
+
+    assert np.unique(up[:16]).tolist() == [1.0]
+    assert np.unique(up[16:]).tolist() == pytest.approx([0.4])
+
+
+def test_values_that_no_width_reached_keep_their_bits_from_version_to_version():
+    shape, published, residual = wide_shape(), {}, {}
+    for number, widths in enumerate(((1.0, 0.5), (0.25, 0.125), (0.125, 0.125))):
+        updates = [slim(f"k{n}", (0,), width, 10 * number + n) for n, width in enumerate(widths)]
+        result = fold(updates, shape=shape)
+        before, waited = published, residual
+        made = publish(
+            published, result.aggregate, residual, shape=shape, format="int8", density=0.5, widths=result.widths
+        )
+        published, residual = made.published, made.residual
+        for spec in shape.block_tensors(max(widths)) if before else ():
+            outside = np.ones(published[0][spec.name].shape, dtype=bool)
+            cut(outside, spec.shape)[...] = False
+            for old, new in ((before, published), (waited, residual)):
+                assert old[0][spec.name][outside].tobytes() == new[0][spec.name][outside].tobytes()
+            assert not np.array_equal(before[0][spec.name], published[0][spec.name])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_lone_slim_client_in_fp32_changes_its_slice_by_its_change_exactly(width):
+    shape = wide_shape()
+    change = random_deltas((0,), shape=shape, width=width)
+    result = fold([accepted("k", change, width=width, format="fp32", shape=shape)], shape=shape)
+
+    for spec in shape.block_tensors():
+        assert result.aggregate[0][spec.name].tobytes() == pad(change[0][spec.name], spec.shape).tobytes()
+    assert result.widths == {0: width}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.state import apply_step, apply_update, make_update, publish, publish_dense, state_sha256
+from fedblocks.protocol.tensors import cut, pad
 
 BLOCKS = (0, 1, 3)
 
@@ -310,3 +311,61 @@ def test_random_bytes_are_refused_with_a_remote_protocol_error(payload, encoding
 
     with pytest.raises(RemoteProtocolError):
         apply_update({}, update, payload, shape=run.shape, blocks=BLOCKS)
+
+
+def slim_aggregate(shape, width, seed):
+    """Zero beyond the width, as a fold of slim updates is."""
+    whole = random_state((0,), seed=seed, shape=shape)[0]
+    slices = {s.name: cut(whole[s.name], s.shape) for s in shape.block_tensors(width)}
+    return {0: {s.name: pad(slices[s.name], s.shape) for s in shape.block_tensors()}}
+
+
+def beyond(values, spec):
+    """What of a whole tensor lies outside this slice of it, flat."""
+    outside = np.ones(values.shape, dtype=bool)
+    cut(outside, spec.shape)[...] = False
+    return values[outside]
+
+
+@pytest.mark.parametrize("format", ["int8", "bf16", "fp32"])
+def test_what_nobody_trained_keeps_its_value_and_what_waits_for_it_waits(format):
+    shape, width = model_shape(), 0.25
+    run = Run([((0,), "int8")])
+    publication = publish(
+        run.states[-1], slim_aggregate(shape, width, 7), run.residual, shape=shape, format=format, density=0.5,
+        widths={0: width},
+    )  # fmt: skip
+
+    for spec in shape.block_tensors(width):
+        before, after = run.states[-1][0][spec.name], publication.published[0][spec.name]
+        assert beyond(after, spec).tobytes() == beyond(before, spec).tobytes()
+        waited, waits = run.residual[0][spec.name], publication.residual.get(0, {}).get(spec.name)
+        if len(beyond(waited, spec)):
+            np.testing.assert_array_equal(beyond(waits, spec), beyond(waited, spec))
+        assert not np.array_equal(cut(after, spec.shape), cut(before, spec.shape))
+
+
+def test_over_rounds_of_all_widths_what_is_published_and_what_waits_add_up_to_all_aggregates():
+    shape, state, residual = model_shape(), {}, {}
+    total = {s.name: np.zeros(s.shape) for s in shape.block_tensors()}
+    for number, width in enumerate((0.5, 0.125, 1.0, 0.25, 0.125, 0.5)):
+        aggregate = slim_aggregate(shape, width, number)
+        publication = publish(state, aggregate, residual, shape=shape, format="int8", density=0.25, widths={0: width})
+        state, residual = publication.published, publication.residual
+        for name, values in aggregate[0].items():
+            total[name] += values
+
+    for name, values in total.items():
+        np.testing.assert_allclose(state[0][name] + residual[0][name], values, atol=1e-8)
+
+
+def test_the_last_version_holds_also_what_waited_beyond_the_width():
+    shape = model_shape()
+    run = Run([((0,), "int8"), ((0,), "int8")])
+    aggregate = slim_aggregate(shape, 0.125, 9)
+    publication = publish_dense(run.states[-1], aggregate, run.residual, shape=shape)
+
+    assert publication.residual == {}
+    for name, change in aggregate[0].items():
+        expected = run.states[-1][0][name] + (change + run.residual[0][name])
+        np.testing.assert_array_equal(publication.published[0][name], expected)
