@@ -10,6 +10,7 @@ disk (no_space) refuse never comes here.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +18,7 @@ from fedblocks.aggregator.aggregation import MAX_STALENESS
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.errors import REFUSAL_CODES, RemoteProtocolError
 from fedblocks.protocol.messages import Assignment, Delta, Refused
-from fedblocks.protocol.tensors import TensorSlot, check_tensor, delta_layout
+from fedblocks.protocol.tensors import DeltaLayout, TensorSlot, check_tensor, delta_layout
 
 #: An AdamW step moves a value by at most 2.35·lr and the residual cap is 3·lr·tau, so an honest client stays below
 #: 5.4·lr·tau (methods.md 8.1).
@@ -122,10 +123,14 @@ def _check_freshness(delta: Delta, assignment: Assignment, version: int) -> None
 
 
 def _check_content(delta: Delta, assignment: Assignment, shape: ModelShape) -> None:
-    """The tensors are those of the assignment, in its format, and the length is theirs."""
-    layout = delta_layout(
-        delta.tensors, shape=shape, blocks=assignment.blocks, format=delta.format, density=delta.density
-    )
+    """The tensors are those of the assignment, in its width and format, and the length is theirs."""
+    other_width = _width_fault(delta, assignment)
+    try:
+        layout = _layout(delta, assignment, shape)
+    except RemoteProtocolError as error:
+        raise _first([error, other_width]) or error from None
+    if other_width is not None:
+        raise other_width
     if (delta.format, delta.density) != (assignment.delta_format, assignment.delta_density):
         raise RemoteProtocolError(
             f"format {delta.format} at density {delta.density}, expected {assignment.delta_format} at "
@@ -136,6 +141,29 @@ def _check_content(delta: Delta, assignment: Assignment, shape: ModelShape) -> N
         raise RemoteProtocolError(
             f"{delta.payload_bytes} bytes announced, its tensors take {layout.total_bytes}", code="length_mismatch"
         )
+
+
+def _layout(delta: Delta, assignment: Assignment, shape: ModelShape) -> DeltaLayout:
+    return delta_layout(
+        delta.tensors,
+        shape=shape,
+        blocks=assignment.blocks,
+        format=delta.format,
+        density=delta.density,
+        width=assignment.width,
+    )
+
+
+def _width_fault(delta: Delta, assignment: Assignment) -> RemoteProtocolError | None:
+    if delta.width == assignment.width:
+        return None
+    return RemoteProtocolError(f"width is {delta.width}, expected {assignment.width} as assigned", code="not_assigned")
+
+
+def _first(faults: Iterable[RemoteProtocolError | None]) -> RemoteProtocolError | None:
+    """The fault that comes first in ``REFUSAL_CODES``; None if there is none."""
+    found = [fault for fault in faults if fault is not None]
+    return min(found, key=lambda fault: REFUSAL_CODES.index(fault.code), default=None)
 
 
 def _check_claims(delta: Delta, assignment: Assignment, limits: Limits, declared_num_examples: int) -> None:
@@ -170,13 +198,9 @@ def check_payload(
         )
         return _refused(delta, error)
     limit = NORM_FACTOR * limits.max_learning_rate * assignment.steps
-    layout = delta_layout(
-        delta.tensors, shape=shape, blocks=assignment.blocks, format=delta.format, density=delta.density
-    )
-    faults = [_checksum_fault(delta, payload)]
-    faults += [_tensor_fault(delta, slot, payload, limit) for slot in layout.slots]
-    found = [fault for fault in faults if fault is not None]
-    return _refused(delta, min(found, key=lambda fault: REFUSAL_CODES.index(fault.code))) if found else None
+    slots = _layout(delta, assignment, shape).slots
+    fault = _first([_checksum_fault(delta, payload), *(_tensor_fault(delta, s, payload, limit) for s in slots)])
+    return None if fault is None else _refused(delta, fault)
 
 
 def _checksum_fault(delta: Delta, payload: memoryview) -> RemoteProtocolError | None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedblocks.aggregator.admission import Limits, check_announcement, check_payload, largest_payload_bytes
 from fedblocks.aggregator.aggregation import AcceptedUpdate, fold, map_payload
 from fedblocks.profiles.cost import ExecutionMode
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol.errors import REFUSAL_CODES
 from fedblocks.protocol.messages import Assignment, Delta, StateUpdate, TensorHeader, TrainReport
 from fedblocks.protocol.state import state_sha256
@@ -75,22 +75,29 @@ def assignment(blocks=(0, 2), **changes):
     return Assignment(**{**values, **changes})
 
 
-def random_deltas(blocks, seed=0, scale=1e-3, shape=None):
+def random_deltas(blocks, seed=0, scale=1e-3, shape=None, width=1.0):
     rng = np.random.default_rng(seed)
     return {
         b: {
             s.name: np.clip(rng.standard_normal(s.shape) * scale, -4 * scale, 4 * scale).astype(np.float32)
-            for s in (shape or model_shape()).block_tensors()
+            for s in (shape or model_shape()).block_tensors(width)
         }
         for b in blocks
     }
 
 
-def update(blocks=(0, 2), *, deltas=None, format="int8", density=0.25, shape=None, **changes):
+def update(blocks=(0, 2), *, deltas=None, format="int8", density=0.25, shape=None, width=1.0, **changes):
     """A valid update as (Delta, payload)."""
     encoded = encode_delta(
-        shape or model_shape(), blocks, deltas or random_deltas(blocks, shape=shape), {}, format=format, density=density
+        shape or model_shape(),
+        blocks,
+        deltas or random_deltas(blocks, shape=shape, width=width),
+        {},
+        format=format,
+        density=density,
+        width=width,
     )
+    changes = {"width": width, **changes}
     return announced(b"".join(encoded.parts), encoded.headers, blocks, format, density, **changes)
 
 
@@ -442,3 +449,68 @@ def test_a_round_with_bad_uploads_is_the_round_without_them():
     assert answers == {client: code for client, (_, _, code) in bad.items()}
     first, second = (state_sha256(model_shape(), fold(u, shape=model_shape()).aggregate) for u in (admitted, only_good))
     assert first == second
+
+
+SLIM_WIDTHS = (0.125, 0.5)  # of the tiny shape: half of it, and less
+
+
+@pytest.mark.parametrize("width", SLIM_WIDTHS)
+@pytest.mark.parametrize(("format", "density"), [("int8", 0.25), ("int8", 1.0), ("bf16", 1.0), ("fp32", 1.0)])
+def test_an_honest_update_of_slim_blocks_is_accepted(width, format, density):
+    task = assignment(width=width, delta_format=format, delta_density=density)
+    delta, payload = update(format=format, density=density, width=width)
+
+    assert announcement(delta, assignment=task) is None
+    assert payload_check(delta, payload, task) is None
+
+
+@pytest.mark.parametrize(("trained", "assigned"), [(0.125, 1.0), (1.0, 0.125), (0.5, 0.125), (0.3, 0.5)])
+def test_an_update_of_another_width_than_the_assigned_one_is_not_assigned(trained, assigned):
+    delta, _ = update(width=trained if trained in WIDTHS else 1.0)
+    refused = check_announcement(
+        dataclasses.replace(delta, width=trained),
+        assignment=assignment(width=assigned),
+        shape=model_shape(),
+        limits=LIMITS,
+        quota_bytes=10**6,
+        declared_num_examples=50,
+        version=4,
+        accepted_sha256=None,
+    )
+
+    assert refused.code == "not_assigned"
+    assert refused.text == f"width is {trained}, expected {assigned} as assigned"
+
+
+def test_a_wrong_width_has_its_place_among_the_other_faults():
+    delta, _ = update(width=0.5)
+    task = assignment(width=0.125)
+    repeated = dataclasses.replace(delta, tensors=(*delta.tensors, delta.tensors[-1]))
+    short = dataclasses.replace(delta, tensors=delta.tensors[:-1])
+
+    assert announcement(repeated, assignment=task) == "malformed"
+    assert announcement(short, assignment=task) == "not_assigned"
+    assert announcement(delta, assignment=task, accepted_sha256="0" * 64) == "conflict"
+
+
+def test_the_slices_of_another_width_under_the_assigned_one_do_not_fit():
+    delta, payload = update(format="fp32", density=1.0, width=0.5)
+    task = assignment(width=0.125, delta_format="fp32", delta_density=1.0)
+
+    assert announcement(dataclasses.replace(delta, width=0.125), assignment=task) == "shape_mismatch"
+    columns = update(format="fp32", density=1.0, width=0.5, payload_bytes=len(payload) - 4)[0]
+    task = assignment(width=0.5, delta_format="fp32", delta_density=1.0)
+    assert announcement(columns, assignment=task) == "length_mismatch"
+
+
+@pytest.mark.parametrize(("value", "code"), [(0.99 * LIMIT, None), (1.02 * LIMIT, "over_norm")])
+@pytest.mark.parametrize("format", ["int8", "fp32"])
+def test_the_norm_limit_of_a_slice_is_that_of_the_whole_block(value, code, format):
+    deltas = random_deltas((0, 2), width=0.125)
+    deltas[2]["mlp.down_proj.weight"][-1, -1] = value
+    density = 1.0
+    delta, payload = update(deltas=deltas, format=format, density=density, width=0.125)
+    task = assignment(width=0.125, delta_format=format, delta_density=density)
+
+    assert announcement(delta, assignment=task) is None
+    assert payload_check(delta, payload, task) == code
