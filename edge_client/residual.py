@@ -4,16 +4,17 @@ A finished update stages what its encoding left out under its attempt id; the ag
 it. A commit is one rename, so a kill leaves the residual of the last *acknowledged* update or of the one before.
 The folder belongs to one run; a file made under another plan (another base or other blocks) is dropped when it is seen.
 
-Files: ``staged-<attempt>.safetensors`` and ``<sequence>-<attempt>.safetensors``, tensors named ``<block>/<tensor>`` in
-full-block coordinates, with the plan's digest and the round in the metadata. A block's residual is the one in the
-committed file with the highest sequence number that holds it.
+Files: ``staged-<attempt>.safetensors`` and ``<sequence>-<attempt>.safetensors``, tensors named ``<block>/<tensor>``,
+with the plan's digest, the round and the width in the metadata. A file holds the slice that its update trained, which
+is always the first rows and columns: a block's residual is that of the committed files that hold it, laid over each
+other in ascending sequence. So an update of a slim block replaces its slice and leaves the rest as old as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -21,15 +22,15 @@ from typing import Final
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from fedblocks.edge_client.store import LazyState, lazy_state, write_tensors
+from fedblocks.edge_client.store import LazyState, LazyTensors, lazy_state, write_tensors
 from fedblocks.protocol.durable import sync_folder
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId
-from fedblocks.protocol.tensors import FloatArray
+from fedblocks.protocol.tensors import FloatArray, cut, pad
 
 logger = logging.getLogger(__name__)
 
-#: Per round in which a block was not part of an accepted update: the model has moved on since.
+#: Per round in which a value was not part of an accepted update: the model has moved on since.
 DECAY: Final = 0.9
 #: After so many such rounds nothing is left of it.
 MAX_UNSENT_ROUNDS: Final = 10
@@ -42,7 +43,13 @@ class _Entry:
     path: Path
     plan_digest: str
     round: int
+    width: float
     blocks: frozenset[int]
+
+    def factor(self, round: int) -> float:
+        """What is left of it when training for ``round``: 0.9^k, k rounds after the next one, and nothing at k = 10."""
+        unsent = max(0, round - self.round - 1)
+        return DECAY**unsent if unsent < MAX_UNSENT_ROUNDS else 0.0
 
 
 class ResidualStore:
@@ -56,6 +63,7 @@ class ResidualStore:
     def __init__(self, folder: Path, *, plan: ExpansionPlan) -> None:
         self._folder = folder
         self._plan_digest = plan.digest()
+        self._sizes = {spec.name: spec.shape for spec in plan.shape.block_tensors()}
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.tmp"):  # a kill while staging
             path.unlink()
@@ -64,21 +72,39 @@ class ResidualStore:
         self._drop_superseded()
 
     def load(self, blocks: Iterable[int], *, round: int) -> LazyState:
-        """What is owed on ``blocks`` when training for ``round``; blocks that owe nothing are absent.
+        """What is owed on ``blocks`` when training for ``round``, whole; blocks that owe nothing are absent.
 
-        A block whose last accepted update lies k rounds before the previous one is decayed by 0.9^k, and dropped at
+        A value whose last accepted update lies k rounds before the previous one is decayed by 0.9^k, and dropped at
         k = 10. The files keep their values; a tensor is read when it is asked for.
         """
         owed: LazyState = {}
         entries = self._committed()
         for block in blocks:
-            entry = next((e for e in reversed(entries) if block in e.blocks), None)
-            if entry is None:
-                continue
-            unsent = max(0, round - entry.round - 1)
-            if unsent < MAX_UNSENT_ROUNDS:
-                owed[block] = lazy_state(entry.path, DECAY**unsent)[block]
+            layers: list[_Entry] = []
+            for entry in reversed(entries):
+                if block in entry.blocks and (not layers or entry.width > layers[-1].width):
+                    layers.append(entry)
+            if any(entry.factor(round) for entry in layers):
+                owed[block] = self._laid_over([lazy_state(e.path, e.factor(round))[block] for e in reversed(layers)])
         return owed
+
+    def _laid_over(self, layers: Sequence[LazyTensors]) -> LazyTensors:
+        """Whole tensors from slices, each layer over those before it."""
+
+        def read(name: str) -> FloatArray:
+            whole: FloatArray | None = None
+            for layer in layers:
+                if name not in layer:
+                    continue
+                values = layer[name]
+                if whole is None:
+                    whole = pad(values, self._sizes[name])
+                else:
+                    cut(whole, values.shape)[...] = values
+            assert whole is not None
+            return whole
+
+        return LazyTensors(sorted({name for layer in layers for name in layer}), read)
 
     def stage(
         self,
@@ -86,10 +112,14 @@ class ResidualStore:
         residuals: Mapping[int, Mapping[str, FloatArray]],
         *,
         round: int,
+        width: float = 1.0,
     ) -> None:
         """Keep ``residuals`` until the update's fate is known; what was staged for another attempt is discarded.
 
         No residuals at all (format bf16 or fp32) means that a commit drops everything: those formats owe nothing.
+
+        Args:
+            width: share of each block that the update trained, and whose shapes ``residuals`` have.
         """
         tensors = {
             f"{block}/{name}": np.ascontiguousarray(values, dtype=np.float32)
@@ -100,10 +130,10 @@ class ResidualStore:
         for other in self._folder.glob("staged-*.safetensors"):
             if other != staged:
                 other.unlink()
-        write_tensors(staged, tensors, {"plan": self._plan_digest, "round": str(round)})
+        write_tensors(staged, tensors, {"plan": self._plan_digest, "round": str(round), "width": str(width)})
 
     def commit(self, attempt_id: AttemptId) -> None:
-        """The update was accepted (also late): its residual replaces what its blocks owed.
+        """The update was accepted (also late): its residual replaces what its slices of its blocks owed.
 
         Does nothing if nothing is staged for it, as after a kill between a commit and the deletion of the update.
         """
@@ -134,7 +164,13 @@ class ResidualStore:
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata()
                 blocks = frozenset(int(key.split("/")[0]) for key in file.keys())  # noqa: SIM118  (no mapping)
-            entry = _Entry(path=path, plan_digest=metadata["plan"], round=int(metadata["round"]), blocks=blocks)
+            entry = _Entry(
+                path=path,
+                plan_digest=metadata["plan"],
+                round=int(metadata["round"]),
+                width=float(metadata.get("width", "1.0")),  # files of older versions hold whole blocks
+                blocks=blocks,
+            )
         except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
             logger.warning("dropped the residual file %s: %s", path.name, error)
             path.unlink(missing_ok=True)
@@ -145,16 +181,16 @@ class ResidualStore:
         return entry
 
     def _drop_superseded(self) -> None:
-        newer: frozenset[int] = frozenset()
+        widest: dict[int, float] = {}  # block -> the largest width in a newer file
         entries = self._committed()
         for position, entry in reversed(list(enumerate(entries))):
             if not entry.blocks:  # a dense update: nothing older is owed
                 for old in entries[: position + 1]:
                     old.path.unlink()
                 return
-            if entry.blocks <= newer:
+            if all(widest.get(block, 0.0) >= entry.width for block in entry.blocks):
                 entry.path.unlink()
-            newer |= entry.blocks
+            widest |= {block: max(entry.width, widest.get(block, 0.0)) for block in entry.blocks}
 
 
 def _file_id(attempt_id: AttemptId) -> str:

@@ -179,9 +179,10 @@ def _publish(
     for block in blocks:
         trained = shape.block_tensors(widths.get(block, 1.0))
         for spec, part in zip(shape.block_tensors(), trained, strict=True):
-            owed, waits = _tensor(residual, block, spec), None
+            owed = _tensor(residual, block, spec)
+            waits: FloatArray | None = None
             if part.shape != spec.shape:
-                waits = owed.copy()
+                waits = np.array(owed)
                 cut(waits, part.shape)[...] = 0
                 owed = pad(cut(owed, part.shape), spec.shape)
             encoded = encode_tensor(_tensor(aggregate, block, spec), owed, format=format, density=density)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from fedblocks.edge_client.residual import ResidualStore
+from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.expansion import plan_expansion
-from fedblocks.protocol.tensors import decode_tensor, delta_layout, encode_delta
+from fedblocks.protocol.tensors import cut, decode_tensor, delta_layout, encode_delta
 
 
 def plan_of(base_hash="0" * 64, num_blocks=3):
@@ -31,6 +32,23 @@ def open_store(folder, plan=None):
 
 def owed(blocks, value):
     return {b: {"mlp.up_proj.weight": np.full((12, 8), value, np.float32)} for b in blocks}
+
+
+def owed_slices(blocks, value, width):
+    specs = plan_of().shape.block_tensors(width)
+    return {b: {spec.name: np.full(spec.shape, value, np.float32) for spec in specs} for b in blocks}
+
+
+def accept_slices(store, attempt, blocks, value, width, *, round):
+    store.stage(attempt, owed_slices(blocks, value, width), round=round, width=width)
+    store.commit(attempt)
+
+
+def of_width(tensors, width):
+    """Value in the part of up_proj that this width has and the next smaller one has not; rows 0-2, 3-5 and 6-11."""
+    rows = {0.25: slice(0, 3), 0.5: slice(3, 6), 1.0: slice(6, 12)}[width]
+    (found,) = np.unique(tensors["mlp.up_proj.weight"][rows])
+    return pytest.approx(float(found))
 
 
 def values(state):
@@ -213,3 +231,96 @@ def test_over_many_rounds_what_was_accepted_and_what_is_owed_add_up_to_all_chang
 
     for name, rest in store.load((0,), round=15)[0].items():
         np.testing.assert_allclose(accepted[name] + rest, total[name], atol=1e-5)
+
+
+def test_an_update_of_slim_blocks_replaces_its_slice_and_leaves_the_rest(tmp_path, store):
+    accept_slices(store, "a", (0, 1), 1.0, 1.0, round=0)
+    accept_slices(store, "b", (0,), 2.0, 0.5, round=0)
+    accept_slices(store, "c", (0,), 3.0, 0.25, round=0)
+
+    for opened in (store, open_store(tmp_path)):
+        found = opened.load((0, 1), round=1)
+        assert [of_width(found[0], w) for w in (0.25, 0.5, 1.0)] == [3.0, 2.0, 1.0]
+        assert [of_width(found[1], w) for w in (0.25, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+        for spec in plan_of().shape.block_tensors():
+            assert found[0][spec.name].shape == spec.shape
+
+
+def test_the_rest_of_a_slim_block_decays_by_its_own_rounds_and_drops_at_the_tenth(store):
+    accept_slices(store, "a", (0,), 1.0, 1.0, round=0)
+    accept_slices(store, "b", (0,), 1.0, 0.25, round=4)
+
+    assert [of_width(store.load((0,), round=5)[0], w) for w in (0.25, 0.5, 1.0)] == [1.0, 0.9**4, 0.9**4]
+    assert [of_width(store.load((0,), round=7)[0], w) for w in (0.25, 1.0)] == [0.9**2, 0.9**6]
+    assert [of_width(store.load((0,), round=11)[0], w) for w in (0.25, 1.0)] == [0.9**6, 0.0]
+    assert store.load((0,), round=15) == {}
+
+
+def test_a_slice_that_no_wider_update_came_before_owes_nothing_beyond_itself(store):
+    accept_slices(store, "a", (0,), 1.0, 0.25, round=0)
+
+    assert [of_width(store.load((0,), round=1)[0], w) for w in (0.25, 0.5, 1.0)] == [1.0, 0.0, 0.0]
+
+
+def test_a_refused_update_of_slim_blocks_leaves_what_was_owed(store):
+    accept_slices(store, "a", (0,), 1.0, 1.0, round=0)
+    store.stage("b", owed_slices((0,), 9.0, 0.25), round=0, width=0.25)
+    store.discard("b")
+
+    assert [of_width(store.load((0,), round=1)[0], w) for w in (0.25, 1.0)] == [1.0, 1.0]
+
+
+def test_a_wider_update_deletes_the_files_of_the_slices_in_it_and_a_slimmer_one_does_not(tmp_path, store):
+    def files():
+        return len(list((tmp_path / "residual").iterdir()))
+
+    accept_slices(store, "a", (0,), 1.0, 1.0, round=0)
+    accept_slices(store, "b", (0,), 2.0, 0.25, round=1)
+    accept_slices(store, "c", (0,), 3.0, 0.25, round=2)
+    assert files() == 2
+    accept_slices(store, "d", (0,), 4.0, 0.5, round=3)
+    assert files() == 2
+    accept_slices(store, "e", (0,), 5.0, 1.0, round=4)
+    assert files() == 1
+    assert [of_width(store.load((0,), round=5)[0], w) for w in (0.25, 1.0)] == [5.0, 5.0]
+
+
+def test_a_file_of_an_older_version_holds_whole_blocks(store, monkeypatch):
+    import fedblocks.edge_client.residual as module
+
+    write = module.write_tensors
+    monkeypatch.setattr(
+        module, "write_tensors", lambda p, t, meta: write(p, t, {k: v for k, v in meta.items() if k != "width"})
+    )
+    accept(store, "a", (0,), 1.0, round=0)
+
+    assert values(store.load((0,), round=1)) == {0: 1.0}
+
+
+def test_over_rounds_of_all_widths_what_was_accepted_and_what_is_owed_add_up_to_all_changes(tmp_path):
+    """D2 with the width drawn anew each round; all in one round, so that nothing decays."""
+    shape, store = plan_of().shape, open_store(tmp_path)
+    rng = np.random.default_rng(0)
+    sums = {kind: {s.name: np.zeros(s.shape) for s in shape.block_tensors()} for kind in ("changed", "accepted")}
+    for number in range(24):
+        width = WIDTHS[rng.integers(len(WIDTHS))]
+        change = {0: {s.name: rng.standard_normal(s.shape).astype(np.float32) for s in shape.block_tensors(width)}}
+        encoded = encode_delta(
+            shape, (0,), change, store.load((0,), round=1), format="int8", density=0.25, cap=1e9, width=width
+        )
+        store.stage(f"a{number}", encoded.residuals, round=0, width=width)
+        if number % 5 == 3:  # refused: as if it had not happened
+            store.discard(f"a{number}")
+            continue
+        store.commit(f"a{number}")
+        payload = memoryview(b"".join(encoded.parts))
+        layout = delta_layout(encoded.headers, shape=shape, blocks=(0,), format="int8", density=0.25, width=width)
+        for slot in layout.slots:
+            name, size = slot.spec.name, slot.spec.shape
+            xhat = decode_tensor(slot.spec, slot.rows_sent, slot.of(payload), format="int8", density=0.25)
+            cut(sums["accepted"][name], size)[...] += xhat.reshape(size)
+            cut(sums["changed"][name], size)[...] += change[0][name]
+
+    found = store.load((0,), round=1)[0]
+    for name, total in sums["changed"].items():
+        np.testing.assert_allclose(sums["accepted"][name] + found[name], total, atol=1e-5)
