@@ -5,17 +5,21 @@ one :class:`Choice` per client out, with its prediction, its limits and what was
 
 Clients are served weakest first. For each one the search enumerates the lowest block ``a`` and adds the blocks above
 it in the order of their value: for a fixed ``a`` every further block costs the same, so taking the most valuable first
-is optimal and the enumeration is exact (docs/methods.md 6.4, full width).
+is optimal and the enumeration is exact (docs/methods.md 6.4). So it does for each width of block that the run allows: a
+slim block costs less memory, time and bytes, and trains only its first heads and neurons (methods.md 3).
 Along such a branch time and memory only grow, so that its last set that fits is found by bisection.
 Planned coverage is booked at once, so that stronger clients fill the gaps that weaker ones leave.
 Each option is predicted in the best mode that fits (``profiles/cost.py``): smaller passes, recomputed activations,
 frozen layers decoded at each use and 8-bit moments save memory and leave the weights exact.
-What is given up when nothing of that helps: blocks, then steps (halved down to four), then training itself (evaluate,
-else rest).
+What is given up when nothing of that helps: blocks and width, then steps (halved down to four), then training itself
+(evaluate, else rest).
+
+That is the policy ``fitted``; the others (``run_config.Policy``) exist to be compared with it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,8 +39,9 @@ from fedblocks.profiles.cost import (
     upload_bytes,
 )
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol.messages import ClientKey, DataStatistics, DeltaFormat
+from fedblocks.protocol.run_config import Policy
 
 _T = TypeVar("_T")
 Role = Literal["train", "evaluate", "rest"]
@@ -57,6 +62,10 @@ DEADLINE_QUANTILE: Final = 0.8
 #: Rounds between two computations of the deadline, and the largest change at once (methods.md 6.5).
 DEADLINE_EVERY_ROUNDS: Final = 5
 DEADLINE_MAX_CHANGE: Final = 0.2
+#: A device whose speed was last measured longer ago is given nothing to train (methods.md 6.7).
+MAX_SPEED_AGE_S: Final = 7 * 86400.0
+#: Coverage of a block that nobody has trained.
+UNSEEN: Final = (0.0,) * len(WIDTHS)
 #: Mode searches that are kept during a plan: devices with the same rates and the same work share one.
 KEPT_SEARCHES: Final = 256
 
@@ -84,6 +93,11 @@ class AllocationSettings:
     """beta of methods.md 6.3."""
     rarity_weight: float = 0.0
     """gamma of methods.md 6.3; 0: topic histograms are not looked at."""
+    widths: tuple[float, ...] = (1.0,)
+    """Widths of block that may be assigned, ascending (``model_shape.WIDTHS``)."""
+    policy: Policy = "fitted"
+    seed: int = 0
+    """Of the policy ``random``."""
     optimizers: tuple[OptimizerMode, ...] = ("fp32", "split", "split_8bit")
     """How trained values and their moments may be stored; without ``split_8bit`` all moments are exact too."""
 
@@ -97,6 +111,9 @@ class AllocationSettings:
         for name in ("debt_weight", "rarity_weight"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"allocation: {name} is {getattr(self, name)}, expected 0 or more")
+        if not self.widths or list(self.widths) != sorted(set(self.widths)) or not set(self.widths) <= set(WIDTHS):
+            known = ", ".join(map(str, WIDTHS))
+            raise ValueError(f"allocation: widths are {self.widths}, expected some of {known}, ascending")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,59 +137,77 @@ class AllocationClient:
     cached_anchor_sequences: int = 0
     wants_evaluate_general: bool = False
     """The site measures the general validation file."""
+    speed_age_s: float = 0.0
+    """Seconds since its device was last measured, by the probe or by a task."""
+
+
+Segments = tuple[float, ...]
+"""A number for each segment of a block, the narrowest width's first (``model_shape.WIDTHS``): what a width trains
+beyond the next narrower one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """How much each block has been trained so far, and on what; older rounds count less."""
+    """How much each part of each block has been trained so far, and on what; older rounds count less."""
 
-    seen: Mapping[int, float]
-    """Block id -> sum of accepted n_k."""
+    seen: Mapping[int, Segments]
+    """Block id -> sum of accepted n_k, of each segment."""
     topics: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
     """Block id -> sum of the accepted clients' topic histograms; absent where nobody shared one."""
 
     @classmethod
     def of(cls, blocks: Iterable[int]) -> Coverage:
         """Nothing covered yet."""
-        return cls(seen=dict.fromkeys(blocks, 0.0))
+        return cls(seen=dict.fromkeys(blocks, UNSEEN))
 
-    def debt(self, block: int) -> float:
-        """``1 - seen / largest seen``, 1 where nothing has been covered at all: in [0, 1]."""
-        most = max(self.seen.values(), default=0.0)
-        return 1.0 - self.seen.get(block, 0.0) / most if most > 0 else 1.0
+    def debts(self, block: int) -> Segments:
+        """``1 - seen / largest seen`` of each segment, 1 where nothing has been covered at all: in [0, 1]."""
+        most = max((max(segments) for segments in self.seen.values()), default=0.0)
+        if most <= 0:
+            return (1.0,) * len(WIDTHS)
+        return tuple(1.0 - weight / most for weight in self.seen.get(block, UNSEEN))
 
     def rarity(self, block: int, topics: tuple[int, ...]) -> float:
         """How unlike what the block has seen these topics are, in [0, 1]; 0 where either is unknown."""
         return topic_divergence(topics, self.topics.get(block, ()))
 
-    def adding(self, blocks: Iterable[int], num_examples: int, topics: tuple[int, ...] = ()) -> Coverage:
-        """With one more client's examples, and the topics among them, on these blocks."""
+    def adding(
+        self, blocks: Iterable[int], num_examples: int, topics: tuple[int, ...] = (), width: float = 1.0
+    ) -> Coverage:
+        """With one more client's examples, and the topics among them, on these blocks up to this width."""
         seen, seen_topics = dict(self.seen), dict(self.topics)
+        trained = tuple(num_examples if segment <= width else 0.0 for segment in WIDTHS)
         for block in blocks:
-            seen[block] = seen.get(block, 0.0) + num_examples
+            seen[block] = _sum_of(seen.get(block, UNSEEN), trained)
             if topics:
                 seen_topics[block] = _sum_of(seen_topics.get(block, ()), topics)
         return Coverage(seen=seen, topics=seen_topics)
 
-    def after_round(
-        self, accepted: Iterable[tuple[Iterable[int], int] | tuple[Iterable[int], int, tuple[int, ...]]]
-    ) -> Coverage:
-        """After a closed round: what there was decays, the accepted (blocks, n_k, topics) are added, in any order."""
+    def after_round(self, accepted: Iterable[Trained]) -> Coverage:
+        """After a closed round: what there was decays, what was accepted is added, in any order."""
         total = Coverage(seen={})
-        for blocks, num_examples, *topics in accepted:
-            total = total.adding(blocks, num_examples, *topics)
+        for update in accepted:
+            total = total.adding(update.blocks, update.num_examples, update.topics, update.width)
         return Coverage(
             seen={
-                block: COVERAGE_DECAY * self.seen.get(block, 0.0) + total.seen.get(block, 0.0)
+                block: _sum_of(_decayed(self.seen.get(block, UNSEEN)), total.seen.get(block, UNSEEN))
                 for block in sorted({*self.seen, *total.seen})
             },
             topics={
-                block: _sum_of(
-                    tuple(COVERAGE_DECAY * count for count in self.topics.get(block, ())), total.topics.get(block, ())
-                )
+                block: _sum_of(_decayed(self.topics.get(block, ())), total.topics.get(block, ()))
                 for block in sorted({*self.topics, *total.topics})
             },
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """What an accepted update adds to the coverage."""
+
+    blocks: tuple[int, ...]
+    num_examples: int
+    topics: tuple[int, ...] = ()
+    width: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +258,7 @@ class Refused:
     """An option that does not fit."""
 
     blocks: tuple[int, ...]
+    width: float
     steps: int
     reason: Limit
     excess: float
@@ -234,6 +270,7 @@ class RunnerUp:
     """The most wanted option that was not taken."""
 
     blocks: tuple[int, ...]
+    width: float
     steps: int
     mode: ExecutionMode
     """The best for these blocks if there were no limit."""
@@ -253,6 +290,8 @@ class Choice:
     role: Role
     blocks: tuple[int, ...]
     """Ascending ids; empty unless the role is train."""
+    width: float
+    """Share of each of them that trains."""
     steps: int
     batch_size: int
     predicted: Prediction | None
@@ -319,18 +358,22 @@ def plan_round(
     if not clients or len({client.key for client in clients}) != len(clients):
         raise ValueError(f"plan of round {round}: {len(clients)} clients, expected at least one and each key only once")
     problem = _Problem(layout=layout, shape=shape, settings=settings, round=round)
-    slowness = {
-        client.key: problem.seconds_of_top_block(client) for client in clients if client.statistics.num_examples > 0
-    }
+    slowness = {client.key: problem.seconds_of_top_block(client) for client in clients if _is_assignable(client)}
     deadline = next_deadline(deadline, settings=settings, seconds=tuple(slowness.values()), round=round)
     gains = relative_gains(clients, layout.blocks)
     planned = coverage
     choices: dict[ClientKey, Choice] = {}
+    everybody = (
+        _Part(blocks=tuple(sorted(layout.blocks)), steps=settings.steps) if settings.policy == "uniform" else None
+    )
     for client in sorted(clients, key=lambda c: (-slowness.get(c.key, math.inf), c.key)):
-        choice = problem.choose(client, deadline.seconds, planned, gains[client.key])
+        choice = problem.choose(client, deadline.seconds, planned, gains[client.key], everybody)
         choices[client.key] = choice
         if choice.role == "train":
-            planned = planned.adding(choice.blocks, client.statistics.num_examples, client.statistics.topics)
+            data = client.statistics
+            planned = planned.adding(choice.blocks, data.num_examples, data.topics, choice.width)
+            if settings.policy == "weakest" and everybody is None:
+                everybody = _Part(blocks=choice.blocks, width=choice.width, steps=choice.steps)
     ordered = tuple(choices[key] for key in sorted(choices))
     return RoundPlan(
         round=round,
@@ -357,6 +400,10 @@ def topic_divergence(first: Sequence[float], second: Sequence[float]) -> float:
     return min(1.0, max(0.0, math.fsum(terms)))
 
 
+def _decayed(numbers: Sequence[float]) -> tuple[float, ...]:
+    return tuple(COVERAGE_DECAY * number for number in numbers)
+
+
 def _sum_of(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
     return tuple(a + b for a, b in zip_longest(first, second, fillvalue=0.0))
 
@@ -369,7 +416,7 @@ def objective(
     settings: AllocationSettings,
     coverage: Coverage,
 ) -> float:
-    """J of methods.md 6.4, what the sequential rule approximates: the higher, the better the plan.
+    """J of methods.md 6.4 for whole blocks, what the sequential rule approximates: the higher, the better the plan.
 
     Gains and rarities of what each client trains, and beta·N times the debts (of the round's start) of the blocks that
     are trained, each counted in full once a mean client's examples have gone into it.
@@ -390,7 +437,7 @@ def objective(
             trained[block] += examples[client.key]
             own.append(gains[client.key][block] + _rarity(settings, coverage, client, block))
     covered = math.fsum(
-        coverage.debt(block) * min(1.0, trained[block] / mean_examples) for block in blocks if trained[block] > 0
+        coverage.debts(block)[-1] * min(1.0, trained[block] / mean_examples) for block in blocks if trained[block] > 0
     )
     return math.fsum(own) + settings.debt_weight * len(clients) * covered
 
@@ -403,6 +450,7 @@ def feasible_sets(
     settings: AllocationSettings,
     deadline_s: float,
     steps: int,
+    width: float = 1.0,
 ) -> tuple[tuple[int, ...], ...]:
     """Every set of blocks that the client can train within its limits, by the planner's own predictions.
 
@@ -412,7 +460,11 @@ def feasible_sets(
     candidate = _Candidate(problem, client, steps, problem.limits(client, deadline_s))
     sizes = range(1, len(layout.blocks) + 1)
     every = (chosen for size in sizes for chosen in combinations(sorted(layout.blocks), size))
-    return tuple(chosen for chosen in every if candidate.best_mode(chosen) is not None)
+    return tuple(chosen for chosen in every if candidate.best_mode(chosen, width) is not None)
+
+
+def _is_assignable(client: AllocationClient) -> bool:
+    return client.statistics.num_examples > 0 and client.speed_age_s <= MAX_SPEED_AGE_S
 
 
 def _rarity(settings: AllocationSettings, coverage: Coverage, client: AllocationClient, block: int) -> float:
@@ -474,9 +526,19 @@ def relative_gains(clients: Sequence[AllocationClient], blocks: Sequence[int]) -
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What the comparison policies hand out."""
+
+    blocks: tuple[int, ...]
+    width: float = 1.0
+    steps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _Option:
     blocks: tuple[int, ...]
     """Ascending ids."""
+    width: float
     steps: int
     value: float
     upload_bytes: int
@@ -484,9 +546,41 @@ class _Option:
     """Position of the lowest block."""
 
     @property
-    def rank(self) -> tuple[float, int, int]:
-        """Larger is better: value, fewer bytes up, the higher lowest block."""
-        return (self.value, -self.upload_bytes, self.low)
+    def rank(self) -> tuple[float, int, int, float]:
+        """Larger is better: value, fewer bytes up, the higher lowest block, the narrower slice."""
+        return (self.value, -self.upload_bytes, self.low, -self.width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Worth:
+    """v of methods.md 6.3 for one client, and the terms that it is the sum of."""
+
+    gains: Mapping[int, float]
+    debts: Mapping[int, Segments]
+    """Weighed."""
+    rarities: Mapping[int, float]
+    """Weighed."""
+    shares: Segments
+    """size(i): the share of a block's parameters in each segment."""
+
+    def of_block(self, block: int, width: float) -> float:
+        """v[k, m, w]."""
+        return math.fsum(
+            share * (self.gains[block] + debt + self.rarities[block])
+            for share, debt, segment in zip(self.shares, self.debts[block], WIDTHS, strict=True)
+            if segment <= width
+        )
+
+    def parts(self, blocks: Iterable[int], width: float) -> ValueParts:
+        """The value of these blocks by where it comes from."""
+        chosen = tuple(blocks)
+        trained = [(i, share) for i, share in enumerate(self.shares) if WIDTHS[i] <= width]
+        share = math.fsum(share for _, share in trained)
+        return ValueParts(
+            gain=share * math.fsum(self.gains[block] for block in chosen),
+            debt=math.fsum(part * self.debts[block][i] for block in chosen for i, part in trained),
+            rarity=share * math.fsum(self.rarities[block] for block in chosen),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -540,10 +634,12 @@ class _Problem:
         )
 
     def seconds_of_top_block(self, client: AllocationClient) -> float:
-        """Predicted time of the cheapest block at full steps, in the best mode that fits, else in the best of all."""
+        """Predicted time of the cheapest option at full steps, in the best mode that fits, else in the best of all."""
         candidate = _Candidate(self, client, self.settings.steps, self.limits(client, math.inf))
         blocks = (self.layout.top_block,)
-        return candidate.prediction(blocks, candidate.best_mode(blocks) or candidate.free_mode(blocks)).seconds
+        width = self.settings.widths[0]
+        mode = candidate.best_mode(blocks, width) or candidate.free_mode(blocks, width)
+        return candidate.prediction(blocks, mode, width).seconds
 
     def limits(self, client: AllocationClient, deadline_s: float) -> Limits:
         """What the client's predictions are held against."""
@@ -571,9 +667,10 @@ class _Problem:
             mode=ExecutionMode(),
         )
 
-    def upload_bytes(self, num_blocks: int) -> int:
+    def upload_bytes(self, num_blocks: int, width: float) -> int:
         """Largest payload of an update."""
-        return upload_bytes(self.shape, num_blocks, self.settings.delta_format, self.settings.delta_density)
+        settings = self.settings
+        return upload_bytes(self.shape, num_blocks, settings.delta_format, settings.delta_density, width)
 
     def download_bytes(self, client: AllocationClient) -> int:
         """Largest payload of catching up."""
@@ -586,50 +683,93 @@ class _Problem:
         )
 
     def choose(
-        self, client: AllocationClient, deadline_s: float, coverage: Coverage, gains: Mapping[int, float]
+        self,
+        client: AllocationClient,
+        deadline_s: float,
+        coverage: Coverage,
+        gains: Mapping[int, float],
+        everybody: _Part | None = None,
     ) -> Choice:
-        """The best option that fits; the exact search of methods.md 6.4 at full width."""
+        """The best option that fits; the exact search of methods.md 6.4.
+
+        Args:
+            everybody: what all clients are given, by the policies ``uniform`` and ``weakest``.
+        """
         limits = self.limits(client, deadline_s)
-        debts = {block: self.settings.debt_weight * coverage.debt(block) for block in self.layout.blocks}
-        rarities = {block: _rarity(self.settings, coverage, client, block) for block in self.layout.blocks}
-        worth = {block: gains[block] + debts[block] + rarities[block] for block in self.layout.blocks}
+        if not _is_assignable(client):
+            return self._not_training(client, limits, ())
+        worth = self._worth(client, coverage, gains)
+        if everybody is not None:
+            return self._given(client, limits, worth, everybody)
         refused: list[Refused] = []
         steps = self.settings.steps
-        while client.statistics.num_examples > 0:
+        while True:
             candidate = _Candidate(self, client, steps, limits)
             fitting = self._fitting(candidate, worth, refused)
             if fitting:
-                best = _best(fitting, candidate)
-                parts = ValueParts(
-                    gain=math.fsum(gains[block] for block in best.blocks),
-                    debt=math.fsum(debts[block] for block in best.blocks),
-                    rarity=math.fsum(rarities[block] for block in best.blocks),
-                )
-                return self._training(candidate, best, fitting, worth, parts, tuple(refused))
+                best = self._drawn(client, fitting) if self.settings.policy == "random" else _best(fitting, candidate)
+                return self._training(candidate, best, fitting, worth, tuple(refused))
             if steps // 2 < MIN_STEPS or not _deadline_is_in_the_way(refused, steps):
                 break
             steps //= 2
         return self._not_training(client, limits, tuple(refused))
 
-    def _fitting(self, candidate: _Candidate, worth: Mapping[int, float], refused: list[Refused]) -> list[_Option]:
+    def _worth(self, client: AllocationClient, coverage: Coverage, gains: Mapping[int, float]) -> _Worth:
+        beta = self.settings.debt_weight
+        sizes = [self.shape.slice_parameters(width) for width in WIDTHS]
+        return _Worth(
+            gains=gains,
+            debts={block: tuple(beta * debt for debt in coverage.debts(block)) for block in self.layout.blocks},
+            rarities={block: _rarity(self.settings, coverage, client, block) for block in self.layout.blocks},
+            shares=tuple((size - less) / sizes[-1] for size, less in zip(sizes, [0, *sizes], strict=False)),
+        )
+
+    def _given(self, client: AllocationClient, limits: Limits, worth: _Worth, part: _Part) -> Choice:
+        """What everybody is given, to a client that can hold it; only ``uniform`` does not ask how long it takes."""
+        late = self.settings.policy == "uniform"
+        asked = replace(limits, deadline_s=math.inf) if late else limits
+        candidate = _Candidate(self, client, part.steps, asked)
+        if candidate.best_mode(part.blocks, part.width) is None:
+            return self._not_training(client, limits, (candidate.refusal(part.blocks, part.width),))
+        option = self._option(part.blocks, part.width, part.steps, worth)
+        return replace(self._training(candidate, option, [option], worth, ()), limits=limits)
+
+    def _drawn(self, client: AllocationClient, fitting: Sequence[_Option]) -> _Option:
+        digest = hashlib.sha256(f"{self.settings.seed}/{self.round}/{client.key}".encode()).digest()
+        return fitting[int.from_bytes(digest[:8], "big") % len(fitting)]
+
+    def _option(self, blocks: tuple[int, ...], width: float, steps: int, worth: _Worth) -> _Option:
+        return _Option(
+            blocks=blocks,
+            width=width,
+            steps=steps,
+            value=math.fsum(worth.of_block(block, width) for block in blocks),
+            upload_bytes=self.upload_bytes(len(blocks), width),
+            low=min(self.layout.positions[block] for block in blocks),
+        )
+
+    def _fitting(self, candidate: _Candidate, worth: _Worth, refused: list[Refused]) -> list[_Option]:
         """Every option of the enumeration that fits; what ends a branch is noted in ``refused``."""
         found: list[_Option] = []
-        fitting = len(self.layout.blocks)
-        for branch in self._branches(worth):
-            # A neighbouring branch usually ends at the same size; every miss costs a look at all modes.
-            fitting = _count_while(branch, lambda blocks: candidate.best_mode(blocks) is not None, fitting)
-            if fitting < len(branch):
-                refused.append(candidate.refusal(branch[fitting]))
-            found += [
-                _Option(
-                    blocks=blocks,
-                    steps=candidate.steps,
-                    value=math.fsum(worth[block] for block in blocks),
-                    upload_bytes=self.upload_bytes(len(blocks)),
-                    low=min(self.layout.positions[block] for block in blocks),
-                )
-                for blocks in branch[:fitting]
-            ]
+        for width in self.settings.widths:
+            of_block = {block: worth.of_block(block, width) for block in self.layout.blocks}
+            fitting = len(self.layout.blocks)
+            for branch in self._branches(of_block):
+                # A neighbouring branch usually ends at the same size; every miss costs a look at all modes.
+                fitting = _count_while(branch, lambda b, w=width: candidate.best_mode(b, w) is not None, fitting)
+                if fitting < len(branch):
+                    refused.append(candidate.refusal(branch[fitting], width))
+                found += [
+                    _Option(
+                        blocks=blocks,
+                        width=width,
+                        steps=candidate.steps,
+                        value=math.fsum(of_block[block] for block in blocks),
+                        upload_bytes=self.upload_bytes(len(blocks), width),
+                        low=min(self.layout.positions[block] for block in blocks),
+                    )
+                    for blocks in branch[:fitting]
+                ]
         return found
 
     def _branches(self, worth: Mapping[int, float]) -> Iterator[list[tuple[int, ...]]]:
@@ -652,12 +792,11 @@ class _Problem:
         candidate: _Candidate,
         best: _Option,
         fitting: Sequence[_Option],
-        worth: Mapping[int, float],
-        parts: ValueParts,
+        worth: _Worth,
         refused: tuple[Refused, ...],
     ) -> Choice:
         client = candidate.client
-        mode = candidate.best_mode(best.blocks)
+        mode = candidate.best_mode(best.blocks, best.width)
         assert mode is not None
         runner_up = self._runner_up(candidate, best, mode, fitting, worth, refused)
         return Choice(
@@ -666,12 +805,13 @@ class _Problem:
             round=self.round,
             role="train",
             blocks=best.blocks,
+            width=best.width,
             steps=best.steps,
             batch_size=self.settings.batch_size,
-            predicted=candidate.prediction(best.blocks, mode),
+            predicted=candidate.prediction(best.blocks, mode, best.width),
             limits=candidate.limits,
             value=best.value,
-            parts=parts,
+            parts=worth.parts(best.blocks, best.width),
             binding=runner_up.limit if runner_up is not None else "none",
             runner_up=runner_up,
             refused=refused,
@@ -681,11 +821,17 @@ class _Problem:
     def _not_training(self, client: AllocationClient, limits: Limits, refused: tuple[Refused, ...]) -> Choice:
         if client.statistics.num_examples <= 0:
             reason, binding = "it has no training examples", "none"
+        elif client.speed_age_s > MAX_SPEED_AGE_S:
+            days, most = client.speed_age_s / 86400, MAX_SPEED_AGE_S / 86400
+            reason = (
+                f"its device was last measured {days:.0f} days ago, expected at most {most:.0f}: restart its client"
+            )
+            binding = "none"
         else:
             nearest = min(refused, key=lambda r: _relative_excess(r, limits))
             reason, binding = f"nothing fits: {_refused_text(nearest)}", nearest.reason
         measuring = self.predict_measuring(client)
-        over = _refusal((), 0, measuring, limits)
+        over = _refusal(_Part(blocks=(), steps=0), measuring, limits)
         role: Role = "evaluate" if over is None else "rest"
         if over is not None:
             reason += f"; nor does measuring: {_excess_text(over)}"
@@ -695,6 +841,7 @@ class _Problem:
             round=self.round,
             role=role,
             blocks=(),
+            width=1.0,
             steps=0,
             batch_size=0,
             predicted=measuring if role == "evaluate" else None,
@@ -713,7 +860,7 @@ class _Problem:
         best: _Option,
         mode: ExecutionMode,
         fitting: Sequence[_Option],
-        worth: Mapping[int, float],
+        worth: _Worth,
         refused: tuple[Refused, ...],
     ) -> RunnerUp | None:
         """What would have been taken next: without limits, in a faster mode, or at a lower value.
@@ -722,36 +869,63 @@ class _Problem:
         stands for what the limit cost.
         """
         positions = self.layout.positions
-        largest_sets: list[tuple[int, float, tuple[int, ...]]] = []
+        largest_sets: list[tuple[int, float, float, tuple[int, ...]]] = []
         for refusal in refused:
             low = min(positions[block] for block in refusal.blocks)
             largest = tuple(sorted(block for block in self.layout.blocks if positions[block] >= low))
-            largest_sets.append((refusal.steps, math.fsum(worth[block] for block in largest), largest))
+            value = math.fsum(worth.of_block(block, refusal.width) for block in largest)
+            largest_sets.append((refusal.steps, value, refusal.width, largest))
         wanted = max(largest_sets, default=None)
         if wanted is not None and wanted[:2] > (best.steps, best.value):
-            steps, value, blocks = wanted
+            steps, value, width, blocks = wanted
             other = candidate if steps == best.steps else _Candidate(self, candidate.client, steps, candidate.limits)
-            over = other.refusal(blocks)
-            return _runner_up(blocks, steps, other.free_mode(blocks), value, _excess_text(over), over.reason)
-        free = candidate.free_mode(best.blocks)
-        over = (
-            None
-            if free == mode
-            else _refusal(best.blocks, best.steps, candidate.prediction(best.blocks, free), candidate.limits)
-        )
+            over = other.refusal(blocks, width)
+            free = other.free_mode(blocks, width)
+            return RunnerUp(
+                blocks=blocks,
+                width=width,
+                steps=steps,
+                mode=free,
+                value=value,
+                why_not=_excess_text(over),
+                limit=over.reason,
+            )
+        free = candidate.free_mode(best.blocks, best.width)
+        over = None
+        if free != mode:
+            part = _Part(blocks=best.blocks, width=best.width, steps=best.steps)
+            over = _refusal(part, candidate.prediction(best.blocks, free, best.width), candidate.limits)
         if over is not None:
-            return _runner_up(best.blocks, best.steps, free, best.value, _excess_text(over), over.reason)
-        others = [option for option in fitting if option.blocks != best.blocks]
+            return RunnerUp(
+                blocks=best.blocks,
+                width=best.width,
+                steps=best.steps,
+                mode=free,
+                value=best.value,
+                why_not=_excess_text(over),
+                limit=over.reason,
+            )
+        others = [option for option in fitting if (option.blocks, option.width) != (best.blocks, best.width)]
         if not others:
             return None
         second = _best(others, candidate)
-        second_mode = candidate.best_mode(second.blocks)
+        second_mode = candidate.best_mode(second.blocks, second.width)
         assert second_mode is not None
         if second.value < best.value:
             why = f"it is worth {best.value - second.value:.2f} less"
+        elif second.value > best.value:
+            why = f"it is worth {second.value - best.value:.2f} more, but options are drawn at random"
         else:
             why = "it is worth the same, but costs more to send or to compute"
-        return _runner_up(second.blocks, second.steps, second_mode, second.value, why, "none")
+        return RunnerUp(
+            blocks=second.blocks,
+            width=second.width,
+            steps=second.steps,
+            mode=second_mode,
+            value=second.value,
+            why_not=why,
+            limit="none",
+        )
 
 
 class _Candidate:
@@ -770,56 +944,62 @@ class _Candidate:
         above_runtime = limits.memory_bytes - profile.runtime_memory_bytes
         self._budget_bytes = (1 - 1e-12) * above_runtime / client.memory_scale
 
-    def best_mode(self, blocks: tuple[int, ...]) -> ExecutionMode | None:
+    def best_mode(self, blocks: tuple[int, ...], width: float) -> ExecutionMode | None:
         """The mode to take; None if none is within the limits."""
-        return self._search.best(blocks, budget_bytes=self._budget_bytes, max_seconds=self._compute_limit_s(blocks))
+        max_seconds = self._compute_limit_s(blocks, width)
+        return self._search.best(blocks, width=width, budget_bytes=self._budget_bytes, max_seconds=max_seconds)
 
-    def free_mode(self, blocks: tuple[int, ...]) -> ExecutionMode:
+    def free_mode(self, blocks: tuple[int, ...], width: float) -> ExecutionMode:
         """The mode to take if there were no limit."""
-        mode = self._search.best(blocks)
+        mode = self._search.best(blocks, width=width)
         assert mode is not None
         return mode
 
-    def refusal(self, blocks: tuple[int, ...]) -> Refused:
+    def refusal(self, blocks: tuple[int, ...], width: float) -> Refused:
         """Which limit keeps these blocks out, and how far they are beyond it.
 
         Memory, if not even the most sparing mode fits; else the deadline, if even without a memory limit no mode is
         fast enough; else memory again, because it forbids the modes that would be.
         """
-        _, least = self._search.least_memory(blocks)
+        reason: Limit = "memory"
+        _, least = self._search.least_memory(blocks, width)
         if least <= self._budget_bytes:
-            fast_enough = self._search.least_bytes_in_time(blocks, self._compute_limit_s(blocks))
+            max_seconds = self._compute_limit_s(blocks, width)
+            fast_enough = self._search.least_bytes_in_time(blocks, max_seconds, width)
             if fast_enough is None:
-                excess = self._total_s(blocks, self._search.fastest_s(blocks)) - self.limits.deadline_s
-                return Refused(blocks=blocks, steps=self.steps, reason="deadline", excess=excess)
-            least = fast_enough
-        excess = float(_scaled_memory(self.client, least) - self.limits.memory_bytes)
-        return Refused(blocks=blocks, steps=self.steps, reason="memory", excess=excess)
+                reason = "deadline"
+            else:
+                least = fast_enough
+        if reason == "deadline":
+            excess = self._total_s(blocks, width, self._search.fastest_s(blocks, width)) - self.limits.deadline_s
+        else:
+            excess = float(_scaled_memory(self.client, least) - self.limits.memory_bytes)
+        return Refused(blocks=blocks, width=width, steps=self.steps, reason=reason, excess=excess)
 
-    def prediction(self, blocks: tuple[int, ...], mode: ExecutionMode) -> Prediction:
+    def prediction(self, blocks: tuple[int, ...], mode: ExecutionMode, width: float) -> Prediction:
         """Seconds, bytes and memory of these blocks in this mode."""
-        found = self._search.cost(blocks, mode)
+        found = self._search.cost(blocks, mode, width)
         return Prediction(
-            seconds=self._total_s(blocks, found.seconds),
+            seconds=self._total_s(blocks, width, found.seconds),
             step_s=self.client.time_scale * found.step_s,
-            upload_bytes=self._problem.upload_bytes(len(blocks)),
+            upload_bytes=self._problem.upload_bytes(len(blocks), width),
             download_bytes=self._problem.download_bytes(self.client),
             memory_bytes=_scaled_memory(self.client, found.memory.peak),
             largest_memory=found.memory.largest,
             mode=mode,
         )
 
-    def _total_s(self, blocks: tuple[int, ...], seconds: float) -> float:
+    def _total_s(self, blocks: tuple[int, ...], width: float, seconds: float) -> float:
         """Of a round whose first pass and steps take ``seconds`` by the cost model."""
-        return TIME_SAFETY * (self._other_s(blocks) + self.client.time_scale * seconds)
+        return TIME_SAFETY * (self._other_s(blocks, width) + self.client.time_scale * seconds)
 
-    def _compute_limit_s(self, blocks: tuple[int, ...]) -> float:
+    def _compute_limit_s(self, blocks: tuple[int, ...], width: float) -> float:
         """The inverse: what the deadline leaves for first pass and steps."""
-        left_s = self.limits.deadline_s / TIME_SAFETY - self._other_s(blocks)
+        left_s = self.limits.deadline_s / TIME_SAFETY - self._other_s(blocks, width)
         return (1 - 1e-12) * left_s / self.client.time_scale
 
-    def _other_s(self, blocks: tuple[int, ...]) -> float:
-        upload_s = self._problem.upload_bytes(len(blocks)) / self.client.profile.uplink_bytes_per_s
+    def _other_s(self, blocks: tuple[int, ...], width: float) -> float:
+        upload_s = self._problem.upload_bytes(len(blocks), width) / self.client.profile.uplink_bytes_per_s
         return self._download_s + self._measure_s + upload_s
 
 
@@ -831,7 +1011,7 @@ def _best(options: Sequence[_Option], candidate: _Candidate) -> _Option:
         return equals[0]
 
     def sequences(option: _Option) -> int:
-        mode = candidate.best_mode(option.blocks)
+        mode = candidate.best_mode(option.blocks, option.width)
         return mode.micro_batch_size if mode is not None else 0
 
     return max(equals, key=sequences)
@@ -857,21 +1037,16 @@ def _scaled_memory(client: AllocationClient, peak_bytes: int) -> int:
     return client.profile.runtime_memory_bytes + math.ceil(client.memory_scale * peak_bytes)
 
 
-def _runner_up(
-    blocks: tuple[int, ...], steps: int, mode: ExecutionMode, value: float, why_not: str, limit: Binding
-) -> RunnerUp:
-    return RunnerUp(blocks=blocks, steps=steps, mode=mode, value=value, why_not=why_not, limit=limit)
-
-
-def _refusal(blocks: tuple[int, ...], steps: int, predicted: Prediction, limits: Limits) -> Refused | None:
+def _refusal(part: _Part, predicted: Prediction, limits: Limits) -> Refused | None:
     """The limit that a prediction breaks: memory first, because a slower mode may mend it."""
+    reason: Limit
     if predicted.memory_bytes > limits.memory_bytes:
-        excess = float(predicted.memory_bytes - limits.memory_bytes)
-        return Refused(blocks=blocks, steps=steps, reason="memory", excess=excess)
-    if predicted.seconds > limits.deadline_s:
-        excess = predicted.seconds - limits.deadline_s
-        return Refused(blocks=blocks, steps=steps, reason="deadline", excess=excess)
-    return None
+        reason, excess = "memory", float(predicted.memory_bytes - limits.memory_bytes)
+    elif predicted.seconds > limits.deadline_s:
+        reason, excess = "deadline", predicted.seconds - limits.deadline_s
+    else:
+        return None
+    return Refused(blocks=part.blocks, width=part.width, steps=part.steps, reason=reason, excess=excess)
 
 
 def _deadline_is_in_the_way(refused: Iterable[Refused], steps: int) -> bool:
@@ -890,16 +1065,21 @@ def _excess_text(refusal: Refused) -> str:
 
 
 def _refused_text(refusal: Refused) -> str:
-    blocks = ", ".join(map(str, refusal.blocks))
-    return (
-        f"block{'s' if len(refusal.blocks) > 1 else ''} {blocks} for {refusal.steps} steps is {_excess_text(refusal)}"
-    )
+    return f"{blocks_text(refusal.blocks, refusal.width)} for {refusal.steps} steps is {_excess_text(refusal)}"
+
+
+def blocks_text(blocks: Sequence[int], width: float = 1.0) -> str:
+    """``block 2``, ``blocks 0, 1 and 2``, ``1/4 of block 2``."""
+    names = list(map(str, blocks))
+    text = f"block {names[0]}" if len(names) == 1 else f"blocks {', '.join(names[:-1])} and {names[-1]}"
+    return text if width == 1.0 else f"1/{round(1 / width)} of {text}"
 
 
 def _nearest_miss(choices: Sequence[Choice]) -> str:
     """NO_CLIENT_FITS: which client comes nearest, with what, and what is in its way (methods.md 6.7)."""
     misses = [(_relative_excess(r, choice.limits), choice.name, r) for choice in choices for r in choice.refused]
     if not misses:
-        return "no client has training examples"
+        reasons = [f"{choice.name}: {choice.reason}" for choice in choices[:3]]
+        return f"no client can train anything; {'; '.join(reasons)}"
     _, name, refusal = min(misses, key=lambda miss: miss[:2])
     return f"no client can train anything; nearest is {name}: {_refused_text(refusal)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fedblocks.aggregator.allocation import Choice, RunnerUp
+from fedblocks.aggregator.allocation import Choice, RunnerUp, blocks_text
 from fedblocks.profiles.cost import with_special
 
 
@@ -18,7 +18,7 @@ def record(choice: Choice) -> dict[str, Any]:
         "round": choice.round,
         "role": choice.role,
         "blocks": list(choice.blocks),
-        "width": 1,
+        "width": choice.width,
         "tau": choice.steps,
         "batch_size": choice.batch_size,
         "micro_batch_size": choice.micro_batch_size,
@@ -41,7 +41,7 @@ def record(choice: Choice) -> dict[str, Any]:
         if runner_up is None
         else {
             "blocks": list(runner_up.blocks),
-            "width": 1,
+            "width": runner_up.width,
             "tau": runner_up.steps,
             "micro_batch_size": runner_up.mode.micro_batch_size,
             "mode": dataclasses.asdict(runner_up.mode),
@@ -49,7 +49,7 @@ def record(choice: Choice) -> dict[str, Any]:
             "why_not": runner_up.why_not,
         },
         "refused": [
-            {"option": {"blocks": list(r.blocks), "tau": r.steps}, "reason": r.reason, "by": r.excess}
+            {"option": {"blocks": list(r.blocks), "width": r.width, "tau": r.steps}, "reason": r.reason, "by": r.excess}
             for r in choice.refused
         ],
         "reason": choice.reason,
@@ -68,7 +68,7 @@ def sentence(choice: Choice) -> str:
     size = predicted.mode.micro_batch_size
     passes = f", {size} of {choice.batch_size} sequences at a time" if size < choice.batch_size else ""
     text = (
-        f"{choice.name} trains {_blocks(choice.blocks)} for {choice.steps} steps{passes}"
+        f"{choice.name} trains {blocks_text(choice.blocks, choice.width)} for {choice.steps} steps{passes}"
         f"{with_special(predicted.mode)}: predicted "
         f"{predicted.seconds:.1f} s of {limits.deadline_s:.1f} s and {_mib(predicted.memory_bytes)} of "
         f"{_mib(limits.memory_bytes)}"
@@ -82,19 +82,14 @@ def _why(choice: Choice, runner_up: RunnerUp | None) -> str:
     if runner_up is None:
         return "nothing else was possible"
     if runner_up.limit == "none":
-        return f"no limit binds; {_blocks(runner_up.blocks)} would do, but {runner_up.why_not}"
-    what = _blocks(runner_up.blocks)
-    if runner_up.blocks == choice.blocks and runner_up.steps == choice.steps:
+        return f"no limit binds; {blocks_text(runner_up.blocks, runner_up.width)} would do, but {runner_up.why_not}"
+    what = blocks_text(runner_up.blocks, runner_up.width)
+    same = (runner_up.blocks, runner_up.width) == (choice.blocks, choice.width)
+    if same and runner_up.steps == choice.steps:
         what = runner_up.mode.text()
     elif runner_up.steps != choice.steps:
         what += f" for {runner_up.steps} steps"
     return f"{'memory' if runner_up.limit == 'memory' else 'the deadline'} binds: {what} would be {runner_up.why_not}"
-
-
-def _blocks(blocks: tuple[int, ...]) -> str:
-    if len(blocks) == 1:
-        return f"block {blocks[0]}"
-    return f"blocks {', '.join(map(str, blocks[:-1]))} and {blocks[-1]}"
 
 
 def _mib(num_bytes: int) -> str:

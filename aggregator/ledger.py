@@ -83,6 +83,18 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     UPDATE assignments SET message = json_set(message, '$.width', 1.0) WHERE json_extract(message, '$.blocks') NOT NULL;
     UPDATE updates SET message = json_set(message, '$.width', 1.0);
     """,
+    """
+    UPDATE clients SET record = json_set(record, '$.last_chosen_round', 0, '$.last_update_unix_s', 0.0);
+    UPDATE rounds SET method_state = json_set(method_state, '$.seen', (
+        SELECT json_group_array(json_object(
+            'block', json_extract(value, '$.block'),
+            'weights', json_array(
+                json_extract(value, '$.weight'), json_extract(value, '$.weight'),
+                json_extract(value, '$.weight'), json_extract(value, '$.weight')),
+            'topics', json('[]')))
+        FROM json_each(method_state, '$.seen')
+    )) WHERE method_state NOT NULL;
+    """,
 )
 
 #: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.

@@ -65,6 +65,10 @@ class KnownClient:
     last_validation_round: int = 0
     """The round in which it last measured its validation part; 0 for never."""
     last_general_round: int = 0
+    last_chosen_round: int = 0
+    """The last round that it took part in; 0 for none."""
+    last_update_unix_s: float = 0.0
+    """When an update of its was last accepted."""
     received_bytes: int = 0
     """At the socket, from this client, over the whole run."""
     sent_bytes: int = 0
@@ -91,6 +95,7 @@ def client_from_hello(key: ClientKey, hello: Hello, known: KnownClient | None) -
         gradient_energy=known.gradient_energy,
         last_validation_round=known.last_validation_round,
         last_general_round=known.last_general_round,
+        last_chosen_round=known.last_chosen_round,
         received_bytes=known.received_bytes,
         sent_bytes=known.sent_bytes,
     )

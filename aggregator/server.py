@@ -528,6 +528,7 @@ class Aggregator:
         """What a counted update teaches about its client."""
         self._answered(client.key, delta.attempt_id)
         client = registry.after_update(client, assignment, delta, self._planned_step_s.get(delta.attempt_id, 0.0))
+        client = replace(client, last_update_unix_s=self._books.now_unix_s)
         if "validation" in measured:
             client = replace(client, last_validation_round=delta.round)
         if "general" in measured:
@@ -598,7 +599,7 @@ class Aggregator:
             self._feed(rounds.PlanFailed(text=f"every client here was refused too often: {names}"))
             return
         start = self._start()
-        planned = fedbe.plan(clients, self._run, self._method, start)
+        planned = fedbe.plan(clients, self._run, self._method, start, now_unix_s=self._books.now_unix_s)
         if not planned.tasks:
             self._feed(rounds.PlanFailed(text=planned.plan.no_client_fits))
             return
@@ -613,10 +614,14 @@ class Aggregator:
                 "deadline": to_plain(planned.plan.deadline),
                 "keep_deadline": planned.deadline is not None,
                 "choices": [explain.record(choice) for choice in planned.plan.choices],
+                "not_in_cohort": [client.name for client in clients if client.key not in planned.cohort],
             },
             tasks=planned.tasks.items(),
             unix_s=self._books.now_unix_s,
         )
+        for client in clients:
+            if client.key in planned.cohort:
+                self._books.save(replace(client, last_chosen_round=start.round))
         for choice in planned.plan.choices:
             said = explain.sentence(choice)
             gist = (choice.role, choice.blocks, choice.steps, choice.micro_batch_size)
@@ -704,6 +709,7 @@ class Aggregator:
             shape=self._shape,
             state=self._method,
             round=number,
+            topics={key: client.statistics.topics for key, client in self._books.clients.items()},
         )
         model = closed.model
         if closed.step is not None:

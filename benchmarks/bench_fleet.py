@@ -60,7 +60,7 @@ from fedblocks.profiles.cost import (
     round_time,
     upload_bytes,
 )
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol.messages import ClientKey, DataStatistics
 
 RESULTS: Final = Path(__file__).parent / "results"
@@ -128,7 +128,7 @@ def random_instance(rng: random.Random, *, clients: tuple[int, int], blocks: tup
         layout=layout,
         shape=shape,
         settings=settings,
-        coverage=Coverage(seen=seen, topics=topics),
+        coverage=Coverage(seen={block: (weight,) * len(WIDTHS) for block, weight in seen.items()}, topics=topics),
     )
 
 
@@ -316,7 +316,7 @@ def best_plan(
         )
         for client, chosen in options
     ]
-    debts = [settings.debt_weight * len(instance.clients) * instance.coverage.debt(block) for block in blocks]
+    debts = [settings.debt_weight * len(instance.clients) * instance.coverage.debts(block)[-1] for block in blocks]
     # Variables: an option is taken (whole numbers), then how much of each block is covered, at most all of it.
     rows: list[dict[int, float]] = []
     limits: list[float] = []
@@ -434,7 +434,7 @@ def fleet(clients: int, blocks: int, *, alike: bool = False, seed: int = 3) -> I
         ),
         shape=LLAMA_1B,
         settings=AllocationSettings(),
-        coverage=Coverage(seen={block: rng.uniform(0, 5000) for block in ids}),
+        coverage=Coverage(seen={block: (rng.uniform(0, 5000),) * len(WIDTHS) for block in ids}),
     )
 
 

@@ -25,6 +25,9 @@ else:
     import tomli as tomllib
 
 Placement = Literal["thirds", "top", "interleaved"]
+Policy = Literal["fitted", "uniform", "weakest", "random"]
+"""fitted: by hardware and need. The others are for comparisons. uniform: all blocks for everybody, whatever the deadline;
+weakest: for everybody what the weakest client that can train trains; random: for each client any of its options."""
 
 
 class ConfigError(ValueError):
@@ -113,7 +116,17 @@ class AllocationSection:
     min_cohort: int = _key(1, "clients that must be present before a round opens")
     quorum: float = _key(0.7, "share of the assigned clients whose update closes a round at its deadline")
     rejoin_grace_s: float = _key(30.0, "one extension of a round that misses its quorum")
+    cohort_fraction: float = _key(
+        0.0, "share of the clients in each round; 0: all up to 16 clients, else 0.4 and at least 8"
+    )
     debt_weight: float = _key(1.0, "beta: how much a block that lags behind is preferred")
+    rarity_weight: float = _key(
+        0.0, "gamma: how much clients with rare topics are preferred; sites must share topics (docs/allocation.md)"
+    )
+    slim: bool = _key(False, "let devices that cannot train a whole block train 1/2, 1/4 or 1/8 of it")
+    policy: Policy = _key(
+        "fitted", "fitted: by hardware and need; uniform, weakest, random: for comparisons (docs/allocation.md)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,12 +184,14 @@ class RunConfig:
             "training.anchor_batch_size",
             "allocation.deadline_s",
             "allocation.debt_weight",
+            "allocation.rarity_weight",
             "forgetting.lambda_start",
             "forgetting.min_lambda",
         ):
             self._require(key, self.value(key) >= 0, "0 or more")
         for key in ("delta.density", "delta.down_density", "allocation.quorum"):
             self._require(key, 0 < self.value(key) <= 1, "a number above 0 and at most 1")
+        self._require("allocation.cohort_fraction", 0 <= self.allocation.cohort_fraction <= 1, "a share from 0 to 1")
         for key in ("training.adam_beta1", "training.adam_beta2"):
             self._require(key, 0 <= self.value(key) < 1, "a number of at least 0 and below 1")
         self._require(

@@ -27,11 +27,13 @@ from fedblocks.aggregator.allocation import (
     Coverage,
     Deadline,
     RoundPlan,
+    Trained,
     plan_round,
 )
+from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.profiles.cost import StackLayout
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol import state as states
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -71,10 +73,12 @@ BEST_KL_FACTOR: Final = 1.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeenBlock:
-    """How much a block has been trained (``allocation.Coverage``)."""
+    """How much a block has been trained, and on what (``allocation.Coverage``)."""
 
     block: int
-    weight: float
+    weights: tuple[float, ...]
+    """Of each segment, the narrowest width's first."""
+    topics: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +191,10 @@ class Run:
             down_density=delta.down_density,
             deadline_s=allocation.deadline_s,
             debt_weight=allocation.debt_weight,
+            rarity_weight=allocation.rarity_weight,
+            widths=WIDTHS if allocation.slim else (1.0,),
+            policy=allocation.policy,
+            seed=self.config.run.seed,
         )
 
 
@@ -204,15 +212,40 @@ class PlannedRound:
     """A round to be opened: a task for everybody who has one, and the reasons for all."""
 
     tasks: Mapping[ClientKey, Assignment | Evaluate]
+    cohort: frozenset[ClientKey]
+    """Who takes part; the others wait for their turn."""
     plan: RoundPlan
     deadline: Deadline | None
     """To be kept in the method's state."""
 
 
-def plan(clients: Sequence[KnownClient], run: Run, state: MethodState, start: Start) -> PlannedRound:
-    """Who does what in this round; ``tasks`` is empty if nobody can train (``plan.no_client_fits`` says why)."""
+def plan(
+    present: Sequence[KnownClient], run: Run, state: MethodState, start: Start, *, now_unix_s: float = 0.0
+) -> PlannedRound:
+    """Who does what in this round; ``tasks`` is empty if nobody can train (``plan.no_client_fits`` says why).
+
+    Where nobody of the chosen part of the clients can train, all of them are planned for.
+
+    Args:
+        now_unix_s: tells how old the clients' measurements are; 0: they are not asked.
+    """
+    last_chosen = {client.key: client.last_chosen_round for client in present if client.statistics.num_examples > 0}
+    fraction, seed = run.config.allocation.cohort_fraction, run.config.run.seed
+    chosen = choose_cohort(last_chosen, fraction=fraction, round=start.round, seed=seed)
+    whole = len(chosen) == len(last_chosen)
+    clients = present if whole else [client for client in present if client.key in chosen]
+    planned = _plan(clients, run, state, start, now_unix_s)
+    if planned.plan.no_client_fits and not whole:
+        return _plan(present, run, state, start, now_unix_s)
+    return planned
+
+
+def _plan(
+    clients: Sequence[KnownClient], run: Run, state: MethodState, start: Start, now_unix_s: float
+) -> PlannedRound:
+    cohort = frozenset(client.key for client in clients)
     found = plan_round(
-        [_allocation_client(client, start.version) for client in clients],
+        [_allocation_client(client, start.version, now_unix_s) for client in clients],
         layout=run.layout,
         shape=run.plan.shape,
         settings=run.allocation_settings(),
@@ -223,7 +256,7 @@ def plan(clients: Sequence[KnownClient], run: Run, state: MethodState, start: St
     measured = all(c.time_scale is not None for c in clients if c.statistics.num_examples > 0)
     deadline = found.deadline if measured or state.deadline is not None else None
     if found.no_client_fits:
-        return PlannedRound(tasks={}, plan=found, deadline=deadline)
+        return PlannedRound(tasks={}, cohort=cohort, plan=found, deadline=deadline)
     by_key = {client.key: client for client in clients}
     trainers = [by_key[c.client] for c in found.choices if c.role == "train"]
     evaluators = [by_key[c.client] for c in found.choices if c.role == "evaluate"]
@@ -246,7 +279,7 @@ def plan(clients: Sequence[KnownClient], run: Run, state: MethodState, start: St
             tasks[client.key] = evaluation(
                 client, run, start, deadline_s=found.deadline.seconds, measure=wanted[client.key]
             )
-    return PlannedRound(tasks=tasks, plan=found, deadline=deadline)
+    return PlannedRound(tasks=tasks, cohort=cohort, plan=found, deadline=deadline)
 
 
 def smaller_assignment(
@@ -276,7 +309,7 @@ def smaller_assignment(
 
 def _needs(task: Assignment) -> tuple[object, ...]:
     """What decides how much memory a task takes; with a raised memory scale it changes only to something smaller."""
-    return task.blocks, task.micro_batch_size, task.optimizer_mode, task.checkpoint_activations
+    return task.blocks, task.width, task.micro_batch_size, task.optimizer_mode, task.checkpoint_activations
 
 
 def assignment(
@@ -301,6 +334,7 @@ def assignment(
         payload_bytes=0,
         payload_sha256=NO_PAYLOAD_SHA256,
         blocks=choice.blocks,
+        width=choice.width,
         steps=choice.steps,
         batch_size=choice.batch_size,
         anchor_batch_size=training.anchor_batch_size if run.anchored else 0,
@@ -354,7 +388,8 @@ def _named(start: Start) -> StateUpdate:
     )
 
 
-def _allocation_client(client: KnownClient, version: int) -> AllocationClient:
+def _allocation_client(client: KnownClient, version: int, now_unix_s: float = 0.0) -> AllocationClient:
+    measured_unix_s = max(client.profile.measured_unix_s, client.last_update_unix_s)
     held = client.held_version if 0 <= client.held_version <= version else 0
     return AllocationClient(
         key=client.key,
@@ -368,11 +403,15 @@ def _allocation_client(client: KnownClient, version: int) -> AllocationClient:
         cached_examples=client.trained_sequences,
         cached_anchor_sequences=client.anchored_sequences,
         wants_evaluate_general=client.can_evaluate_general,
+        speed_age_s=max(0.0, now_unix_s - measured_unix_s) if measured_unix_s > 0 else 0.0,
     )
 
 
 def _coverage(state: MethodState, blocks: Iterable[int] = ()) -> Coverage:
-    return Coverage(seen={**Coverage.of(blocks).seen, **{s.block: s.weight for s in state.seen}})
+    return Coverage(
+        seen={**Coverage.of(blocks).seen, **{s.block: s.weights for s in state.seen}},
+        topics={s.block: s.topics for s in state.seen if s.topics},
+    )
 
 
 def learning_rate(config: RunConfig, round: int) -> float:
@@ -384,7 +423,7 @@ def learning_rate(config: RunConfig, round: int) -> float:
 
 def warmup_steps(steps: int, blocks: Iterable[int], seen: Iterable[SeenBlock]) -> int:
     """Longer where one of the blocks has never been trained by anybody (methods.md 5.4)."""
-    trained = {s.block for s in seen if s.weight > 0}
+    trained = {s.block for s in seen if max(s.weights) > 0}
     longest = WARMUP_KNOWN if set(blocks) <= trained else WARMUP_NEW
     return max(1, min(longest, steps // 2))
 
@@ -556,13 +595,25 @@ def aggregate(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, state: Me
     return aggregation.fold(updates, shape=shape, history={n.block: n.rounds for n in state.norms})
 
 
-def after_fold(state: MethodState, updates: Sequence[AcceptedUpdate], folded: FoldResult) -> MethodState:
-    """The state with the fold's norms and with the examples that trained each block."""
-    coverage = _coverage(state).after_round((u.blocks, u.num_examples) for u in updates)
+def after_fold(
+    state: MethodState,
+    updates: Sequence[AcceptedUpdate],
+    folded: FoldResult,
+    topics: Mapping[ClientKey, tuple[int, ...]] | None = None,
+) -> MethodState:
+    """The state with the fold's norms and with the examples that trained each block, and their topics."""
+    shared = topics or {}
+    coverage = _coverage(state).after_round(
+        Trained(blocks=u.blocks, num_examples=u.num_examples, topics=shared.get(u.client, ()), width=u.width)
+        for u in updates
+    )
     return replace(
         state,
         norms=tuple(BlockNorms(block=b, rounds=tuple(folded.history[b])) for b in sorted(folded.history)),
-        seen=tuple(SeenBlock(block=b, weight=coverage.seen[b]) for b in sorted(coverage.seen)),
+        seen=tuple(
+            SeenBlock(block=b, weights=coverage.seen[b], topics=coverage.topics.get(b, ()))
+            for b in sorted(coverage.seen)
+        ),
     )
 
 
@@ -643,12 +694,17 @@ def close(
     shape: ModelShape,
     state: MethodState,
     round: int,
+    topics: Mapping[ClientKey, tuple[int, ...]] | None = None,
 ) -> ClosedRound:
-    """Fold, observe, decide whether to go on, publish: a function of the set of updates and reports."""
+    """Fold, observe, decide whether to go on, publish: a function of the set of updates and reports.
+
+    Args:
+        topics: what the clients share of their data's topics.
+    """
     pooled = pool(measured, version=model.version)
     state = observe(state, pooled, config)
     folded = aggregate(updates, shape=shape, state=state)
-    state = after_fold(state, updates, folded)
+    state = after_fold(state, updates, folded, topics)
     reason = stop_reason(state, config, round=round)
     settings = PublishSettings(dense=reason is not None, format=config.delta.format, density=config.delta.down_density)
     published = publish(model, folded, shape=shape, settings=settings)

@@ -19,6 +19,7 @@ from fedblocks.aggregator.allocation import (
     AllocationSettings,
     Coverage,
     Deadline,
+    Trained,
     feasible_sets,
     next_deadline,
     plan_round,
@@ -39,7 +40,7 @@ from fedblocks.profiles.cost import (
     upload_bytes,
 )
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol.messages import DataStatistics
 
 MIB = 2**20
@@ -75,6 +76,16 @@ HOST = DeviceProfile(
 )
 
 
+def covered(seen, **more):
+    """Coverage of whole blocks."""
+    return Coverage(seen={block: (weight,) * len(WIDTHS) for block, weight in seen.items()}, **more)
+
+
+def trained(updates):
+    """(blocks, n_k) or (blocks, n_k, topics) of each update."""
+    return [Trained(blocks=b, num_examples=n, topics=topics[0] if topics else ()) for b, n, *topics in updates]
+
+
 def data(num_examples=100, *, mean_tokens=9.0, max_tokens=11):
     return DataStatistics(
         num_examples=num_examples,
@@ -91,12 +102,12 @@ def client(key, *, memory_mib=1000.0, flops=1e10, num_examples=100, **changes):
     return AllocationClient(key=key, name=f"site {key}", profile=profile, statistics=data(num_examples), **changes)
 
 
-def plan(clients, *, layout=THIRDS, coverage=None, round=1, deadline=None, **changes):
+def plan(clients, *, layout=THIRDS, shape=STARTER, coverage=None, round=1, deadline=None, **changes):
     usual = {"anchor_tokens": 64, "deadline_s": 1000.0}
     return plan_round(
         clients,
         layout=layout,
-        shape=STARTER,
+        shape=shape,
         settings=AllocationSettings(**{**usual, **changes}),
         coverage=coverage or Coverage.of(layout.blocks),
         round=round,
@@ -123,7 +134,7 @@ SITES = st.builds(
     cached_anchor_sequences=st.integers(0, 500),
 )
 COHORTS = st.lists(SITES, min_size=1, max_size=5, unique_by=lambda c: c.key)
-COVERAGES = st.fixed_dictionaries({b: st.floats(0, 500) for b in range(3)}).map(lambda seen: Coverage(seen=seen))
+COVERAGES = st.fixed_dictionaries({b: st.floats(0, 500) for b in range(3)}).map(lambda seen: covered(seen))
 
 
 @given(cohort=COHORTS, coverage=COVERAGES, deadline_s=st.floats(0.01, 30))
@@ -141,7 +152,7 @@ def test_a2_the_value_is_that_of_the_best_of_all_subsets(site, seen, blocks, dat
     layout = stack_of(blocks)
     energy = data_.draw(st.lists(st.floats(0.01, 10), min_size=blocks, max_size=blocks))
     site = dataclasses.replace(site, gradient_energy=dict(enumerate(energy)), statistics=data(50))
-    coverage = Coverage(seen=dict(enumerate(seen[:blocks])))
+    coverage = covered(dict(enumerate(seen[:blocks])))
     deadline_s = data_.draw(st.floats(0.05, 20))
     [choice] = plan([site], layout=layout, coverage=coverage, deadline_s=deadline_s).choices
     if choice.role != "train":
@@ -183,7 +194,7 @@ def test_a2_the_value_is_that_of_the_best_of_all_subsets(site, seen, blocks, dat
             peak = MIB + math.ceil(site.memory_scale * peak_memory(STARTER, layout, subset, work, mode).peak)
             limit = MIB + int(0.9 * max(0, site.profile.memory_usable_bytes - MIB))
             if seconds <= deadline_s and peak <= limit:
-                values[subset] = math.fsum(gains[b] + coverage.debt(b) for b in subset)
+                values[subset] = math.fsum(gains[b] + coverage.debts(b)[-1] for b in subset)
     # Modes that keep the whole backbone in memory are not tried here: they save the first pass some reading.
     assert choice.value >= max(values.values(), default=0.0) - 1e-9
     if choice.predicted.mode.residency == "suffix":
@@ -217,7 +228,7 @@ def test_a4_clients_that_fit_only_one_block_cover_all_of_them_in_turn(num_client
         found = plan(sites, layout=layout, coverage=coverage, round=round, **small)
         assert all(len(choice.blocks) == 1 for choice in found.choices)
         given_out += [choice.blocks[0] for choice in found.choices]
-        coverage = coverage.after_round([(choice.blocks, 10) for choice in found.choices])
+        coverage = coverage.after_round(trained((choice.blocks, 10) for choice in found.choices))
     assert set(given_out[:count]) == set(layout.blocks)
     # Old rounds decay, so blocks do not come round in a fixed order; none is ever left alone for long.
     for block in layout.blocks:
@@ -337,15 +348,15 @@ def test_the_same_client_twice_or_none_at_all_is_refused():
 
 def test_coverage_decays_and_debt_is_how_far_a_block_lags():
     start = Coverage.of((0, 1))
-    assert (start.debt(0), start.debt(1)) == (1.0, 1.0)
-    after = start.after_round([((0,), 100), ((0, 1), 100)])
-    assert (after.debt(0), after.debt(1)) == (0.0, 0.5)
-    assert after.after_round([]).seen == {0: 190.0, 1: 95.0}
+    assert (start.debts(0)[-1], start.debts(1)[-1]) == (1.0, 1.0)
+    after = start.after_round(trained([((0,), 100), ((0, 1), 100)]))
+    assert (after.debts(0)[-1], after.debts(1)[-1]) == (0.0, 0.5)
+    assert after.after_round([]) == covered({0: 190.0, 1: 95.0})
 
 
 @given(rounds=st.permutations([((0,), 3), ((0, 1), 5), ((1,), 7), ((2,), 11)]))
 def test_the_order_of_accepted_updates_is_no_matter(rounds):
-    assert Coverage.of((0, 1, 2)).after_round(rounds) == Coverage(seen={0: 8, 1: 12, 2: 11})
+    assert Coverage.of((0, 1, 2)).after_round(trained(rounds)) == covered({0: 8, 1: 12, 2: 11})
 
 
 def test_gains_are_relative_to_the_cohort_and_one_where_nothing_is_known():
@@ -393,8 +404,8 @@ def test_a_thousand_clients_and_eight_blocks_are_planned_in_seconds():
 def test_a_lone_client_trains_what_it_can_and_debt_is_neutral():
     [first] = plan([client("a")]).choices
     assert (first.role, first.blocks, first.parts.gain, first.parts.debt) == ("train", (0, 1, 2), 3.0, 3.0)
-    covered = Coverage.of(THIRDS.blocks).after_round([((0, 1, 2), 100)])
-    [later] = plan([client("a")], coverage=covered).choices
+    coverage = Coverage.of(THIRDS.blocks).after_round(trained([((0, 1, 2), 100)]))
+    [later] = plan([client("a")], coverage=coverage).choices
     assert (later.blocks, later.parts.debt) == ((0, 1, 2), 0.0)
 
 
@@ -406,8 +417,8 @@ def test_a_block_that_nobody_can_train_stays_uncovered_and_every_client_says_wha
         assert choice.role == "train"
         assert 0 not in choice.blocks
         assert any(0 in refusal.blocks and refusal.reason == "deadline" for refusal in choice.refused)
-    assert reachable.coverage.seen[0] == 0
-    assert reachable.coverage.debt(0) == 1.0
+    assert reachable.coverage.seen[0] == (0.0,) * 4
+    assert reachable.coverage.debts(0)[-1] == 1.0
 
 
 # What the data are about (methods.md 6.3)
@@ -471,7 +482,7 @@ def test_a5_holds_with_rarity(site, coverage, deadline_s, more, topics):
 
 def test_of_two_blocks_the_one_that_has_seen_other_topics_is_taken_and_the_sentence_says_so():
     layout = StackLayout(num_entries=8, positions={0: 6, 1: 7})
-    coverage = Coverage(seen={0: 100.0, 1: 100.0}, topics={0: (100.0, 0.0), 1: (0.0, 100.0)})
+    coverage = covered({0: 100.0, 1: 100.0}, topics={0: (100.0, 0.0), 1: (0.0, 100.0)})
     site = with_topics(client("a"), 0, 90)
     both = plan([site], layout=layout, coverage=coverage, rarity_weight=0.5).choices[0]
     assert both.parts.rarity == 0.5
@@ -502,7 +513,7 @@ def _seconds_of(layout, block, site=None):
 def test_stronger_clients_see_the_topics_that_weaker_ones_will_bring():
     layout = StackLayout(num_entries=7, positions={0: 6})
     sites = [with_topics(client("a", flops=1e9), 80, 0), with_topics(client("b", flops=1e11), 80, 0)]
-    coverage = Coverage(seen={0: 10.0}, topics={0: (0.0, 10.0)})
+    coverage = covered({0: 10.0}, topics={0: (0.0, 10.0)})
     weak, strong = plan(sites, layout=layout, coverage=coverage, rarity_weight=1.0).choices
     assert weak.parts.rarity == 1.0
     assert 0 < strong.parts.rarity < 0.2
@@ -511,9 +522,9 @@ def test_stronger_clients_see_the_topics_that_weaker_ones_will_bring():
 def test_what_blocks_have_seen_of_each_topic_decays_and_is_added_in_any_order():
     rounds = [((0,), 3, (1, 2)), ((0, 1), 5, (0, 1, 4)), ((1,), 7, ()), ((2,), 9)]
     for order in (rounds, rounds[::-1]):
-        after = Coverage.of((0, 1, 2)).after_round(order)
+        after = Coverage.of((0, 1, 2)).after_round(trained(order))
         assert after.topics == {0: (1, 3, 4), 1: (0, 1, 4)}
-        assert after.seen == {0: 8, 1: 12, 2: 9}
+        assert after.seen == covered({0: 8, 1: 12, 2: 9}).seen
     assert after.after_round([]).topics[0] == pytest.approx((0.95, 2.85, 3.8))
 
 
@@ -545,7 +556,7 @@ def test_the_demos_four_devices_are_unequal_bound_and_cover_every_block_twice(tr
             and all(sum(block in c.blocks for c in choices) >= 2 for block in THIRDS.blocks)
         )
         seen.add(tuple((c.blocks, c.steps) for c in choices))
-        coverage = coverage.after_round([(c.blocks, 108) for c in choices])
+        coverage = coverage.after_round(trained((c.blocks, 108) for c in choices))
         sites = [
             _measured(site, choice, true_flops, true_overhead_s) for site, choice in zip(sites, choices, strict=True)
         ]
@@ -602,3 +613,145 @@ def test_the_records_of_a_plan_are_json_with_the_keys_of_the_method():
     assert refused["by"] > 0
     assert content["runner_up"]["blocks"] == [0, 1, 2]
     assert "memory binds" in sentence(choice)
+
+
+# Slim blocks (methods.md 3, 6.4)
+
+
+WIDE = dataclasses.replace(STARTER, hidden_size=1024, intermediate_size=4096, num_heads=16, head_dim=64)
+"""Where what trains takes most of the memory."""
+
+
+def _mib_for(blocks, width=1.0):
+    """The least memory that holds these blocks."""
+    low, high = 0.0, 1e5
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = feasible_sets(
+            client("a", memory_mib=middle),
+            layout=THIRDS,
+            shape=WIDE,
+            settings=AllocationSettings(anchor_tokens=64),
+            deadline_s=1e5,
+            steps=16,
+            width=width,
+        )
+        low, high = (low, middle) if blocks in found else (middle, high)
+    return high
+
+
+def test_a_device_too_small_for_a_whole_block_trains_a_slice_of_one_where_the_run_allows_it():
+    small = client("a", memory_mib=_mib_for((1,), width=0.25))
+    [whole] = plan([small], shape=WIDE, deadline_s=1e5).choices
+    [slim] = plan([small], shape=WIDE, deadline_s=1e5, widths=WIDTHS).choices
+    assert whole.role != "train"
+    assert (slim.role, slim.width) == ("train", 0.25)
+    assert slim.predicted.memory_bytes <= slim.limits.memory_bytes
+    assert "trains 1/4 of block" in sentence(slim)
+    assert record(slim)["width"] == 0.25
+
+
+def test_a_device_with_room_trains_whole_blocks():
+    [choice] = plan([client("a")], widths=WIDTHS).choices
+    assert (choice.blocks, choice.width) == ((0, 1, 2), 1.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(site=SITES, seen=st.dictionaries(st.integers(0, 2), st.floats(0, 500)), deadline_s=st.floats(0.05, 5))
+def test_slim_blocks_are_never_worse_and_stay_within_the_limits(site, seen, deadline_s):
+    coverage = covered({**dict.fromkeys(range(3), 0.0), **seen})
+    [whole] = plan([site], coverage=coverage, deadline_s=deadline_s).choices
+    [slim] = plan([site], coverage=coverage, deadline_s=deadline_s, widths=WIDTHS).choices
+    if whole.role == "train" and whole.steps == slim.steps:
+        assert slim.value >= whole.value - 1e-9
+    if whole.role == "train":
+        assert slim.role == "train"
+    if slim.role == "train":
+        assert slim.predicted.seconds <= deadline_s * (1 + 1e-9)
+        assert slim.predicted.memory_bytes <= slim.limits.memory_bytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(site=SITES, seen=st.lists(st.tuples(*[st.floats(0, 500)] * 4), min_size=3, max_size=3))
+def test_the_search_finds_the_best_of_all_sets_and_widths(site, seen):
+    """A2 with widths: brute force over every (S, w)."""
+    coverage = Coverage(seen=dict(enumerate(seen)))
+    [choice] = plan([site], coverage=coverage, deadline_s=2.0, widths=WIDTHS).choices
+    if choice.role != "train":
+        return
+    gains = relative_gains([site], THIRDS.blocks)[site.key]
+    sizes = [STARTER.slice_parameters(width) for width in WIDTHS]
+    best = 0.0
+    for width in WIDTHS:
+        sets = feasible_sets(
+            site,
+            layout=THIRDS,
+            shape=STARTER,
+            settings=AllocationSettings(anchor_tokens=64),
+            deadline_s=2.0,
+            steps=choice.steps,
+            width=width,
+        )
+        for blocks in sets:
+            value = sum(
+                (size - less) / sizes[-1] * (gains[block] + coverage.debts(block)[i])
+                for block in blocks
+                for i, (size, less) in enumerate(zip(sizes, [0, *sizes], strict=False))
+                if WIDTHS[i] <= width
+            )
+            best = max(best, value)
+    assert choice.value == pytest.approx(best)
+
+
+def test_what_narrow_slices_have_seen_counts_for_their_segments_only():
+    after = Coverage.of((0,)).after_round([Trained(blocks=(0,), num_examples=10, width=0.25)])
+    assert after.seen == {0: (10.0, 10.0, 0.0, 0.0)}
+    assert after.debts(0) == (0.0, 0.0, 1.0, 1.0)
+
+
+# Policies for comparisons
+
+
+def test_uniform_gives_everybody_everything_that_memory_holds():
+    sites = [client("slow", flops=1e8), client("small", memory_mib=2.0), client("fast", flops=1e11)]
+    choices = {c.client: c for c in plan(sites, policy="uniform", deadline_s=0.5).choices}
+    assert {key: c.role for key, c in choices.items()} == {"slow": "train", "small": "rest", "fast": "train"}
+    assert choices["slow"].blocks == choices["fast"].blocks == (0, 1, 2)
+    assert choices["slow"].predicted.seconds > choices["slow"].limits.deadline_s == 0.5
+
+
+def test_weakest_gives_everybody_what_the_weakest_can():
+    sites = [client("slow", flops=1e9, memory_mib=_mib_for((1,))), client("fast", memory_mib=1e6, flops=1e11)]
+    fitted = {c.client: c for c in plan(sites, shape=WIDE, deadline_s=1e5).choices}
+    weakest = {c.client: c for c in plan(sites, shape=WIDE, deadline_s=1e5, policy="weakest").choices}
+    assert (fitted["slow"].blocks, fitted["fast"].blocks) == ((1,), (0, 1, 2))
+    assert weakest["slow"].blocks == weakest["fast"].blocks == (1,)
+
+
+def test_random_draws_one_of_the_options_the_same_for_the_same_seed():
+    def drawn(seed, round):
+        [choice] = plan([client("a")], policy="random", seed=seed, round=round).choices
+        return choice.blocks
+
+    assert drawn(1, 1) == drawn(1, 1)
+    options = {drawn(seed, round) for seed in range(10) for round in range(10)}
+    assert len(options) > 4
+    assert options <= set(
+        feasible_sets(
+            client("a"),
+            layout=THIRDS,
+            shape=STARTER,
+            settings=AllocationSettings(anchor_tokens=64),
+            deadline_s=1000.0,
+            steps=16,
+        )
+    )
+
+
+def test_a_device_that_was_measured_long_ago_is_given_nothing_to_train():
+    old, known = client("old", speed_age_s=9 * 86400.0), client("known", speed_age_s=6 * 86400.0)
+    choices = {c.client: c for c in plan([old, known]).choices}
+    assert choices["known"].role == "train"
+    assert choices["old"].role == "evaluate"
+    assert "its device was last measured 9 days ago, expected at most 7" in choices["old"].reason
+    assert "9 days ago" in plan([old]).no_client_fits

@@ -188,7 +188,7 @@ def test_the_learning_rate_falls_in_a_line_to_a_tenth_beyond_the_last_round() ->
 def test_a_block_that_nobody_has_trained_gets_the_long_warm_up(
     steps: int, blocks: tuple[int, ...], expected: int
 ) -> None:
-    seen = (fedbe.SeenBlock(block=0, weight=10.0), fedbe.SeenBlock(block=1, weight=0.0))
+    seen = (fedbe.SeenBlock(block=0, weights=(10.0,) * 4), fedbe.SeenBlock(block=1, weights=(0.0,) * 4))
     assert fedbe.warmup_steps(steps, blocks, seen) == expected
 
 
@@ -311,7 +311,7 @@ def test_what_the_method_carries_survives_the_ledger_and_does_not_grow() -> None
     settings = config()
     state = replace(
         fedbe.initial_state(settings),
-        seen=(fedbe.SeenBlock(block=1, weight=2.5),),
+        seen=(fedbe.SeenBlock(block=1, weights=(2.5,) * 4),),
         norms=(fedbe.BlockNorms(block=0, rounds=((1.0, 2.0), ())),),
     )
     for version in range(50):

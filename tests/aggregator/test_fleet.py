@@ -111,7 +111,7 @@ def test_the_objective_counts_gains_and_rarity_of_each_client_and_each_blocks_de
         base,
         clients=(one, two),
         settings=dataclasses.replace(base.settings, rarity_weight=0.5, debt_weight=2.0),
-        coverage=Coverage(seen={0: 4.0, 1: 1.0}, topics={1: (0.0, 5.0)}),
+        coverage=Coverage(seen={0: (4.0,) * 4, 1: (1.0,) * 4}, topics={1: (0.0, 5.0)}),
     )
     # Mean examples 20; debt 0 of block 0 and 0.75 of block 1; N = 2 and beta = 2.
     assert value(instance, {}) == 0

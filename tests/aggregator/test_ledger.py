@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sqlite3
 from dataclasses import replace
@@ -20,7 +21,9 @@ from fedblocks.aggregator.ledger import (
     open_ledger,
     open_read_only,
 )
+from fedblocks.aggregator.methods import fedbe
 from fedblocks.profiles.cost import ExecutionMode
+from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.messages import (
     Assignment,
     AttemptId,
@@ -329,6 +332,38 @@ def test_a_client_from_before_topics_could_be_shared_has_shared_none(tmp_path: P
     db.close()
     [known] = opened(tmp_path).clients()
     assert known.record["statistics"] == {"num_examples": 3, "topics": []}
+
+
+def test_a_run_from_before_cohorts_and_slim_blocks_goes_on(tmp_path: Path) -> None:
+    state = fedbe.MethodState(
+        anchor_weight=1.0,
+        seen=(fedbe.SeenBlock(block=0, weights=(2.5,) * 4), fedbe.SeenBlock(block=2, weights=(0.0,) * 4)),
+    )
+    ledger = with_open_round(tmp_path)
+    ledger.start_closing(0)
+    ledger.commit_round(
+        0,
+        new_version=1,
+        state_sha256="ab",
+        settings=None,
+        method_state=state,
+        stop_reason=None,
+        metrics=None,
+        unix_s=3.0,
+    )
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    before = json.loads(db.execute("SELECT method_state FROM rounds").fetchone()[0])
+    before["seen"] = [{"block": s["block"], "weight": s["weights"][0]} for s in before["seen"]]
+    db.execute("UPDATE rounds SET method_state = ?", (json.dumps(before),))
+    db.execute("UPDATE clients SET record = json_remove(record, '$.last_chosen_round', '$.last_update_unix_s')")
+    db.execute("PRAGMA user_version = 5")
+    db.commit()
+    db.close()
+    migrated = opened(tmp_path)
+    [stored] = [r for r in migrated.rounds() if r.round == 0]
+    assert from_plain(fedbe.MethodState, stored.method_state, where="here") == state
+    assert all(client.record["last_chosen_round"] == 0 for client in migrated.clients())
 
 
 def test_tasks_and_updates_from_before_slim_blocks_are_of_whole_blocks(tmp_path: Path) -> None:
