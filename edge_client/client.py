@@ -166,7 +166,7 @@ def _hello(options: JoinOptions, site: SiteFile, data: SiteData, profile: Device
         client_name=site.client_name,
         software=f"fedblocks {__version__}",
         profile=profile,
-        statistics=data.statistics(),
+        statistics=data.statistics(share_topics=site.join.share_topics),
         held_version=held_version,
         can_evaluate_general=options.evaluate_general,
     )
@@ -183,7 +183,9 @@ def _what_would_leave(site: SiteFile, hello: Hello) -> str:
         "delta (once per round): int8 changes of the assigned expanded blocks; number of examples; losses; scores",
         "report (instead of a delta): sums of scores, or why a task failed",
         "goodbye (when it leaves or rests): why",
-        "no text, token or label is sent; yet a delta can tell the aggregator something about the text behind it",
+        "no text, token or label is sent"
+        + (", but how many rows there are in each of 64 topic bins" if site.join.share_topics else "")
+        + "; yet a delta can tell the aggregator something about the text behind it",
     ]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedblocks.edge_client.samples import TokenisedSample
-from fedblocks.protocol.messages import DataFormat, DataStatistics
+from fedblocks.protocol.messages import MAX_TOPICS, DataFormat, DataStatistics
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 FEW_EXAMPLES = 8
+MAX_LABEL_CHARACTERS = 40
+"""A longer completion is no label."""
 
 
 class DataError(ValueError):
@@ -41,6 +44,8 @@ class Row:
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    topic: str = ""
+    """What the row says it is about (key ``topic``); else its completion, where that is short enough for a label."""
 
     def digest(self) -> bytes:
         """16 bytes that two rows share only if they say the same."""
@@ -88,16 +93,28 @@ class SiteData:
     train: tuple[TokenisedSample, ...]
     validation: tuple[TokenisedSample, ...]
     summary: DataSummary
+    topics: tuple[int, ...] = ()
+    """Training rows by :func:`topic_bin`; rows without a topic are not counted."""
 
-    def statistics(self) -> DataStatistics:
-        """The few numbers that leave the site."""
+    def statistics(self, *, share_topics: bool = False) -> DataStatistics:
+        """The few numbers that leave the site.
+
+        Args:
+            share_topics: the histogram of topics too.
+        """
         lengths = [len(s.ids) for s in self.train]
         return DataStatistics(
             num_examples=len(self.train),
             num_target_tokens=int(sum(int(s.label_mask.sum()) for s in self.train)),
             mean_tokens=float(np.mean(lengths)),
             max_tokens=max(lengths),
+            topics=self.topics if share_topics else (),
         )
+
+
+def topic_bin(topic: str) -> int:
+    """One of 64 bins, the same at every site; which topics there are is told to nobody."""
+    return hashlib.blake2b(topic.encode(), digest_size=1).digest()[0] % MAX_TOPICS
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -127,14 +144,19 @@ def _row(path: Path, number: int, line: str) -> Row:
         raise DataError(f"{where}: no valid JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(value, dict):
         raise DataError(f"{where}: a JSON {type(value).__name__}, expected an object")
+    topic = value.get("topic", "")
+    if not isinstance(topic, str | int):
+        raise DataError(f"{where}: 'topic' is {str(topic)[:40]!r}, expected a text or a number")
     if "messages" in value:
-        return Row(line=number, messages=_messages(where, value["messages"]))
+        return Row(line=number, messages=_messages(where, value["messages"]), topic=str(topic))
     for fields in (("prompt", "completion"), ("text",)):
         if all(f in value for f in fields):
             for f in fields:
                 if not isinstance(value[f], str) or (f != "prompt" and not value[f].strip()):
                     raise DataError(f"{where}: {f!r} is {str(value[f])[:40]!r}, expected text that is not empty")
-            return Row(line=number, **{f: value[f] for f in fields})
+            if topic == "" and len(value.get("completion", "")) <= MAX_LABEL_CHARACTERS:
+                topic = value.get("completion", "").strip()
+            return Row(line=number, topic=str(topic), **{f: value[f] for f in fields})
     raise DataError(
         f"{where}: has the keys {sorted(map(str, value))[:6]}, "
         'expected "text", or "prompt" and "completion", or "messages"'
@@ -259,6 +281,7 @@ def load_site_data(path: Path, encoder: TextEncoder, *, evaluation: Path | None 
     seen: set[bytes] = set()
     train: list[TokenisedSample] = []
     validation: list[TokenisedSample] = []
+    topics: list[str] = []  # of the rows that train
     truncated = labels_cut = duplicates = 0
     for row, digest in zip(rows, digests, strict=True):
         duplicates += digest in seen
@@ -272,8 +295,9 @@ def load_site_data(path: Path, encoder: TextEncoder, *, evaluation: Path | None 
             validation.append(sample)
         else:
             train.append(sample)
+            topics.append(row.topic)
     if not train and validation:
-        train, validation = validation, []
+        train, validation, topics = validation, [], [""] * len(validation)
     if not train:
         raise DataError(
             f"{path}: none of the {len(rows)} rows keeps a target token within {encoder.format.max_tokens} "
@@ -281,6 +305,7 @@ def load_site_data(path: Path, encoder: TextEncoder, *, evaluation: Path | None 
         )
     if not validation and len(train) >= 2:
         validation.append(train.pop())
+        topics.pop()
     summary = DataSummary(
         path=str(path),
         num_rows=len(rows),
@@ -292,7 +317,13 @@ def load_site_data(path: Path, encoder: TextEncoder, *, evaluation: Path | None 
         num_evaluation_overlap=sum(d in evaluation_digests for d in digests),
         has_chat_template=encoder.has_chat_template,
     )
-    return SiteData(train=tuple(train), validation=tuple(validation), summary=summary)
+    counts = Counter(topic_bin(topic) for topic in topics if topic)
+    return SiteData(
+        train=tuple(train),
+        validation=tuple(validation),
+        summary=summary,
+        topics=tuple(counts[i] for i in range(MAX_TOPICS)) if counts else (),
+    )
 
 
 def tokenise_file(path: Path, encoder: TextEncoder) -> list[TokenisedSample]:

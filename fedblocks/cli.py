@@ -198,6 +198,8 @@ def plan(
     typer.echo(f"round {content['round']}: deadline {content['deadline']['seconds']:.1f} s")
     for choice in content["choices"]:
         typer.echo(choice["sentence"])
+    if waiting := content.get("not_in_cohort"):
+        typer.echo(f"{len(waiting)} clients are not in this round's cohort: {', '.join(waiting)}.")
 
 
 @app.command(epilog="Example: fedblocks probe --json profile.json")

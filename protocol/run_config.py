@@ -26,8 +26,9 @@ else:
 
 Placement = Literal["thirds", "top", "interleaved"]
 Policy = Literal["fitted", "uniform", "weakest", "random"]
-"""fitted: by hardware and need. The others are for comparisons. uniform: all blocks for everybody, whatever the deadline;
-weakest: for everybody what the weakest client that can train trains; random: for each client any of its options."""
+"""fitted: by hardware and need. The others are for comparisons. uniform: all blocks for everybody, whatever the
+deadline; weakest: for everybody what the weakest client that can train trains; random: for each client one of its
+options."""
 
 
 class ConfigError(ValueError):

@@ -136,13 +136,17 @@ class Hours:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JoinSettings:
-    """When this site takes part.
+    """When this site takes part, and what it tells.
 
     Raises:
         ConfigError: a value cannot be read.
     """
 
     hours: str = _key("", 'local hours in which this site takes tasks, e.g. "22-6" or "20:00-06:30"; empty: always')
+    share_topics: bool = _key(
+        False,
+        'tell how many rows there are of each topic (the rows\' key "topic", else short completions), as 64 counts',
+    )
 
     def __post_init__(self) -> None:
         self.parsed_hours()

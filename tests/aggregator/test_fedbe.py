@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.registry import KnownClient, after_failure, after_update, client_from_hello
 from fedblocks.profiles.device import DeviceProfile
@@ -21,11 +22,13 @@ from fedblocks.protocol.expansion import plan_expansion
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
     Assignment,
+    AttemptId,
     ClientKey,
     DataStatistics,
     Hello,
     Measure,
     Measurement,
+    TensorHeader,
 )
 
 PLAN = plan_expansion(
@@ -418,3 +421,49 @@ def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_
     assert (back.held_version, back.received_bytes, back.can_evaluate_general) == (4, 7, True)
     moved = client_from_hello(known.key, replace(hello, profile=device(name="other")), known)
     assert (moved.time_scale, moved.memory_scale, moved.received_bytes) == (None, 1.0, 7)
+
+
+def test_a_round_of_many_clients_is_planned_for_those_whose_turn_it_is() -> None:
+    run = run_of("allocation.deadline_s=60.0", "allocation.cohort_fraction=0.4")
+    clients = [client(name) for name in ("ann", "bob", "cid", "dan", "eve")]
+    planned = fedbe.plan(clients, run, fedbe.initial_state(run.config), START)
+    assert len(planned.cohort) == 2
+    assert set(planned.tasks) == planned.cohort == {c.client for c in planned.plan.choices}
+
+
+def test_where_nobody_whose_turn_it_is_can_train_all_are_planned_for() -> None:
+    run = run_of("allocation.deadline_s=60.0", "allocation.cohort_fraction=0.2")
+    tiny = replace(client("ann").profile, memory_usable_bytes=1)
+    clients = [client("ann", profile=tiny), client("bob", profile=tiny), client("cid", last_chosen_round=START.round)]
+    for number in range(20):
+        start = replace(START, round=number)
+        planned = fedbe.plan(clients, run, fedbe.initial_state(run.config), start)
+        assert isinstance(planned.tasks[clients[2].key], Assignment)
+
+
+def accepted(name: str, blocks: tuple[int, ...], num_examples: int, width: float = 1.0) -> AcceptedUpdate:
+    return AcceptedUpdate(
+        client=client(name).key,
+        attempt_id=AttemptId(name),
+        num_examples=num_examples,
+        steps=1,
+        staleness=0,
+        format="int8",
+        density=1.0,
+        width=width,
+        tensors=tuple(TensorHeader(block=block, name="input_layernorm.weight", rows_sent=1) for block in blocks),
+        read_payload=lambda: memoryview(b""),
+    )
+
+
+def test_what_was_trained_on_which_topics_is_remembered_by_block_and_segment() -> None:
+    state = fedbe.after_fold(
+        fedbe.MethodState(anchor_weight=1.0),
+        [accepted("ann", (0,), 10, width=0.25), accepted("bob", (0, 2), 30)],
+        FoldResult(aggregate={}, coverage={}, segment_coverage={}, history={}, weights={}, clipped=()),
+        {client("ann").key: (4, 6), client("bob").key: (0, 0, 30)},
+    )
+    assert state.seen == (
+        fedbe.SeenBlock(block=0, weights=(40.0, 40.0, 30.0, 30.0), topics=(4.0, 6.0, 30.0)),
+        fedbe.SeenBlock(block=2, weights=(30.0,) * 4, topics=(0.0, 0.0, 30.0)),
+    )

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fedblocks.edge_client.data import DataError, TextEncoder, load_site_data, read_rows, tokenise_file
+from fedblocks.edge_client.data import DataError, TextEncoder, load_site_data, read_rows, tokenise_file, topic_bin
 from fedblocks.protocol.messages import DataFormat
 
 CHAT = (
@@ -173,3 +173,23 @@ def test_the_statistics_hold_numbers_only(encoder, write):
 
     assert statistics.num_examples + len(load_site_data(path, encoder()).validation) == 20
     assert statistics.num_target_tokens == 3 * statistics.num_examples
+
+
+def test_topics_are_counted_in_bins_that_are_the_same_at_every_site_and_leave_only_where_it_is_allowed(encoder, write):
+    rows = [{"prompt": f"item {i} ", "completion": "red" if i % 2 else "blue"} for i in range(30)]
+    rows += [{"text": f"about the sea, part {i}", "topic": "sea"} for i in range(10)]
+    rows += [{"text": f"about nothing, part {i}"} for i in range(5)]
+    data = load_site_data(write(*rows), encoder())
+    assert data.statistics().topics == ()
+    shared = data.statistics(share_topics=True).topics
+    bins = {topic: topic_bin(topic) for topic in ("red", "blue", "sea")}
+    assert len(set(bins.values())) == 3
+    assert {i for i, count in enumerate(shared) if count} == set(bins.values())
+    assert 0 < len(data.train) - sum(shared) <= 5  # the rows about nothing
+    assert sum(shared) >= 30
+
+
+def test_a_topic_that_is_no_word_is_an_error_with_its_line(encoder, write):
+    path = write({"text": "a b"}, {"text": "c d", "topic": ["x"]})
+    with pytest.raises(DataError, match=r"line 2: 'topic' is \"\['x'\]\", expected a text or a number"):
+        load_site_data(path, encoder())
