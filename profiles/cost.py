@@ -40,6 +40,14 @@ HALVES_BYTES_MOVED: Final = 16
 MOMENTS_8BIT_BYTES_MOVED: Final = 60
 #: The same per weight that is decoded from NF4. CPU: measured like that (0.8 ns); CUDA: read, written, read again.
 NF4_DECODE_BYTES_MOVED: Final[Mapping[Accelerator, float]] = {"cpu": 18, "cuda": 4.5}
+#: What a CPU's step takes beyond what its probe promises. Attention runs at this share of the matrix rate; what a pass
+#: over tokens writes is memory that the system has just given and takes back (``edge_client/memory.py``), and a product
+#: of few rows waits for its weights: so many times what a copy of the same bytes takes. Measured on one CPU thread
+#: (benchmarks/bench_cost_model.py); a client's own steps correct them (``calibration.py``). Not applied to rates that
+#: nobody probed (a catalog's are estimates for whole steps), nor on a GPU, where it was not measured.
+ATTENTION_RATE_SHARE: Final = 0.2
+ACTIVATION_COPIES: Final = 10
+WEIGHT_COPIES: Final = 5
 #: Tokens that go through the prefix together: each of its layers is read and decoded once for them (runtime.md 2.2).
 WAVE_TOKENS: Final[Mapping[Accelerator, int]] = {"cpu": 4096, "cuda": 16384}
 #: Rows of the topmost block are computed apart up to this share of rows with a label (runtime.md 1, item 8).
@@ -361,24 +369,23 @@ def step_flops(
 
 
 def _step_flops(shape: ModelShape, layout: StackLayout, of: _Set, work: Workload, checkpoint: bool) -> float:
-    kinds = (
-        (work.batch_size * work.mean_tokens, work.mean_tokens, work.label_share, work.fresh_share),
-        (
-            work.anchor_batch_size * work.anchor_tokens / work.anchor_every,
-            work.anchor_tokens,
-            1.0,
-            work.fresh_anchor_share,
-        ),
-    )
     return sum(
         tokens
         * (
             _suffix_flops(shape, layout, of, context, share, fresh_share=fresh, checkpoint=checkpoint)
             + head_flops(shape, share)
         )
-        for tokens, context, share, fresh in kinds
-        if tokens
+        for tokens, context, share, fresh in _token_kinds(work)
     )
+
+
+def _token_kinds(work: Workload) -> Iterator[tuple[float, float, float, float]]:
+    """(tokens of a step, of a sequence, share with a label, share that runs below the lowest trained block): of the
+    batch, and of its share of the anchor batch."""
+    yield work.batch_size * work.mean_tokens, work.mean_tokens, work.label_share, work.fresh_share
+    if work.anchor_batch_size:
+        tokens = work.anchor_batch_size * work.anchor_tokens / work.anchor_every
+        yield tokens, work.anchor_tokens, 1.0, work.fresh_anchor_share
 
 
 def fill_flops(shape: ModelShape, layout: StackLayout, work: Workload) -> float:
@@ -414,11 +421,73 @@ class TimeBreakdown:
         return self.download_s + self.fill_s + self.measure_s + self.train_s + self.upload_s
 
 
+class StepParts(NamedTuple):
+    """Predicted seconds of one step by what they are spent on; their sum is the step."""
+
+    arithmetic_s: float
+    """Products with matrices, the head's included."""
+    attention_s: float
+    activations_s: float
+    """What the tokens leave in memory on their way, and the cached states that are read."""
+    weights_s: float
+    """Weights that are read, gradients that are written, decoding, and the optimizer."""
+    overhead_s: float
+    """Of each pass, whatever its size."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimeFactors:
+    """What a device's own steps have shown of the predictions from its profile: measured over predicted, by part."""
+
+    arithmetic: float = 1.0
+    attention: float = 1.0
+    activations: float = 1.0
+    weights: float = 1.0
+    overhead: float = 1.0
+    prefix: float = 1.0
+    """Of the first pass over samples."""
+    measuring: float = 1.0
+
+    def step_s(self, parts: StepParts) -> float:
+        """Seconds of a step with these parts."""
+        return (
+            self.arithmetic * parts.arithmetic_s
+            + self.attention * parts.attention_s
+            + self.activations * parts.activations_s
+            + self.weights * parts.weights_s
+            + self.overhead * parts.overhead_s
+        )
+
+
+AS_PROFILED: Final = TimeFactors()
+
+
+class _SetParts(NamedTuple):
+    """Of a set of blocks, with or without recomputation: what no other choice changes, and what each pass adds."""
+
+    arithmetic_s: float
+    attention_s: float
+    activations_s: float
+    weights_s: float
+    """Of each pass."""
+    decoding_s: float
+    """Of each pass in which frozen layers are decoded: each going forward, those with a gradient going back, and once
+    more between where they are computed again."""
+
+
 class _Time:
     """The time of one client's work; what several modes share is computed once."""
 
-    def __init__(self, device: DeviceProfile, shape: ModelShape, layout: StackLayout, work: Workload) -> None:
+    def __init__(
+        self,
+        device: DeviceProfile,
+        shape: ModelShape,
+        layout: StackLayout,
+        work: Workload,
+        factors: TimeFactors = AS_PROFILED,
+    ) -> None:
         self._device, self._shape, self._layout, self._work = device, shape, layout, work
+        self._factors = factors
         linear, self._block = _sizes(shape)
         self._decode_layer_s = NF4_DECODE_BYTES_MOVED[device.accelerator] * linear / device.memory_bytes_per_s
         anchor_tokens = work.anchor_batch_size * work.anchor_tokens / work.anchor_every
@@ -426,30 +495,38 @@ class _Time:
         self._read_s = state_bytes / device.disk_read_bytes_per_s
         self._blocks_at = tuple(layout.positions.values())
         self._base_above_cut = layout.num_entries - layout.base_cut - len(self._blocks_at)
+        #: Of a token in a block: residual and norm of both halves; gate, up, product; q, k, v; attention's output.
+        self._token_elements = 4 * shape.hidden_size + 3 * (shape.intermediate_size + shape.q_size + shape.kv_size)
         # The overhead was measured on steps of one pass of each kind.
         kinds = 1 + (1 / work.anchor_every if work.anchor_batch_size else 0.0)
         self._pass_overhead_s = device.step_overhead_s / kinds
         self._passes_of: dict[int, float] = {}
-        self._parts: dict[tuple[_Set, bool], tuple[float, float]] = {}
+        self._parts: dict[tuple[_Set, bool], _SetParts] = {}
         self._fill: dict[Residency, float] = {}
 
     def step_s(self, of: _Set, mode: ExecutionMode) -> float:
         """Seconds of one step."""
+        return self._factors.step_s(self.step_parts(of, mode))
+
+    def step_parts(self, of: _Set, mode: ExecutionMode) -> StepParts:
+        """The same by part, and as the profile alone predicts it."""
         passes = self._passes_of.get(mode.micro_batch_size)
         if passes is None:
             passes = self._passes_of[mode.micro_batch_size] = self._passes(mode.micro_batch_size)
         parts = self._parts.get((of, mode.checkpoint))
         if parts is None:
-            parts = self._parts[of, mode.checkpoint] = self._arithmetic_and_decoding_s(of, mode.checkpoint)
-        arithmetic_s, decoding_s = parts
+            parts = self._parts[of, mode.checkpoint] = self._parts_of(of, mode.checkpoint)
         moved = OPTIMIZER_BYTES_MOVED + (MOMENTS_8BIT_BYTES_MOVED if mode.approximate else 0)
         if self._work.dtype_bytes == 2 and mode.optimizer != "fp32":
             moved += HALVES_BYTES_MOVED
-        return (
-            passes * (self._pass_overhead_s + (decoding_s if mode.frozen == "nf4" else 0.0))
-            + arithmetic_s
-            + moved * of.size * _slice_sizes(self._shape, of.width)[1] / self._device.memory_bytes_per_s
-            + self._read_s
+        trained = of.size * _slice_sizes(self._shape, of.width)[1]
+        per_pass_s = parts.weights_s + (parts.decoding_s if mode.frozen == "nf4" else 0.0)
+        return StepParts(
+            parts.arithmetic_s,
+            parts.attention_s,
+            parts.activations_s + self._read_s,
+            passes * per_pass_s + moved * trained / self._device.memory_bytes_per_s,
+            passes * self._pass_overhead_s,
         )
 
     def _passes(self, micro_batch_size: int) -> float:
@@ -458,19 +535,40 @@ class _Time:
         passes = math.ceil(work.batch_size / micro_batch_size)
         return passes + math.ceil(work.anchor_batch_size / micro_batch_size) / work.anchor_every
 
-    def _arithmetic_and_decoding_s(self, of: _Set, checkpoint: bool) -> tuple[float, float]:
-        """Of one step; and of one pass in which frozen layers are decoded: each going forward, those with a gradient
-        going back, and once more between where they are computed again."""
-        flops = _step_flops(self._shape, self._layout, of, self._work, checkpoint)
-        above = self._layout.num_entries - of.low - sum(position >= of.low for position in self._blocks_at)
-        layers = self._work.fresh_share * (self._base_above_cut - above) + (3 if checkpoint else 2) * above
-        return flops / self._device.gemm_flops_per_s, layers * self._decode_layer_s
+    def _parts_of(self, of: _Set, checkpoint: bool) -> _SetParts:
+        device, shape, layout, work = self._device, self._shape, self._layout, self._work
+        below = of.low - layout.base_cut
+        above = layout.num_entries - of.low - 1  # with a gradient, the topmost left out
+        attention = tokens_in_blocks = 0.0
+        for tokens, context, share, fresh in _token_kinds(work):
+            rows = _rows_apart(share)
+            tokens_in_blocks += tokens * (fresh * below + (4 if checkpoint else 3) * (above + rows))
+            backward = (4.5 if checkpoint else 3.5) * (above + 1 - (1 - rows) ** 2)
+            attention += tokens * (fresh * below + backward) * attention_flops(shape, context)
+        flops = _step_flops(shape, layout, of, work, checkpoint)
+        # Read going forward, going back, and once more between; gradients are read and written where passes add up.
+        weights = (below + (3 if checkpoint else 2) * (above + 1)) * self._block
+        weights += 2 * of.size * _slice_sizes(shape, of.width)[1] + 2 * shape.vocab_size * shape.hidden_size
+        frozen_above = above + 1 - sum(position >= of.low for position in self._blocks_at)
+        decoded = work.fresh_share * (self._base_above_cut - frozen_above) + (3 if checkpoint else 2) * frozen_above
+        arithmetic_s, attention_s = (flops - attention) / device.gemm_flops_per_s, attention / device.gemm_flops_per_s
+        decoding_s = decoded * self._decode_layer_s
+        if device.accelerator != "cpu" or device.source != "measured":
+            return _SetParts(arithmetic_s, attention_s, 0.0, 0.0, decoding_s)
+        copy_s = work.dtype_bytes / device.memory_bytes_per_s
+        return _SetParts(
+            arithmetic_s,
+            attention_s / ATTENTION_RATE_SHARE,
+            ACTIVATION_COPIES * copy_s * self._token_elements * tokens_in_blocks,
+            WEIGHT_COPIES * copy_s * weights,
+            decoding_s,
+        )
 
     def fill_s(self, residency: Residency) -> float:
         """Seconds of the first pass: its arithmetic, each prefix layer decoded once a wave, and what its reading takes
         longer than the computation behind which it is hidden (runtime.md 2.2)."""
         if residency not in self._fill:
-            self._fill[residency] = self._fill_s(residency)
+            self._fill[residency] = self._factors.prefix * self._fill_s(residency)
         return self._fill[residency]
 
     def _fill_s(self, residency: Residency) -> float:
@@ -497,14 +595,34 @@ def step_time(
 ) -> float:
     """Seconds of one optimizer step with a warm prefix cache.
 
-    Arithmetic at the device's matrix rate; the optimizer's traffic and that of decoding at its memory rate; the cached
-    hidden states at its disk rate; and the fixed overhead as often as the batches are cut into more forward passes than
-    they need.
+    Arithmetic at the device's matrix rate; the traffic of activations, weights, optimizer and decoding at its memory
+    rate; the cached hidden states at its disk rate; and the fixed overhead as often as the batches are cut into more
+    forward passes than they need.
 
     Args:
         mode: default :func:`usual_mode`.
     """
-    return _Time(device, shape, layout, work).step_s(_set_of(layout, blocks, width), mode or usual_mode(work))
+    return AS_PROFILED.step_s(step_parts(device, shape, layout, blocks, work, mode, width))
+
+
+def step_parts(
+    device: DeviceProfile,
+    shape: ModelShape,
+    layout: StackLayout,
+    blocks: Iterable[int],
+    work: Workload,
+    mode: ExecutionMode | None = None,
+    width: float = 1.0,
+) -> StepParts:
+    """:func:`step_time` by what the seconds are spent on."""
+    return _Time(device, shape, layout, work).step_parts(_set_of(layout, blocks, width), mode or usual_mode(work))
+
+
+def fill_time(
+    device: DeviceProfile, shape: ModelShape, layout: StackLayout, work: Workload, residency: Residency = "suffix"
+) -> float:
+    """Seconds of the first pass over samples that are not cached yet."""
+    return _Time(device, shape, layout, work).fill_s(residency)
 
 
 def round_time(
@@ -1096,6 +1214,7 @@ class ModeSearch:
     Args:
         work: ``micro_batch_size`` is the largest pass that is tried.
         optimizers: those that may be used; ``split`` stands for ``fp32`` where the arithmetic is fp32.
+        factors: what the device's own steps have shown (``calibration.py``).
     """
 
     def __init__(
@@ -1105,10 +1224,11 @@ class ModeSearch:
         layout: StackLayout,
         work: Workload,
         optimizers: Iterable[OptimizerMode] = ("fp32", "split", "split_8bit"),
+        factors: TimeFactors = AS_PROFILED,
     ) -> None:
         self._layout, self._work = layout, work
         self._memory = _Memory(shape, layout, work, device.accelerator)
-        self._time = _Time(device, shape, layout, work)
+        self._time = _Time(device, shape, layout, work, factors)
         self._reading_s = self._time.fill_s("suffix") - self._time.fill_s("resident")
         self._modes = tuple(_modes(layout, work, set(optimizers), reads=self._reading_s > 0))
         self._sparing = _most_sparing(self._modes)

@@ -292,7 +292,7 @@ def test_memory_is_saved_by_smaller_forward_passes_before_blocks_are_given_up():
 
 def test_steps_are_halved_down_to_four_before_training_is_given_up():
     roles = []
-    for seconds in (10.0, 1.2, 0.6, 0.3, 0.1):
+    for seconds in (10.0, 2.0, 1.0, 0.5, 0.1):
         [choice] = plan(
             [client("a", flops=1e10, cached_examples=100, cached_anchor_sequences=448)], deadline_s=seconds
         ).choices
@@ -326,7 +326,7 @@ def test_a_slow_uplink_counts():
     slow = client("a")
     slow = dataclasses.replace(slow, profile=dataclasses.replace(slow.profile, uplink_bytes_per_s=2e4))
     bytes_of_two = upload_bytes(STARTER, 2, "int8", 0.25)
-    [choice] = plan([slow], deadline_s=1.15 * bytes_of_two / 2e4 + 1.5).choices
+    [choice] = plan([slow], deadline_s=1.15 * bytes_of_two / 2e4 + 2.0).choices
     assert len(choice.blocks) == 2
     assert choice.binding == "deadline"
 

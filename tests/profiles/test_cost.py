@@ -12,19 +12,24 @@ from hypothesis import strategies as st
 
 from fedblocks.profiles.catalog_files import QWEN2_5_0_5B, load
 from fedblocks.profiles.cost import (
+    ACTIVATION_COPIES,
     NF4_DECODE_BYTES_MOVED,
     SAME_TIME,
     TIME_TOLERANCE,
     WAVE_TOKENS,
+    WEIGHT_COPIES,
     ExecutionMode,
     ModeChoice,
     ModeSearch,
     NoFit,
     SavedBytes,
     StackLayout,
+    TimeFactors,
     Workload,
+    attention_flops,
     choose_mode,
     download_bytes,
+    fill_time,
     forward_block_flops,
     head_flops,
     measure_memory,
@@ -32,12 +37,13 @@ from fedblocks.profiles.cost import (
     prefix_flops,
     round_time,
     step_flops,
+    step_parts,
     step_time,
     suffix_flops,
     upload_bytes,
     usual_mode,
 )
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 
 CONTEXT = 512
 
@@ -341,7 +347,8 @@ def test_decoding_at_each_use_costs_a_pass_over_each_frozen_layer_and_another_on
     layer_s = NF4_DECODE_BYTES_MOVED["cpu"] * STARTER.linear_parameters / device.memory_bytes_per_s
 
     def extra_layers(blocks, **mode):
-        modes = (ExecutionMode(frozen=frozen, micro_batch_size=4, **mode) for frozen in ("decoded", "nf4"))
+        mode = {"micro_batch_size": 4, **mode}
+        modes = (ExecutionMode(frozen=frozen, **mode) for frozen in ("decoded", "nf4"))
         decoded, nf4 = (step_time(device, STARTER, layout, blocks, work(), mode) for mode in modes)
         return (nf4 - decoded) / layer_s
 
@@ -349,10 +356,79 @@ def test_decoding_at_each_use_costs_a_pass_over_each_frozen_layer_and_another_on
     assert extra_layers((0,)) == pytest.approx(2 * 2 + 2)
     assert extra_layers((1,)) == pytest.approx(4)
     assert extra_layers((0,), checkpoint=True) == pytest.approx(3 * 2 + 2)
-    once, twice = (ExecutionMode(frozen="nf4", micro_batch_size=m) for m in (4, 2))
-    plain = dataclasses.replace(load("laptop-cpu"), step_overhead_s=0.0)
-    passes = [step_time(plain, STARTER, layout, (1,), work(), mode) for mode in (once, twice)]
-    assert (passes[1] - passes[0]) / layer_s == pytest.approx(4)
+    assert extra_layers((1,), micro_batch_size=2) == pytest.approx(2 * 4)
+
+
+@given(
+    tokens=st.integers(1, 512),
+    label_share=st.sampled_from([0.1, 0.5, 1.0]),
+    checkpoint=st.booleans(),
+    anchored=st.booleans(),
+    width=st.sampled_from(WIDTHS),
+)
+def test_arithmetic_and_attention_are_all_flops_of_a_step(tokens, label_share, checkpoint, anchored, width):
+    device, layout, blocks = load("jetson-orin-nano-8gb"), after(STARTER, 3, 5, 1), (0, 2)  # there both have one rate
+    job = work(
+        mean_tokens=tokens, max_tokens=512, label_share=label_share, anchor_batch_size=2 * anchored, anchor_tokens=64
+    )
+    mode = ExecutionMode(checkpoint=checkpoint, micro_batch_size=4)
+    parts = step_parts(device, STARTER, layout, blocks, job, mode, width)
+    if width == 1.0:
+        flops = step_flops(STARTER, layout, blocks, job, checkpoint=checkpoint)
+        assert parts.arithmetic_s + parts.attention_s == pytest.approx(flops / device.gemm_flops_per_s)
+    assert sum(parts) == pytest.approx(step_time(device, STARTER, layout, blocks, job, mode, width))
+    assert min(parts) > 0
+
+
+PROBED = dataclasses.replace(load("laptop-cpu"), source="measured")
+
+
+def test_a_probed_cpu_computes_attention_at_a_fifth_of_the_matrix_rate():
+    layout = after(STARTER, 3, 5)  # block 1 is the topmost entry
+
+    def attention_s(tokens, device=PROBED):
+        job = work(batch_size=1, micro_batch_size=1, mean_tokens=tokens, max_tokens=tokens)
+        return step_parts(device, STARTER, layout, (1,), job).attention_s
+
+    below = layout.num_entries - 1 - layout.base_cut
+    flops = 64 * (below + 3.5) * attention_flops(STARTER, 64)
+    assert attention_s(64) == pytest.approx(flops / (0.2 * PROBED.gemm_flops_per_s))
+    assert attention_s(128) == pytest.approx(4 * attention_s(64))
+    assert attention_s(64, load("laptop-cpu")) == pytest.approx(0.2 * attention_s(64))
+
+
+def test_on_a_probed_cpu_each_pass_reads_the_weights_and_each_token_leaves_activations():
+    layout = after(STARTER, 3, 5)  # block 1 is the topmost entry
+
+    def parts(micro=4, device=PROBED, **mode):
+        return step_parts(device, STARTER, layout, (1,), work(), ExecutionMode(micro_batch_size=micro, **mode))
+
+    below = layout.num_entries - 1 - layout.base_cut
+    read = (below + 2 + 2) * STARTER.block_parameters + 2 * STARTER.vocab_size * STARTER.hidden_size
+    more_s = parts(micro=2).weights_s - parts().weights_s
+    assert more_s == pytest.approx(WEIGHT_COPIES * 4 * read / PROBED.memory_bytes_per_s)
+    assert parts(micro=2).activations_s == parts().activations_s
+    h, i, q, kv = STARTER.hidden_size, STARTER.intermediate_size, STARTER.q_size, STARTER.kv_size
+    recomputed_s = parts(checkpoint=True).activations_s - parts().activations_s
+    one_block_s = 4 * 512 * 4 * (4 * h + 3 * i + 3 * q + 3 * kv) / PROBED.memory_bytes_per_s
+    assert recomputed_s == pytest.approx(ACTIVATION_COPIES * one_block_s)
+    catalog = parts(micro=2, device=load("laptop-cpu"))
+    assert catalog.weights_s == parts(device=load("laptop-cpu")).weights_s < parts().weights_s
+    assert catalog.activations_s < parts().activations_s / 10
+
+
+def test_each_factor_scales_its_part_of_the_time():
+    device, layout, mode = PROBED, after(STARTER, 3, 5), ExecutionMode(micro_batch_size=4)
+    job = work(new_tokens=1000)
+    parts = step_parts(device, STARTER, layout, (1,), job, mode)
+    plain = ModeSearch(device, STARTER, layout, job).cost((1,), mode)
+    for name in ("arithmetic", "attention", "activations", "weights", "overhead"):
+        factors = TimeFactors(**{name: 3.0})
+        found = ModeSearch(device, STARTER, layout, job, factors=factors).cost((1,), mode)
+        assert found.step_s == pytest.approx(plain.step_s + 2 * getattr(parts, f"{name}_s"))
+    filled = ModeSearch(device, STARTER, layout, job, factors=TimeFactors(prefix=3.0)).cost((1,), mode)
+    assert filled.step_s == plain.step_s
+    assert filled.seconds - plain.seconds == pytest.approx(2 * fill_time(device, STARTER, layout, job))
 
 
 def test_the_breakdown_adds_up_to_its_peak():
