@@ -21,7 +21,17 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedblocks.edge_client.rotary import Rotary
-from fedblocks.kernels.ops import Nf4Weight, attention_in, frozen_nf4_linear, mlp, rms_norm, rope, swiglu
+from fedblocks.kernels.ops import (
+    Nf4Weight,
+    Ranges,
+    attention_in,
+    frozen_nf4_linear,
+    mlp,
+    rms_norm,
+    rope,
+    slim_linear,
+    swiglu,
+)
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol.expansion import DEFAULT_WINDOW, family_of, layer_types
 
@@ -86,15 +96,64 @@ class PackedRows:
     parts: tuple[Nf4Weight, ...]
 
 
-Matrix = Tensor | PackedRows
-"""A weight that is there, or one that is decoded when it is read."""
+@dataclass(frozen=True, slots=True, eq=False)
+class SlimMatrix:
+    """A matrix, with its bias where only a part of that trains, of which a slice trains: methods.md 3.3, ``frozen``."""
+
+    whole: Tensor  # (N, K), in the compute dtype
+    leaf: Tensor  # rows ``rows`` of it below each other (n, K), or its first columns (N, k)
+    rows: Ranges | None
+    """None: columns train."""
+    bias: Tensor | None = None  # (N,), in the compute dtype
+    bias_leaf: Tensor | None = None  # (n,)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Brings the leaves' values to where the arithmetic reads them."""
+        if self.rows is None:
+            self.whole[:, : self.leaf.shape[1]].copy_(self.leaf)
+            return
+        sizes = [stop - start for start, stop in self.rows]
+        for whole, leaf in ((self.whole, self.leaf), (self.bias, self.bias_leaf)):
+            if whole is not None and leaf is not None:
+                for (start, stop), part in zip(self.rows, leaf.split(sizes), strict=True):
+                    whole[start:stop].copy_(part)
+
+    def split(self, row: int) -> tuple[SlimMatrix, SlimMatrix]:
+        """The rows before ``row`` and those from it on; no range of rows may lie on both sides."""
+        assert self.rows is not None
+        upper = tuple(r for r in self.rows if r[1] <= row)
+        lower = tuple((start - row, stop - row) for start, stop in self.rows if start >= row)
+        sizes = [sum(stop - start for start, stop in rows) for rows in (upper, lower)]
+        leaves = self.leaf.split(sizes)
+        biases = (None, None) if self.bias is None else (self.bias[:row], self.bias[row:])
+        bias_leaves = (None, None) if self.bias_leaf is None else self.bias_leaf.split(sizes)
+        return (
+            SlimMatrix(self.whole[:row], leaves[0], upper, biases[0], bias_leaves[0]),
+            SlimMatrix(self.whole[row:], leaves[1], lower, biases[1], bias_leaves[1]),
+        )
+
+
+Matrix = Tensor | PackedRows | SlimMatrix
+"""A weight that is there, one that is decoded when it is read, or one of which a slice trains."""
+
+
+def slim_shape(shape: ModelShape, width: float) -> ModelShape:
+    """The shape whose whole blocks are the slices of this width: ``block_tensors()`` is ``shape.block_tensors(width)``.
+
+    Raises:
+        ValueError: not one of ``model_shape.WIDTHS``.
+    """
+    heads, kv_heads, neurons = shape.slice_sizes(width)
+    return replace(shape, num_heads=heads, num_kv_heads=kv_heads, intermediate_size=neurons)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BlockWeights:
     """All tensors of one block; q, k, v and gate, up are rows of one matrix each.
 
-    A frozen block may hold its matrices packed (:meth:`packed`); then :meth:`named` and :meth:`tensors` are not for it.
+    A frozen block may hold its matrices packed (:meth:`packed`), a slim one has matrices of which a slice trains
+    (:meth:`slim`); then :meth:`named` and :meth:`tensors` are not for it.
     """
 
     input_norm: Tensor  # (H,)
@@ -148,6 +207,45 @@ class BlockWeights:
             **{name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in vectors.items()},
         )
 
+    @classmethod
+    def slim(cls, whole: BlockWeights, leaves: BlockWeights, shape: ModelShape, width: float) -> BlockWeights:
+        """A block that computes with all of ``whole`` and of which only ``leaves`` train.
+
+        Args:
+            whole: in the compute dtype; its slices take over the values of ``leaves``.
+            leaves: a block of :func:`slim_shape`; norms and the biases of the out-projections are whole in it.
+        """
+        outer, inner = layout(shape), layout(slim_shape(shape, width))
+
+        def rows(*linears: str) -> Ranges:
+            names = [f"{linear}.weight" for linear in linears]
+            return tuple((outer[n].start, outer[n].start + inner[n].stop - inner[n].start) for n in names)
+
+        weights = replace(
+            leaves,
+            qkv=SlimMatrix(whole.qkv, leaves.qkv, rows(*LINEARS[:3]), whole.qkv_bias, leaves.qkv_bias),
+            o=SlimMatrix(whole.o, leaves.o, None),
+            gate_up=SlimMatrix(
+                whole.gate_up, leaves.gate_up, rows(*LINEARS[4:6]), whole.gate_up_bias, leaves.gate_up_bias
+            ),
+            down=SlimMatrix(whole.down, leaves.down, None),
+            qkv_bias=None,
+            gate_up_bias=None,
+        )
+        weights.refresh()
+        return weights
+
+    @property
+    def is_slim(self) -> bool:
+        """True for a block of :meth:`slim`."""
+        return isinstance(self.qkv, SlimMatrix)
+
+    def refresh(self) -> None:
+        """Brings the trained values of a slim block to where its arithmetic reads them."""
+        for matrix in (self.qkv, self.o, self.gate_up, self.down):
+            if isinstance(matrix, SlimMatrix):
+                matrix.refresh()
+
     def tensors(self) -> dict[str, Tensor]:
         """Field name -> tensor, absent ones left out; what an optimizer holds."""
         named = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "lora")
@@ -178,7 +276,8 @@ class BlockWeights:
         """The same block in the compute dtype; differentiable; itself where nothing changes."""
         if self.post_norm.dtype == dtype:
             return self
-        return replace(self, **{name: tensor.to(dtype) for name, tensor in self.tensors().items()})
+        held = {name: tensor for name, tensor in self.tensors().items() if isinstance(tensor, Tensor)}
+        return replace(self, **{name: tensor.to(dtype) for name, tensor in held.items()})
 
     def as_leaves(self) -> BlockWeights:
         """The same memory as leaf parameters that require a gradient."""
@@ -222,6 +321,10 @@ def _linear(
 ) -> Tensor:
     if isinstance(weight, PackedRows):
         return frozen_nf4_linear(x, weight.parts, bias)
+    if isinstance(weight, SlimMatrix):
+        if weight.rows is None:
+            return slim_linear(x, weight.whole, weight.leaf, None, bias, bias)
+        return slim_linear(x, weight.whole, weight.leaf, weight.rows, weight.bias, weight.bias_leaf)
     y = functional.linear(x, weight, bias)
     if not pairs:
         return y
@@ -239,7 +342,7 @@ def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> 
     return (distance >= 0) & (distance < window)
 
 
-def _parts_of(weight: Matrix) -> Tensor | tuple[Nf4Weight, ...]:
+def _parts_of(weight: Tensor | PackedRows) -> Tensor | tuple[Nf4Weight, ...]:
     return weight.parts if isinstance(weight, PackedRows) else weight
 
 
@@ -247,7 +350,7 @@ def _project(x: Tensor, w: BlockWeights, spec: BlockSpec, cos: Tensor, sin: Tens
     """Norm, projection, q/k norm and rotation: q (B, nh, T, hd), k and v (B, nkv, T, hd)."""
     shape = spec.shape
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    if spec.fused and w.q_norm is None and not w.lora:
+    if spec.fused and w.q_norm is None and not w.lora and not isinstance(w.qkv, SlimMatrix):
         parts = attention_in(x, w.input_norm, _parts_of(w.qkv), w.qkv_bias, (cos, sin), (heads, kv_heads), spec.eps)
         q, k, v = (part.transpose(1, 2) for part in parts)
         return q, k, v
@@ -268,6 +371,9 @@ def _split_qkv(w: BlockWeights, q_size: int) -> tuple[tuple[Matrix, Tensor | Non
     biases = (None, None) if bias is None else (bias[:q_size], bias[q_size:])
     if isinstance(w.qkv, PackedRows):
         return (PackedRows(w.qkv.parts[:1]), biases[0]), (PackedRows(w.qkv.parts[1:]), biases[1])
+    if isinstance(w.qkv, SlimMatrix):
+        q, kv = w.qkv.split(q_size)
+        return (q, None), (kv, None)
     return (w.qkv[:q_size], biases[0]), (w.qkv[q_size:], biases[1])
 
 
@@ -297,7 +403,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
 def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """Output projection, residual and the MLP half."""
     x = x + _linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
-    if spec.fused and not w.lora:
+    if spec.fused and not w.lora and not isinstance(w.gate_up, SlimMatrix) and not isinstance(w.down, SlimMatrix):
         weights = (_parts_of(w.gate_up), w.gate_up_bias, _parts_of(w.down), w.down_bias)
         return mlp(x, w.post_norm, *weights, spec.eps)
     gate_up = _linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6])

@@ -9,7 +9,7 @@ Rows are right-padded. The hidden state "at cut c" is the residual stream that e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
@@ -29,12 +29,13 @@ from fedblocks.edge_client.decoder_block import (
     block_forward,
     block_step,
     layout,
+    slim_shape,
 )
 from fedblocks.edge_client.recompute import recomputed
 from fedblocks.edge_client.rotary import Rotary
 from fedblocks.edge_client.store import LazyTensors
 from fedblocks.kernels.ops import merge_split, rms_norm, split_fp32
-from fedblocks.profiles.model_shape import TensorSpec
+from fedblocks.profiles.model_shape import ModelShape, TensorSpec
 from fedblocks.protocol.expansion import ExpansionPlan, StackEntry
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class ParamGroup:
     name: str
     """``block 2``, ``layer 0``, ``embeddings``, ``lora``."""
     tensors: tuple[Tensor, ...]
-    """What the arithmetic reads: fp32, or the bf16 high halves of fp32 values."""
+    """fp32, or the bf16 high halves of fp32 values; what the arithmetic reads, but for slim blocks."""
     lows: tuple[Tensor, ...] = ()
     """The int16 remainders of those halves, one for each of ``tensors``; none where they are fp32."""
     decayed: tuple[Tensor, ...] = ()
@@ -65,6 +66,8 @@ class ParamGroup:
     """Outside name -> view of its rows in one of ``tensors``."""
     named_lows: Mapping[str, Tensor] = field(default_factory=dict)
     """Outside name -> view of its rows in one of ``lows``."""
+    after_step: Callable[[], None] = lambda: None
+    """To be called whenever the tensors have changed: brings them to where the arithmetic reads them."""
 
     def value(self, name: str) -> Tensor:
         """The fp32 value of a named tensor; the tensor itself where that is fp32."""
@@ -336,19 +339,25 @@ class ExpandedModel:
 
     # What trains
 
-    def train_blocks(self, blocks: Sequence[int], optimizer: OptimizerMode = "fp32") -> list[ParamGroup]:
-        """Makes these expanded blocks leaf parameters; every other tensor stays frozen.
+    def train_blocks(
+        self, blocks: Sequence[int], optimizer: OptimizerMode = "fp32", width: float = 1.0
+    ) -> list[ParamGroup]:
+        """Makes these expanded blocks, or the slices of this width, leaf parameters; all else stays frozen.
 
-        They train in place: from here to the next :meth:`load_state` the model is the local one.
+        They train in place: from here to the next :meth:`load_state` the model is the local one. A slim block computes
+        as the whole one does; its tensors have the shapes of ``shape.block_tensors(width)``.
 
         Args:
             optimizer: with bf16 arithmetic, ``split`` and ``split_8bit`` keep the fp32 value as a bf16 half, which the
                 arithmetic reads, and its int16 remainder; otherwise the value is one fp32 tensor.
 
+            width: one of ``model_shape.WIDTHS``.
+
         Raises:
-            ValueError: the strength is not 1.
+            ValueError: the strength is not 1, or there is no such width.
         """
         assert self.plan is not None
+        trained = slim_shape(self.shape, width)
         if self._strength != 1.0:
             raise ValueError(
                 f"training at strength {self._strength}, expected 1: strength is for evaluation and export"
@@ -357,31 +366,49 @@ class ExpandedModel:
         groups: list[ParamGroup] = []
         for block_id in blocks:
             self._placed.pop(block_id, None)
-            if optimizer == "fp32" or self.dtype == torch.float32:
-                leaves, lows = self._block(block_id, torch.float32).as_leaves(), None
+            lows = None
+            if optimizer != "fp32" and self.dtype != torch.float32:
+                leaves, lows = self._split_block(block_id, trained)
             else:
-                leaves, lows = self._split_block(block_id)
-            self._replaced[self.plan.position(block_id)] = leaves
+                leaves = self._leaf_block(block_id, trained)
+            weights = leaves
+            if width != 1.0:
+                weights = BlockWeights.slim(self._block(block_id, self.dtype), leaves, self.shape, width)
+            self._replaced[self.plan.position(block_id)] = weights
             groups.append(
                 ParamGroup(
                     name=f"block {block_id}",
                     tensors=tuple(leaves.tensors().values()),
                     lows=tuple(lows.tensors().values()) if lows else (),
                     decayed=leaves.out_tensors(),
-                    named=leaves.named(self.shape),
-                    named_lows=lows.named(self.shape) if lows else {},
+                    named=leaves.named(trained),
+                    named_lows=lows.named(trained) if lows else {},
+                    after_step=weights.refresh,
                 )
             )
         return groups
 
-    def _split_block(self, block_id: int) -> tuple[BlockWeights, BlockWeights]:
+    def _start_of(self, block_id: int, trained: ModelShape) -> Iterator[tuple[str, Tensor]]:
+        """The published fp32 values of a block's trained slices, one at a time."""
+        for spec, part in zip(self.shape.block_tensors(), trained.block_tensors(), strict=True):
+            yield spec.name, _first(self._start(block_id, spec), part.shape)
+
+    def _leaf_block(self, block_id: int, trained: ModelShape) -> BlockWeights:
+        """The published value as fp32 leaves."""
+        weights = BlockWeights.empty(trained, torch.float32, self.device)
+        places = weights.named(trained)
+        for name, value in self._start_of(block_id, trained):
+            places[name].copy_(value)
+        return weights.as_leaves()
+
+    def _split_block(self, block_id: int, trained: ModelShape) -> tuple[BlockWeights, BlockWeights]:
         """The published value as bf16 leaves and int16 remainders; one fp32 tensor exists at a time."""
-        high, low = (BlockWeights.empty(self.shape, dtype, self.device) for dtype in (torch.bfloat16, torch.int16))
-        highs, lows = high.named(self.shape), low.named(self.shape)
-        for spec in self.shape.block_tensors():
-            split = split_fp32(self._start(block_id, spec))
-            highs[spec.name].copy_(split[0])
-            lows[spec.name].copy_(split[1])
+        high, low = (BlockWeights.empty(trained, dtype, self.device) for dtype in (torch.bfloat16, torch.int16))
+        highs, lows = high.named(trained), low.named(trained)
+        for name, value in self._start_of(block_id, trained):
+            split = split_fp32(value)
+            highs[name].copy_(split[0])
+            lows[name].copy_(split[1])
         return high.as_leaves(), low
 
     def train_base(self, positions: Sequence[int] | None = None, *, embeddings: bool = True) -> list[ParamGroup]:
@@ -437,7 +464,8 @@ class ExpandedModel:
         return [ParamGroup(name="lora", tensors=tuple(named.values()), named=named)]
 
     def deltas(self, groups: Sequence[ParamGroup]) -> dict[int, LazyTensors]:
-        """Trained value minus the value that training started from, of the groups of :meth:`train_blocks`.
+        """Trained value minus the value that training started from, of the groups of :meth:`train_blocks`; of slim
+        blocks in the shapes that were trained.
 
         Computed tensor by tensor as they are asked for; the start is derived again from the checkpoint and the state
         instead of being kept beside the weights.
@@ -446,10 +474,19 @@ class ExpandedModel:
         state = self._state
 
         def reader(block_id: int, group: ParamGroup) -> Callable[[str], npt.NDArray[np.float32]]:
-            return lambda name: (group.value(name).cpu() - self._start(block_id, specs[name], state)).numpy()
+            def read(name: str) -> npt.NDArray[np.float32]:
+                value = group.value(name).cpu()
+                return (value - _first(self._start(block_id, specs[name], state), value.shape)).numpy()
+
+            return read
 
         by_block = {int(group.name.removeprefix("block ")): group for group in groups}
         return {block_id: LazyTensors(group.named, reader(block_id, group)) for block_id, group in by_block.items()}
+
+
+def _first(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """A view of the first rows and columns: a slim block's part of a whole tensor."""
+    return values[tuple(slice(size) for size in shape)]
 
 
 def _group(

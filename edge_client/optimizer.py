@@ -58,6 +58,7 @@ class AdamW:
         eps: float = 1e-8,
         weight_decay: float = 0.01,
     ) -> None:
+        self._groups = tuple(groups)
         self._betas, self._eps = betas, eps
         self._slots: list[_Slot] = []
         for group in groups:
@@ -116,6 +117,8 @@ class AdamW:
         """One step from the gradients collected, which stay as they are."""
         for slot in self._slots:
             slot.step(lr, self._betas, self._eps)
+        for group in self._groups:
+            group.after_step()
 
 
 class _Slot:

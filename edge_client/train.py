@@ -398,7 +398,7 @@ def train(
 
     began = now()
     model.recompute = mode.checkpoint
-    groups = model.train_blocks(task.blocks, mode.optimizer)
+    groups = model.train_blocks(task.blocks, mode.optimizer, task.width)
     result = run_steps(
         groups=groups,
         losses=stack_losses(model, states.cut),

@@ -304,6 +304,7 @@ class Workbench:
                     format=task.delta_format,
                     density=task.delta_density,
                     cap=3.0 * task.learning_rate * task.steps,
+                    width=task.width,
                 )
         except NonFiniteError as error:
             return self._failed(task, "non_finite", str(error))
@@ -319,7 +320,7 @@ class Workbench:
         if limit and peak_bytes > limit:
             text = f"measured peak {peak_bytes} bytes, the budget is {limit} (predicted {predicted})"
             return self._failed(task, "over_memory_budget", text)
-        self.residuals.stage(task.attempt_id, encoded.residuals, round=task.round)
+        self.residuals.stage(task.attempt_id, encoded.residuals, round=task.round, width=task.width)
         body = b"".join(encoded.parts)
         delta = Delta(
             attempt_id=task.attempt_id,
@@ -329,6 +330,7 @@ class Workbench:
             steps=result.steps,
             format=task.delta_format,
             density=task.delta_density,
+            width=task.width,
             tensors=encoded.headers,
             payload_bytes=len(body),
             payload_sha256=hashlib.sha256(body).hexdigest(),

@@ -23,6 +23,7 @@ from fedblocks.kernels.pointwise import RmsNorm, Rope, SwiGlu
 from fedblocks.kernels.reference import split as _split
 from fedblocks.kernels.reference.adamw import Moments, Moments8Bit
 from fedblocks.kernels.reference.nf4 import Nf4Weight, quantize_nf4
+from fedblocks.kernels.slim import Ranges, SlimLinear
 
 __all__ = [
     "DISPATCHER",
@@ -34,6 +35,7 @@ __all__ = [
     "Moments",
     "Moments8Bit",
     "Nf4Weight",
+    "Ranges",
     "adamw_step_",
     "attention_in",
     "calibration",
@@ -48,6 +50,7 @@ __all__ = [
     "quantize_nf4",
     "rms_norm",
     "rope",
+    "slim_linear",
     "split_fp32",
     "square_norm",
     "swiglu",
@@ -140,6 +143,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, half-rotation convention: x (..., T, hd), cos and sin (T, hd)."""
     return Rope.apply(x, cos, sin)
+
+
+def slim_linear(
+    x: Tensor,
+    whole: Tensor,
+    leaf: Tensor,
+    rows: Ranges | None,
+    bias: Tensor | None = None,
+    bias_leaf: Tensor | None = None,
+) -> Tensor:
+    """``y = x Wᵀ + bias`` with W ``whole``, of which the slice ``leaf`` trains: no other gradient of W is ever made.
+
+    ``whole`` must hold the values of ``leaf``, in x's dtype; who changes the leaf copies them.
+
+    Args:
+        x: (..., K).
+        whole: (N, K).
+        leaf: the rows ``rows`` of W below each other (n, K); or its first columns (N, k) where ``rows`` is None.
+        rows: ranges of rows, ascending.
+        bias: (N,), in x's dtype.
+        bias_leaf: the entries ``rows`` of the bias, all of them where that is None; the only ones with a gradient.
+    """
+    return SlimLinear.apply(x, leaf, bias_leaf, whole, None if bias is None else bias.detach(), rows)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
