@@ -238,6 +238,10 @@ def simulate(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="where to write the result; default: DIR/result.json")
     ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(min=1, max=64, help="processes that do the arithmetic; the result is the same with any number"),
+    ] = 1,
 ) -> None:
     """Run a fleet of assumed devices: real aggregator, sessions, sockets and training, on a virtual clock."""
     from fedblocks.fleet_file import load
@@ -246,7 +250,7 @@ def simulate(
     from fedblocks.simulation_report import plot, print_result
 
     wanted = load(fleet)
-    result = run(wanted, inputs_of(model, train, general, out), out, say=lambda line: typer.echo(line))
+    result = run(wanted, inputs_of(model, train, general, out), out, workers=workers, say=lambda line: typer.echo(line))
     print_result(result)
     path = json_file or out / "result.json"
     path.write_text(json.dumps(result.to_plain(), indent=1), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 seed = 1                     # the same seed gives the same run
 max_hours = 100.0            # of virtual time
+costs_of = "qwen2.5-0.5b"    # whose time, bytes and memory are told
 [run]                        # keys of run.toml
 "training.steps" = 16
 [chance]                     # of each task
@@ -38,6 +39,8 @@ else:
 EventKind = Literal["leave", "join", "slow", "link"]
 
 MAX_CLIENTS: Final = 1000
+#: Models whose costs a fleet may have without their config.json.
+SHAPES: Final = {"qwen2.5-0.5b": catalog_files.QWEN2_5_0_5B}
 
 T = TypeVar("T")
 
@@ -89,7 +92,8 @@ class Group:
     examples: int = 40
     """Training rows of each client."""
     scale: float = 0.0
-    """Share of the device's speed and memory; 0: that by which the trained model is smaller than Qwen2.5-0.5B."""
+    """Share of the device's speed and memory; 0: that by which the trained model is smaller than Qwen2.5-0.5B, or all
+    of it where the costs are those of another model."""
     link: float = 1.0
     """Factor on both directions of its link."""
     joins_s: float = 0.0
@@ -147,10 +151,21 @@ class Fleet:
     max_hours: float = 1000.0
     tick_s: float = 1.0
     """Steps of virtual time in which the aggregator looks at its clock while nothing arrives."""
+    alpha: float = 0.0
+    """Of the Dirichlet distribution from which each client draws its shares of the rows' labels; 0: rows at random."""
+    costs_of: str = ""
+    """Whose time, bytes and memory are told: a name of :data:`SHAPES` or a config.json; empty: the trained model's."""
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.max_hours) and self.max_hours > 0, "max_hours", self.max_hours, "a positive number")
         _require(math.isfinite(self.tick_s) and self.tick_s > 0, "tick_s", self.tick_s, "a positive number")
+        _require(math.isfinite(self.alpha) and self.alpha >= 0, "alpha", self.alpha, "0 or more")
+        _require(
+            self.costs_of in ("", *SHAPES) or Path(self.costs_of).is_file(),
+            "costs_of",
+            self.costs_of,
+            f"{', '.join(SHAPES)}, or the path of a config.json",
+        )
         total = sum(group.count for group in self.groups)
         _require(1 <= total <= MAX_CLIENTS, "the number of clients", total, f"1 to {MAX_CLIENTS}")
         prefixes = [group.prefix for group in self.groups]
@@ -190,7 +205,9 @@ def _fleet(content: dict[str, Any]) -> Fleet:
             raise ConfigError(f"unknown key {key!r}; nearest key: {_nearest(key, allowed)}")
     hints = typing.get_type_hints(Fleet)
     plain = {
-        key: checked_value(key, hints[key], content[key]) for key in ("seed", "max_hours", "tick_s") if key in content
+        key: checked_value(key, hints[key], content[key])
+        for key in ("seed", "max_hours", "tick_s", "alpha", "costs_of")
+        if key in content
     }
     return Fleet(
         groups=tuple(_made(Group, "group", item) for item in _list(content, "group")),

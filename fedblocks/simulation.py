@@ -1,9 +1,10 @@
 """What would a run do on a fleet that nobody has here? The real aggregator, real sessions, sockets and training, on a
 clock that the cost model moves.
 
-Everything happens in one thread, in the order of virtual time; between two moments all messages under way are
-delivered. So the same seed gives the same run, to the bit. Every client has a session, a socket and a folder of its
-own; base layers, hidden states and teacher records, which are the same for all, are held once.
+Everything happens in the order of virtual time; between two moments all messages under way are delivered, and the tasks
+that begin at one moment, which do not depend on each other, are carried out. So the same seed gives the same run, to
+the bit, in however many processes. Every client has a session, a socket and a folder of its own; base layers, hidden
+states and teacher records, which are the same for all, are held once in each process.
 """
 
 from __future__ import annotations
@@ -19,16 +20,20 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import zmq
 
-from fedblocks.fleet_file import Event, Fleet, Group
+from fedblocks.fleet_file import SHAPES, Event, Fleet, Group
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, plan_expansion
 from fedblocks.protocol.keys import KeyPair
-from fedblocks.protocol.messages import ClientKey
-from fedblocks.protocol.run_config import ConfigError
+from fedblocks.protocol.messages import Assignment, ClientKey, Evaluate
+from fedblocks.protocol.run_config import ConfigError, Placement
+
+if TYPE_CHECKING:
+    from fedblocks.virtual_client import Costs, Span, VirtualClient
 
 MARKER: Final = ".fedblocks-simulation"
 SUBFOLDERS: Final = ("run", "sites", "data")
@@ -38,6 +43,11 @@ QUIET_TIMEOUT_S: Final = 60.0
 """Real seconds after which messages that do not arrive are an error."""
 SETTLE_S: Final = 0.0002
 R_BYTES: Final = 1 << 20
+FREE_BYTES: Final = 1 << 40
+"""Memory of the arithmetic where the costs, and so the limits, are those of another model."""
+SHARED_FOLDER: Final = ".shared"
+"""Of the 4-bit base layers, which are the same for all clients; no group's name begins so."""
+MAX_WORKERS: Final = 64
 
 
 class SimulationError(RuntimeError):
@@ -76,9 +86,16 @@ class ClientResult:
     lost: int
     """Tasks whose result never arrived."""
     bytes_up: int
+    """Counted at the socket; of another model's costs: predicted payloads."""
     bytes_down: int
+    peak_memory_bytes: int
+    """Largest of its training tasks, as predicted, above the imports."""
     energy_j: float | None
     """Virtual training time times the board's power; None where the catalog does not know it."""
+    accuracy_first: float | None
+    """Of the published state on its own held-out rows, when they were first measured."""
+    accuracy: float | None
+    """The same at the last measurement."""
     spans: tuple[dict[str, Any], ...]
 
 
@@ -96,7 +113,13 @@ class DeviceClass:
     """Of their time they trained or measured."""
     bytes_up: int
     bytes_down: int
+    peak_memory_bytes: int
+    """Largest of any of them."""
     energy_j: float | None
+    accuracy: float | None
+    """Mean over its clients of the last accuracy on their own held-out rows."""
+    accuracy_worst: float | None
+    """Of the client with the lowest one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +127,11 @@ class SimulationResult:
     """The whole run."""
 
     run: Path
+    costs_of: str
+    """The model whose time, bytes and memory these are; empty: the one that was trained."""
     rounds: tuple[dict[str, Any], ...]
-    """The rows of metrics.jsonl, each with ``virtual_s``, when it was closed."""
+    """The rows of metrics.jsonl, each with ``virtual_s``, when it was closed, the ``deadline_s`` that was planned, and
+    the ``energy_j`` of its tasks (null where the catalog does not know a board's power)."""
     clients: tuple[ClientResult, ...]
     coverage: Mapping[str, Mapping[int, int]]
     """Device -> block -> accepted updates."""
@@ -121,6 +147,7 @@ class SimulationResult:
         for device in dict.fromkeys(client.device for client in self.clients):
             members = [client for client in self.clients if client.device == device]
             energies = [client.energy_j for client in members]
+            accuracies = [client.accuracy for client in members if client.accuracy is not None]
             busy_s = sum(span["end_s"] - span["start_s"] for c in members for span in c.spans if span["kind"] != "away")
             updates = sum(client.updates for client in members)
             made.append(
@@ -133,7 +160,10 @@ class SimulationResult:
                     busy_share=busy_s / max(1e-9, len(members) * self.virtual_s),
                     bytes_up=sum(client.bytes_up for client in members),
                     bytes_down=sum(client.bytes_down for client in members),
+                    peak_memory_bytes=max(client.peak_memory_bytes for client in members),
                     energy_j=None if None in energies else sum(e for e in energies if e is not None),
+                    accuracy=sum(accuracies) / len(accuracies) if accuracies else None,
+                    accuracy_worst=min(accuracies, default=None),
                 )
             )
         return tuple(made)
@@ -177,12 +207,13 @@ def inputs_of(model: Path | None, train: Path | None, general: Path | None, out:
 
 
 def simulate(
-    fleet: Fleet, inputs: Inputs, out: Path, *, say: Callable[[str], None] = lambda _line: None
+    fleet: Fleet, inputs: Inputs, out: Path, *, workers: int = 1, say: Callable[[str], None] = lambda _line: None
 ) -> SimulationResult:
     """Runs the fleet to the end of its run, or of its hours.
 
     Args:
         out: folder of the run and of the clients; what an earlier simulation left there is removed.
+        workers: processes that do the arithmetic; more than one are forked from this one. The result is the same.
         say: takes lines about the rounds.
 
     Raises:
@@ -190,6 +221,9 @@ def simulate(
         SimulationError: messages got lost, which is a bug.
     """
     import torch
+
+    if not 1 <= workers <= MAX_WORKERS:
+        raise ConfigError(f"simulate: workers is {workers}, expected 1 to {MAX_WORKERS}")
 
     torch.set_num_threads(
         1
@@ -200,7 +234,7 @@ def simulate(
     rows = _rows(inputs.train)
     make_run(fleet, inputs, out)
     with contextlib.ExitStack() as cleanup:
-        simulation = _Simulation(fleet, inputs, out, rows, cleanup, say)
+        simulation = _Simulation(fleet, inputs, out, rows, workers, cleanup, say)
         simulation.go()
         return simulation.result(time.monotonic() - began)
 
@@ -250,28 +284,84 @@ def _rows(path: Path) -> list[str]:
 
 def assumed_profile(group: Group, default_scale: float) -> DeviceProfile:
     """The catalog's device, scaled, with the arithmetic of this machine's kind: fp32 on a CPU."""
+    return _scaled(group, default_scale, accelerator="cpu", compute_dtype="float32", runtime_memory_bytes=R_BYTES)
+
+
+def _scaled(group: Group, default_scale: float, **of_host: Any) -> DeviceProfile:
     from fedblocks.profiles import catalog_files
 
     device = catalog_files.load(group.device)
-    factor = group.scale or default_scale
     host = replace(
-        device,
-        accelerator="cpu",
-        compute_dtype="float32",
-        runtime_memory_bytes=R_BYTES,
-        gemm_flops_per_s=1e15,
-        memory_bytes_per_s=1e15,
-        disk_read_bytes_per_s=1e15,
-        memory_usable_bytes=1 << 60,
-        measured_unix_s=START_UNIX_S,
+        device, gemm_flops_per_s=1e15, memory_bytes_per_s=1e15, disk_read_bytes_per_s=1e15, memory_usable_bytes=1 << 60
     )
-    found = catalog_files.scaled(device, factor, host=host)
+    found = catalog_files.scaled(device, group.scale or default_scale, host=replace(host, **of_host))
     return replace(
         found,
         measured_unix_s=START_UNIX_S,
         uplink_bytes_per_s=found.uplink_bytes_per_s * group.link,
         downlink_bytes_per_s=found.downlink_bytes_per_s * group.link,
     )
+
+
+def priced_plan(name: str, plan: ExpansionPlan, placement: Placement) -> ExpansionPlan:
+    """The same number of blocks, placed by the same rule, in the model whose costs are meant.
+
+    Args:
+        name: of :data:`fedblocks.fleet_file.SHAPES`, or the path of a config.json.
+
+    Raises:
+        ConfigError: the file is no config.json of a model that can be expanded.
+    """
+    if name in SHAPES:
+        shape = SHAPES[name]
+        config: dict[str, Any] = {
+            "model_type": shape.family,
+            "num_hidden_layers": shape.num_layers,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_attention_heads": shape.num_heads,
+            "num_key_value_heads": shape.num_kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocab_size,
+            "tie_word_embeddings": shape.tied_embeddings,
+        }
+    else:
+        try:
+            config = json.loads(Path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"costs_of: {name} cannot be read ({error}), expected a config.json") from error
+    try:
+        return plan_expansion(
+            base_hash=plan.base_hash, config=config, placement=placement, num_blocks=len(plan.block_ids)
+        )
+    except ExpansionError as error:
+        raise ConfigError(f"costs_of: {name}: {error}") from error
+
+
+def dealt(rows: Sequence[str], count: int, alpha: float, rng: np.random.Generator) -> list[str]:
+    """One client's rows: at random, or with label shares of its own from a Dirichlet distribution; in file order.
+
+    Where a label has fewer rows than the client's share, the rest comes from all other rows.
+
+    Raises:
+        ConfigError: a row has no label to deal by.
+    """
+    if alpha == 0:
+        return [rows[i] for i in sorted(rng.permutation(len(rows))[:count].tolist())]
+    labels = [json.loads(row).get("label") for row in rows]
+    if None in labels:
+        raise ConfigError(
+            f"alpha is {alpha}, but row {labels.index(None) + 1} has no key label to deal by; set it to 0"
+        )
+    names = sorted(set(labels))
+    wanted = rng.multinomial(count, rng.dirichlet([alpha] * len(names)))
+    order: list[int] = rng.permutation(len(rows)).tolist()
+    chosen: list[int] = []
+    for name, number in zip(names, wanted.tolist(), strict=True):
+        chosen += [i for i in order if labels[i] == name][:number]
+    taken = set(chosen)
+    chosen += [i for i in order if i not in taken][: count - len(chosen)]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def key_of(seed: int, name: str) -> KeyPair:
@@ -288,6 +378,7 @@ class _Simulation:
         inputs: Inputs,
         out: Path,
         rows: Sequence[str],
+        workers: int,
         cleanup: contextlib.ExitStack,
         say: Callable[[str], None],
     ) -> None:
@@ -296,23 +387,49 @@ class _Simulation:
         from fedblocks.aggregator.ledger import open_ledger
         from fedblocks.aggregator.run_folder import open_run_folder
         from fedblocks.aggregator.server import Aggregator
+        from fedblocks.edge_client.backbone import Backbone
+        from fedblocks.edge_client.checkpoint import Checkpoint
         from fedblocks.edge_client.work import Shared
-        from fedblocks.profiles.catalog_files import scale_factor
         from fedblocks.virtual_client import VirtualClock
+        from fedblocks.virtual_workers import Forked, InThisProcess, Job, Workers
 
         self._fleet, self._out, self._say = fleet, out, say
         self._clock = VirtualClock()
         self._folder = open_run_folder(out / "run", ())
         cleanup.callback(os.close, self._folder.lock())
-        self._ledger = open_ledger(self._folder.ledger_path, self._folder.identity())
-        cleanup.callback(self._ledger.close)
         self._server_keys = load_or_create_server_keys(out / "run")
         registry = Registry(out / "run")
+        for name in fleet.client_names():
+            registry.enrol(key_of(fleet.seed, name).public, name, now_unix_s=START_UNIX_S)
+        plan, self._priced = self._folder.plan, self._folder.plan
+        if fleet.costs_of:
+            self._priced = priced_plan(fleet.costs_of, plan, self._folder.config.expansion.placement)
+        self._shared = Shared(
+            backbone=Backbone.open(
+                Checkpoint.open(inputs.model), out / "sites" / SHARED_FOLDER, base_hash=plan.base_hash
+            )
+        )
+        self._links: dict[ClientKey, Any] = {}
+        self._gone_bytes: dict[ClientKey, list[int]] = defaultdict(lambda: [0, 0])
+        """Of links that were closed: sent and received."""
+        self._encoder: Any = None
+        """Made from the first invitation; the same for all."""
+        self._closed_s: list[float] = []
+        self._metrics_size = self._rounds_written = 0
+        self._jobs: list[Job] = []
+        """Tasks that have begun at this moment and are not carried out yet."""
+        self._clients = {}
+        for number, (group, name) in enumerate((g, n) for g in fleet.groups for n in _names(g)):
+            self._clients[name] = self._make_client(group, name, number, inputs, rows)
+        self._workers: Workers = InThisProcess()
+        if workers > 1:  # before there is a socket, a database or a thread that a fork could not copy
+            self._workers = Forked(list(self._clients.values()), workers)
+        cleanup.callback(self._workers.close)
+        self._ledger = open_ledger(self._folder.ledger_path, self._folder.identity())
+        cleanup.callback(self._ledger.close)
         self._context: zmq.Context[Any] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, 2 * len(fleet.client_names()) + 64)
         cleanup.callback(self._context.destroy, linger=0)
-        for name in fleet.client_names():
-            registry.enrol(key_of(fleet.seed, name).public, name, now_unix_s=START_UNIX_S)
         self._endpoint = RouterEndpoint(
             self._folder.config.server.bind,
             keys=self._server_keys,
@@ -321,52 +438,46 @@ class _Simulation:
             clock=self._clock,
         )
         cleanup.callback(self._endpoint.close)
-        roster = [(e.key, e.name) for e in registry.list()]
-        self._aggregator = Aggregator(
+
+        class Priced(Aggregator):
+            """Plans by the costs that the clients have."""
+
+            def __init__(self, priced: ExpansionPlan, *of_run: Any, **more: Any) -> None:
+                super().__init__(*of_run, **more)
+                self._run = replace(self._run, plan=priced)
+
+        self._aggregator = Priced(
+            self._priced,
             self._folder,
             self._ledger,
             self._endpoint,
-            roster=roster,
+            roster=[(e.key, e.name) for e in registry.list()],
             clock=self._clock,
             wall_clock=lambda: START_UNIX_S + self._clock.now_s,
             on_event=say,
         )
-        self._shared = Shared()
-        self._links: dict[ClientKey, Any] = {}
-        self._gone_bytes: dict[ClientKey, list[int]] = defaultdict(lambda: [0, 0])
-        """Of links that were closed: sent and received."""
-        self._encoder: Any = None
-        """Made from the first invitation; the same for all."""
-        self._closed_s: list[float] = []
-        self._metrics_size = self._rounds_written = 0
-        scale = scale_factor(self._folder.plan.shape)
-        self._clients = {}
-        for number, (group, name) in enumerate((g, n) for g in fleet.groups for n in _names(g)):
-            client = self._make_client(group, name, number, inputs, rows, scale)
-            self._clients[name] = client
-            self._clock.at(group.joins_s, client.join)
+        for client in self._clients.values():
+            self._clock.at(client.joins_s, client.join)
         for event in fleet.events:
             self._clock.at(event.at_s, lambda event=event: self._happens(event))
 
-    def _make_client(
-        self, group: Group, name: str, number: int, inputs: Inputs, rows: Sequence[str], scale: float
-    ) -> Any:
+    def _make_client(self, group: Group, name: str, number: int, inputs: Inputs, rows: Sequence[str]) -> VirtualClient:
         from fedblocks.aggregator.invitation import write_invitation
-        from fedblocks.edge_client.client import JoinOptions, SiteClient
+        from fedblocks.edge_client.client import JoinOptions
         from fedblocks.edge_client.data import TextEncoder, load_site_data
         from fedblocks.edge_client.store import ClientStore
         from fedblocks.edge_client.summary import Summary, SummaryFile, held_out_sha256
-        from fedblocks.virtual_client import VirtualClient
+        from fedblocks.virtual_client import AssumedSite, VirtualClient
 
         home = self._out / "sites" / name
         home.mkdir()
         rng = np.random.Generator(np.random.Philox(key=[self._fleet.seed, 1_000_000 + number]))
-        chosen = rng.permutation(len(rows))[: group.examples]
-        (home / "data.jsonl").write_text("\n".join(rows[i] for i in sorted(chosen.tolist())) + "\n", encoding="utf-8")
+        own_rows = dealt(rows, group.examples, self._fleet.alpha, rng)
+        (home / "data.jsonl").write_text("\n".join(own_rows) + "\n", encoding="utf-8")
         site = write_invitation(self._out / "run", name=name, out=home / "site.toml")
         self._encoder = self._encoder or TextEncoder(inputs.model, site.data)
         data = load_site_data(home / "data.jsonl", self._encoder)
-        profile = assumed_profile(group, scale)
+        costs, profile = self._costs(group)
         options = JoinOptions(
             site=replace(site, runtime=replace(site.runtime, memory_gb=profile.memory_usable_bytes / 1e9)),
             data=home / "data.jsonl",
@@ -384,7 +495,9 @@ class _Simulation:
             held_out_sha256=held_out_sha256(data.validation),
         )
         return VirtualClient(
-            site=SiteClient(
+            number=number,
+            site=AssumedSite(
+                assumed=costs.profile,
                 options=options,
                 site=site,
                 encoder=self._encoder,
@@ -396,14 +509,51 @@ class _Simulation:
                 say=lambda line, name=name: self._say_of(name, line),
             ),
             group=group.prefix,
+            device=group.device,
+            joins_s=group.joins_s,
             clock=self._clock,
+            begin=self._begin,
             connect=self._connect,
             disconnect=self._disconnect,
             chance=self._fleet.chance,
             seed=(self._fleet.seed << 20) + number,
             heartbeat_s=self._folder.config.server.heartbeat_interval_s,
             shared=self._shared,
+            costs=costs,
         )
+
+    def _costs(self, group: Group) -> tuple[Costs, DeviceProfile]:
+        """Whose costs a client has, and the device that its arithmetic is planned for."""
+        from fedblocks.profiles.catalog_files import scale_factor
+        from fedblocks.profiles.cost import StackLayout
+        from fedblocks.virtual_client import Costs
+
+        profile = assumed_profile(group, scale_factor(self._folder.plan.shape))
+        delta, priced = self._folder.config.delta, self._priced
+        costs = Costs(
+            profile=_scaled(group, 1.0) if self._fleet.costs_of else profile,
+            shape=priced.shape,
+            layout=StackLayout(
+                num_entries=len(priced.stack()), positions={b: priced.position(b) for b in priced.block_ids}
+            ),
+            delta_format=delta.format,
+            down_density=delta.down_density,
+            of_another_model=bool(self._fleet.costs_of),
+        )
+        return costs, replace(profile, memory_usable_bytes=FREE_BYTES) if self._fleet.costs_of else profile
+
+    # tasks
+
+    def _begin(self, client: VirtualClient, task: Assignment | Evaluate, payload: bytes) -> None:
+        from fedblocks.virtual_workers import Job
+
+        self._jobs.append(Job(client=client, task=task, payload=payload))
+
+    def _carry_out(self) -> None:
+        """The tasks that have begun; their ends are planned in the order of their beginnings."""
+        jobs, self._jobs = self._jobs, []
+        for job, outcome in zip(jobs, self._workers.carry_out(jobs), strict=True):
+            job.client.finish(job.task, job.payload, outcome)
 
     def _say_of(self, name: str, line: str) -> None:
         if any(word in line for word in ("failed", "refused", "cannot take part")):
@@ -443,7 +593,10 @@ class _Simulation:
             self._aggregator.step(0.0)
             moved = [client.pump() for client in self._clients.values()]
             if not any(moved) and self._is_quiet():
-                return
+                if not self._jobs:
+                    return
+                self._carry_out()
+                until_s = time.monotonic() + QUIET_TIMEOUT_S
             if not any(moved):
                 if time.monotonic() > until_s:
                     raise SimulationError(f"messages are under way for {QUIET_TIMEOUT_S:.0f} s; {self._unsettled()}")
@@ -492,15 +645,22 @@ class _Simulation:
 
     def result(self, wall_s: float) -> SimulationResult:
         """What has become of everything."""
-        metrics = (
-            self._folder.path / "metrics.jsonl" if hasattr(self._folder, "path") else self._out / "run/metrics.jsonl"
-        )
+        metrics = self._folder.metrics_path
         rounds = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+        planned = {stored.round: stored.plan for stored in self._ledger.rounds() if stored.kind == "train"}
+        spans = [(client, span) for client in self._clients.values() for span in client.spans if span.kind != "away"]
         coverage: dict[str, dict[int, int]] = {}
         updates: dict[str, int] = defaultdict(int)
         group_of = {name: client.group for name, client in self._clients.items()}
         for index, row in enumerate(rounds):
             row["virtual_s"] = self._closed_s[index] if index < len(self._closed_s) else self._clock.now_s
+            row["deadline_s"] = planned[row["round"]]["deadline"]["seconds"]
+            of_round = [(client, span) for client, span in spans if span.round == row["round"]]
+            energies = [self._energy_j(client, [span]) for client, span in of_round]
+            row["energy_j"] = None if None in energies else sum(e for e in energies if e is not None)
+            if self._fleet.costs_of:
+                row["bytes_up"] = sum(span.bytes_up for _, span in of_round)
+                row["bytes_down"] = sum(span.bytes_down for _, span in of_round)
             for client in row["clients"]:
                 if client["outcome"] == "stored":
                     updates[client["name"]] += 1
@@ -509,6 +669,7 @@ class _Simulation:
                         blocks[block] += 1
         return SimulationResult(
             run=self._out / "run",
+            costs_of=self._fleet.costs_of,
             rounds=tuple(rounds),
             clients=tuple(self._client_result(name, client, updates[name]) for name, client in self._clients.items()),
             coverage={device: dict(sorted(blocks.items())) for device, blocks in coverage.items()},
@@ -518,23 +679,33 @@ class _Simulation:
             finished=self._aggregator.finished,
         )
 
-    def _client_result(self, name: str, client: Any, updates: int) -> ClientResult:
+    def _energy_j(self, client: VirtualClient, spans: Sequence[Span]) -> float | None:
+        """Training time times the board's power; None where the catalog does not know it."""
         from fedblocks.profiles import catalog_files
 
+        power = catalog_files.entry(client.device).facts.get("board_power_w")
+        trained_s = sum(span.end_s - span.start_s for span in spans if span.kind == "train")
+        return None if power is None else trained_s * power.value
+
+    def _client_result(self, name: str, client: VirtualClient, updates: int) -> ClientResult:
         count = self._endpoint.bytes_by_key.get(client.site.identity.public)
-        trained_s = sum(span.end_s - span.start_s for span in client.spans if span.kind == "train")
-        device = next(group.device for group in self._fleet.groups if group.prefix == client.group)
-        power = catalog_files.entry(device).facts.get("board_power_w")
+        up, down = (0, 0) if count is None else (count.received, count.sent)
+        if self._fleet.costs_of:
+            up, down = (sum(getattr(span, key) for span in client.spans) for key in ("bytes_up", "bytes_down"))
+        summary = client.site.summary.summary
         return ClientResult(
             name=name,
-            device=device,
+            device=client.device,
             tasks=sum(span.kind in ("train", "evaluate", "lost") for span in client.spans),
             updates=updates,
-            train_s=trained_s,
+            train_s=sum(span.end_s - span.start_s for span in client.spans if span.kind == "train"),
             lost=sum(span.kind == "lost" for span in client.spans),
-            bytes_up=0 if count is None else count.received,
-            bytes_down=0 if count is None else count.sent,
-            energy_j=None if power is None else trained_s * float(power.value),
+            bytes_up=up,
+            bytes_down=down,
+            peak_memory_bytes=max((span.peak_memory_bytes for span in client.spans), default=0),
+            energy_j=self._energy_j(client, client.spans),
+            accuracy_first=None if summary.first is None else summary.first.accuracy,
+            accuracy=None if summary.last is None else summary.last.accuracy,
             spans=tuple(asdict(span) for span in client.spans),
         )
 

@@ -2,7 +2,8 @@
 that the simulation moves.
 
 What a task takes is the cost model's prediction for the assumed device, times what happens to it; the arithmetic itself
-is done at once, and its result is held back until that time has passed.
+is done at once, in this process or a worker, and its result is held back until that time has passed.
+Time, bytes and memory may be those of another model than the one that trains (:class:`Costs`).
 """
 
 from __future__ import annotations
@@ -24,18 +25,33 @@ from fedblocks.edge_client.client import Shell, SiteClient, why_it_leaves
 from fedblocks.edge_client.train import data_order
 from fedblocks.edge_client.work import KL_VAL_SEQUENCES, DoesNotFitError, Shared
 from fedblocks.fleet_file import Chance
-from fedblocks.profiles.cost import ModeSearch, StackLayout, Workload, measure_time
+from fedblocks.profiles.cost import (
+    ModeSearch,
+    NoFit,
+    StackLayout,
+    Workload,
+    choose_mode,
+    download_bytes,
+    measure_time,
+    upload_bytes,
+)
+from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol import transfer
 from fedblocks.protocol.keys import KeyPair
 from fedblocks.protocol.messages import (
     Assignment,
     AttemptId,
     Delta,
+    DeltaFormat,
     Evaluate,
     Goodbye,
     Heartbeat,
+    Hello,
     Message,
+    Report,
     Resource,
+    Welcome,
 )
 from fedblocks.protocol.payloads import Bytes, MemorySink, open_source
 from fedblocks.protocol.transfer import Connection
@@ -134,6 +150,12 @@ class Span:
     end_s: float
     round: int = 0
     blocks: tuple[int, ...] = ()
+    bytes_up: int = 0
+    """Payload of the update."""
+    bytes_down: int = 0
+    """Payload of the state that the task starts from."""
+    peak_memory_bytes: int = 0
+    """As predicted, above the imports; 0 for what does not train."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -144,35 +166,84 @@ class Circumstances:
     link: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """Whose time, bytes and memory the tasks of a client take."""
+
+    profile: DeviceProfile
+    shape: ModelShape
+    layout: StackLayout
+    delta_format: DeltaFormat
+    down_density: float
+    """Of the published state."""
+    of_another_model: bool
+    """Not of the one that trains: then bytes are predicted instead of counted."""
+
+
+class AssumedSite(SiteClient):
+    """A site that greets with another device than the one that its arithmetic is done on."""
+
+    def __init__(self, *, assumed: DeviceProfile, **of_site: Any) -> None:
+        super().__init__(**of_site)
+        self._assumed = assumed
+
+    def hello(self) -> Hello:
+        """Our greeting, with the assumed device."""
+        return replace(super().hello(), profile=self._assumed)
+
+
+Task = Assignment | Evaluate
+Held = list[tuple[Message, Bytes | Path]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What carrying out a task gave, beside what it left in the client's folder."""
+
+    ended: s.Event
+    held: Held
+    """What is to be sent when the task ends in virtual time."""
+
+
 @dataclass(slots=True)
 class VirtualClient:
     """One client of a simulated fleet.
 
     Args:
+        number: of this client in the fleet.
         site: the client's own half: files, data, identity, and the assumed device.
         clock: of the simulation.
+        begin: takes a task of this client with its payload; whoever took it carries it out and then calls
+            :meth:`finish`.
         connect: makes a link; the caller counts it.
         chance: what may happen to its tasks.
         seed: of what does.
         heartbeat_s: virtual seconds between its heartbeats.
+        costs: whose time, bytes and memory its tasks take.
     """
 
-    site: SiteClient
+    number: int
+    site: AssumedSite
     group: str
+    device: str
+    """Name in the catalog."""
+    joins_s: float
     clock: VirtualClock
+    begin: Callable[[VirtualClient, Task, bytes], None]
     connect: Callable[[KeyPair], VirtualLink]
     disconnect: Callable[[VirtualLink], None]
     chance: Chance
     seed: int
     heartbeat_s: float
     shared: Shared
+    costs: Costs
     link: VirtualLink | None = None
     stopped: bool = False
     now: Circumstances = field(default_factory=Circumstances)
     spans: list[Span] = field(default_factory=list)
     _state: s.SessionState | None = None
     _shell: Shell | None = None
-    _held: list[tuple[Message, Bytes | Path]] | None = None
+    _held: Held | None = None
     """What a task's shell sends while its virtual time has not passed yet."""
     _life: int = 0
     """Counts connections: what was planned in an earlier one is void."""
@@ -201,15 +272,15 @@ class VirtualClient:
         """Vanishes without a word, and with it the task it is at; comes back by itself after ``back_s``."""
         if self.link is None:
             return
-        self._life += 1
         self.disconnect(self.link)
+        self._life += 1
         self.link = None
         attempt = self._state.busy if self._state is not None else None
         if attempt is not None and self._shell is not None:  # the task has not ended in virtual time: nothing is kept
             self._shell.bench.residuals.discard(attempt)
             self.site.store.drop_update()
         if self._running is not None:
-            self.spans.append(replace(self._running, kind="lost", end_s=self.clock()))
+            self.spans.append(replace(self._running, kind="lost", end_s=self.clock(), bytes_up=0))
             self._running = None
         self._held = None
         self.spans.append(Span(kind="away", start_s=self.clock(), end_s=self.clock() + back_s))
@@ -277,23 +348,39 @@ class VirtualClient:
         self.send(Goodbye(reason=why_it_leaves(error)))
         self.stopped = True
 
-    def _work(self, task: Assignment | Evaluate, payload: bytes) -> None:
-        """Does the task now, and lets its end come when the assumed device would have done it."""
-        assert self._shell is not None
-        self._tasks += 1
-        rng = np.random.Generator(np.random.Philox(key=[self.seed, self._tasks]))
+    @property
+    def welcome(self) -> Welcome | None:
+        """What the aggregator has told about the run."""
+        return self._state.welcome if self._state is not None else None
+
+    def carry_out(self, welcome: Welcome, task: Task, payload: bytes) -> Outcome:
+        """Does the task in this process, which may be another one than that of the session."""
+        if self._shell is None:
+            self._shell = Shell(self.site, self, shared=self.shared)
+            self._shell.perform(s.Prepare(welcome=welcome))
         self._held = []
         ended = self._shell.perform(s.StartTask(task=task, payload=payload))
         held, self._held = self._held, None
         assert ended is not None
+        return Outcome(ended=ended, held=held)
+
+    def _work(self, task: Task, payload: bytes) -> None:
+        refused = self._refused(task) if isinstance(task, Assignment) else None
+        if refused is None:
+            self.begin(self, task, payload)
+            return
+        ended = s.TaskDone(attempt_id=task.attempt_id, has_update=False)
+        self.finish(task, payload, Outcome(ended=ended, held=[(refused, b"")]))
+
+    def finish(self, task: Task, payload: bytes, outcome: Outcome) -> None:
+        """Lets the end of a task that was carried out come when the assumed device would have done it."""
+        self._tasks += 1
+        rng = np.random.Generator(np.random.Philox(key=[self.seed, self._tasks]))
         luck = math.exp(self.chance.jitter * float(rng.standard_normal()))
         if rng.random() < self.chance.straggler:
             luck *= self.chance.straggler_factor
-        duration_s = self._duration_s(task, len(payload), luck)
-        blocks = task.blocks if isinstance(task, Assignment) else ()
-        kind = "train" if isinstance(task, Assignment) else "evaluate"
-        start_s, life = self.clock(), self._life
-        self._running = Span(kind=kind, start_s=start_s, end_s=start_s + duration_s, round=task.round, blocks=blocks)
+        running = self._span(task, len(payload), luck)
+        self._running, life = running, self._life
 
         def end() -> None:
             if life != self._life:
@@ -301,37 +388,111 @@ class VirtualClient:
             if self._running is not None:
                 self.spans.append(self._running)
             self._running = None
-            for message, body in held:
+            for message, body in outcome.held:
                 self.send(message, body)
-            self._feed(ended)
+            self._feed(outcome.ended)
 
         if rng.random() < self.chance.dropout:
-            vanish_s = start_s + float(rng.random()) * duration_s
+            vanish_s = running.start_s + float(rng.random()) * (running.end_s - running.start_s)
             self.clock.at(vanish_s, lambda: self.leave(self.chance.rejoin_s) if life == self._life else None)
-        self.clock.at(start_s + duration_s, end)
+        self.clock.at(running.end_s, end)
 
-    def _duration_s(self, task: Assignment | Evaluate, down_bytes: int, luck: float) -> float:
-        """Download, first passes, steps or measuring, and upload on the assumed device; an update is told so."""
-        assert self._shell is not None
-        bench, profile = self._shell.bench, self.site.profile
-        shape = bench.plan.shape
-        layout = StackLayout(
-            num_entries=len(bench.plan.stack()), positions={b: bench.plan.position(b) for b in bench.plan.block_ids}
+    def _refused(self, task: Assignment) -> Report | None:
+        """What a device answers that cannot hold the task, where the costs are those of another model."""
+        if not self.costs.of_another_model:
+            return None
+        costs, profile = self.costs, self.costs.profile
+        budget_bytes = profile.memory_usable_bytes - profile.runtime_memory_bytes
+        found = choose_mode(
+            profile,
+            costs.shape,
+            costs.layout,
+            task.blocks,
+            self._workload(task),
+            budget_bytes=budget_bytes,
+            width=task.width,
         )
-        down_s = down_bytes / (profile.downlink_bytes_per_s * self.now.link)
+        if not isinstance(found, NoFit):
+            return None
+        text = f"blocks {list(task.blocks)} do not fit: {found.text}"
+        self.site.say(f"round {task.round}: failed (over_memory_budget): {text}")
+        return Report(attempt_id=task.attempt_id, round=task.round, failure="over_memory_budget", text=text[:1000])
+
+    def _span(self, task: Task, payload_bytes: int, luck: float) -> Span:
+        """Download, first passes, steps or measuring, and upload on the assumed device; an update is told so."""
+        costs, profile = self.costs, self.costs.profile
+        found = self.site.store.update() if isinstance(task, Assignment) else None
         slow = self.now.slow * luck
+        down_bytes, up_bytes = payload_bytes, 0 if found is None else found[0].payload_bytes
+        if costs.of_another_model:
+            down_bytes, up_bytes = self._predicted_bytes(task, has_update=found is not None)
+        down_s = down_bytes / (profile.downlink_bytes_per_s * self.now.link)
+        up_s = up_bytes / (profile.uplink_bytes_per_s * self.now.link)
+        span = Span(
+            kind="train" if isinstance(task, Assignment) else "evaluate",
+            start_s=self.clock(),
+            end_s=math.inf,
+            round=task.round,
+            blocks=task.blocks if isinstance(task, Assignment) else (),
+            bytes_up=up_bytes,
+            bytes_down=down_bytes,
+        )
+        new_tokens = self._new_tokens(task) if isinstance(task, Assignment) and found is not None else 0.0
+        work = replace(self._workload(task), new_tokens=new_tokens)
+        measure_s = slow * measure_time(profile, costs.shape, costs.layout, work)
+        if found is None or not isinstance(task, Assignment):
+            return replace(span, end_s=self.clock() + down_s + measure_s)
+        delta, path = found
+        mode = delta.train.mode
+        if costs.of_another_model:
+            budget_bytes = profile.memory_usable_bytes - profile.runtime_memory_bytes
+            chosen = choose_mode(
+                profile, costs.shape, costs.layout, task.blocks, work, budget_bytes=budget_bytes, width=task.width
+            )
+            assert not isinstance(chosen, NoFit)
+            mode = chosen.mode
+        search = ModeSearch(profile, costs.shape, costs.layout, work)
+        cost = search.cost(task.blocks, mode, task.width)
+        report = replace(
+            delta.train,
+            prefix_s=slow * max(0.0, cost.seconds - cost.step_s * task.steps),
+            train_s=slow * cost.step_s * task.steps,
+            measure_s=measure_s,
+            encode_s=0.0,
+            step_s=slow * cost.step_s,
+            mode=mode,
+        )
+        if costs.of_another_model:
+            report = replace(report, peak_memory_bytes=cost.memory.peak, predicted_peak_bytes=cost.memory.peak)
+        self.site.store.put_update(replace(delta, train=report), path.read_bytes())
+        end_s = self.clock() + down_s + measure_s + slow * cost.seconds + up_s
+        return replace(span, end_s=end_s, peak_memory_bytes=report.peak_memory_bytes)
+
+    def _predicted_bytes(self, task: Task, *, has_update: bool) -> tuple[int, int]:
+        """Down and up, of the shape that the costs are of."""
+        shape, blocks = self.costs.shape, self.costs.layout.blocks
+        behind = task.state.to_version - max(0, task.state.from_version)
+        down = 0
+        if behind:
+            down = download_bytes(shape, len(blocks), self.costs.delta_format, self.costs.down_density, behind)
+        if not has_update or not isinstance(task, Assignment):
+            return down, 0
+        return down, upload_bytes(shape, len(task.blocks), task.delta_format, task.delta_density, task.width)
+
+    def _workload(self, task: Task) -> Workload:
+        """The task's, without first passes."""
+        assert self._shell is not None
+        bench = self._shell.bench
         data = self.site.data.statistics()
         anchors = bench.teacher.anchors
-        measure_tokens = (
-            KL_VAL_SEQUENCES * max(1, anchors.num_tokens // len(anchors.sequences)) if "anchor" in task.measure else 0
-        )
+        mean_anchor_tokens = max(1, anchors.num_tokens // len(anchors.sequences))
+        measure_tokens = KL_VAL_SEQUENCES * mean_anchor_tokens if "anchor" in task.measure else 0
         if "validation" in task.measure:
             measure_tokens += sum(len(sample.ids) for sample in self.site.data.validation)
         if "general" in task.measure:
             measure_tokens += sum(len(sample.ids) for sample in bench.general)
-        found = self.site.store.update() if isinstance(task, Assignment) else None
         training = task if isinstance(task, Assignment) else None
-        work = Workload(
+        return Workload(
             batch_size=training.batch_size if training else 1,
             micro_batch_size=training.micro_batch_size if training else 1,
             mean_tokens=data.mean_tokens,
@@ -339,31 +500,11 @@ class VirtualClient:
             label_share=data.num_target_tokens / (data.num_examples * data.mean_tokens),
             steps=training.steps if training else 1,
             anchor_batch_size=training.anchor_batch_size if training and training.anchor_weight > 0 else 0,
-            anchor_tokens=max(1, anchors.num_tokens // len(anchors.sequences)),
+            anchor_tokens=mean_anchor_tokens,
             anchor_every=training.anchor_every if training else 1,
-            dtype_bytes=bench.model.dtype.itemsize,
-            new_tokens=self._new_tokens(training) if training else 0.0,
+            dtype_bytes=4 if self.costs.profile.compute_dtype == "float32" else 2,
             measure_tokens=measure_tokens,
         )
-        measure_s = slow * measure_time(profile, shape, layout, work)
-        if training is None or found is None:
-            return down_s + measure_s
-        delta, path = found
-        cost = ModeSearch(profile, shape, layout, work).cost(training.blocks, delta.train.mode)
-        train_s, up_s = (
-            slow * cost.step_s * training.steps,
-            delta.payload_bytes / (profile.uplink_bytes_per_s * self.now.link),
-        )
-        report = replace(
-            delta.train,
-            prefix_s=slow * max(0.0, cost.seconds - cost.step_s * training.steps),
-            train_s=train_s,
-            measure_s=measure_s,
-            encode_s=0.0,
-            step_s=slow * cost.step_s,
-        )
-        self.site.store.put_update(replace(delta, train=report), path.read_bytes())
-        return down_s + measure_s + slow * cost.seconds + up_s
 
     def _new_tokens(self, task: Assignment) -> float:
         """Tokens of the samples that the task uses and this client has not computed before."""

@@ -6,15 +6,19 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from fedblocks import cli, simulation
 from fedblocks.fleet_file import Chance, Event, Fleet, Group, load
 from fedblocks.profiles import catalog_files
+from fedblocks.profiles.catalog_files import QWEN2_5_0_5B
+from fedblocks.profiles.cost import upload_bytes
 from fedblocks.protocol.run_config import ConfigError
-from fedblocks.simulation import Inputs, assumed_profile, simulate
+from fedblocks.simulation import Inputs, assumed_profile, dealt, simulate
 from fedblocks.virtual_client import VirtualClock
+from fedblocks.virtual_workers import WorkerError
 
 RUN = {"run.max_rounds": 2, "training.steps": 4, "expansion.blocks": 2}
 
@@ -47,6 +51,103 @@ def test_a_fleet_runs_to_its_end_and_the_same_seed_gives_the_same_bits(inputs, t
     assert [c.spans for c in first.clients] == [c.spans for c in again.clients]
     assert {c.name: c.updates for c in first.clients} == {"nano-1": 2, "nano-2": 2, "agx-1": 2}
     assert set(first.coverage) == {"nano", "agx"}
+
+
+def test_with_any_number_of_processes_the_run_is_the_same_to_the_bit(inputs, tmp_path):
+    chance = Chance(dropout=0.3, rejoin_s=5.0, straggler=0.2)
+    groups = (*fleet().groups, Group(device="raspberry-pi-5-8gb", name="tiny", scale=1e-9, examples=20))
+    said = {1: [], 2: [], 3: []}
+    found = {
+        count: simulate(
+            fleet(chance=chance, groups=groups, run={**RUN, "run.max_rounds": 3}),
+            inputs,
+            tmp_path / str(count),
+            workers=count,
+            say=said[count].append,
+        )
+        for count in said
+    }
+    for other in (found[2], found[3]):
+        assert other.state_sha256 == found[1].state_sha256
+        assert other.virtual_s == found[1].virtual_s
+        assert other.clients == found[1].clients
+    assert sorted(said[1]) == sorted(said[2]) == sorted(said[3])
+    assert any(client.accuracy is not None for client in found[1].clients)
+
+
+def test_what_goes_wrong_in_a_worker_is_told_with_its_cause(inputs, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("the arithmetic broke")
+
+    monkeypatch.setattr("fedblocks.virtual_client.VirtualClient.carry_out", fails)
+    with pytest.raises(WorkerError, match=r"worker \d failed at a task of \w+-\d:[\s\S]*the arithmetic broke"):
+        simulate(fleet(), inputs, tmp_path / "run", workers=2)
+    with pytest.raises(ConfigError, match="workers is 0, expected 1 to 64"):
+        simulate(fleet(), inputs, tmp_path / "run", workers=0)
+
+
+def test_the_costs_of_a_larger_model_change_time_bytes_and_memory_and_not_what_is_learnt(inputs, tmp_path):
+    run = {**RUN, "allocation.deadline_s": 1e5, "server.heartbeat_interval_s": 600.0, "data.max_tokens": 16}
+    plain = simulate(fleet(run=run, tick_s=60.0), inputs, tmp_path / "plain")
+    other = simulate(fleet(run=run, tick_s=60.0, costs_of="qwen2.5-0.5b"), inputs, tmp_path / "other")
+    assert (plain.costs_of, other.costs_of) == ("", "qwen2.5-0.5b")
+    assert [row["num_accepted"] for row in other.rounds] == [3, 3]
+    for client in other.clients:
+        trained = [span for span in client.spans if span["kind"] == "train"]
+        assert client.bytes_up == sum(span["bytes_up"] for span in trained)
+        assert all(s["bytes_up"] == upload_bytes(QWEN2_5_0_5B, len(s["blocks"]), "int8", 0.25) for s in trained)
+        assert client.peak_memory_bytes > QWEN2_5_0_5B.block_parameters * 16
+        assert client.energy_j == pytest.approx(client.train_s * {"nano": 15, "agx": 60}[client.name.split("-")[0]])
+    assert other.rounds[-1]["bytes_up"] == sum(s["bytes_up"] for c in other.clients for s in c.spans if s["round"] == 2)
+    for device in ("nano-1", "agx-1"):
+        found = next(c for c in other.clients if c.name == device)
+        assert found.train_s > 5 * next(c for c in plain.clients if c.name == device).train_s
+    told = {c["name"]: c for c in other.rounds[0]["clients"]}
+    assert told["agx-1"]["predicted_seconds"] < told["nano-1"]["predicted_seconds"]
+    assert {tuple(c["blocks"]) for row in (*plain.rounds, *other.rounds) for c in row["clients"]} == {(0, 1)}
+    assert plain.rounds[-1]["nll_per_token"] == pytest.approx(other.rounds[-1]["nll_per_token"], rel=1e-3)
+
+
+def test_a_task_that_the_larger_model_would_not_let_the_device_hold_is_refused_by_it(inputs, tmp_path):
+    groups = (Group(device="jetson-orin-nano-8gb", count=1, name="nano", examples=20, scale=0.001), fleet().groups[1])
+    said = []
+    run = {**RUN, "allocation.deadline_s": 1e5, "server.heartbeat_interval_s": 600.0}
+    found = simulate(
+        fleet(groups=groups, run=run, tick_s=60.0, costs_of="qwen2.5-0.5b"), inputs, tmp_path / "run", say=said.append
+    )
+    assert found.finished
+    assert {c.name: c.updates for c in found.clients} == {"nano-1": 0, "agx-1": 2}
+
+
+def test_rows_can_be_dealt_with_label_shares_of_each_clients_own():
+    rows = [json.dumps({"prompt": f"p{i}", "completion": "x", "label": "ab"[i % 2]}) for i in range(100)]
+
+    def shares(alpha):
+        found = [dealt(rows, 20, alpha, np.random.default_rng(seed)) for seed in range(20)]
+        assert all(len(set(own)) == 20 for own in found)
+        return [sum(json.loads(row)["label"] == "a" for row in own) / 20 for own in found]
+
+    assert np.std(shares(0.1)) > 0.35
+    assert np.std(shares(100.0)) < 0.15
+    assert len(set(dealt(rows, 1000, 0.1, np.random.default_rng(1)))) == 100
+    with pytest.raises(ConfigError, match=r"alpha is 0\.5, but row 1 has no key label"):
+        dealt(['{"text": "t"}'], 1, 0.5, np.random.default_rng(1))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "costs_of is 'other.json', expected qwen2.5-0.5b, or the path of a config.json"),
+        ("{", "cannot be read .* expected a config.json"),
+        ('{"model_type": "t5"}', "t5"),
+    ],
+)
+def test_costs_of_what_is_no_model_are_refused(content, says, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / "other.json").write_text(content)
+    with pytest.raises(ConfigError, match=says):
+        simulate(fleet(costs_of="other.json"), inputs, tmp_path / "run")
 
 
 def test_a_task_takes_what_was_predicted_for_its_device(inputs, tmp_path):
