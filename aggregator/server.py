@@ -57,6 +57,7 @@ from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
 from fedblocks.aggregator.replay import accepted_update, state_at
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
+from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.errors import RETRY_CODES
 from fedblocks.protocol.messages import (
@@ -377,6 +378,7 @@ class Aggregator:
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
             data=DataFormat(max_tokens=data.max_tokens, append_eos=data.append_eos, join=data.join),
             resources=self._folder.info.resources,
+            least_width=WIDTHS[0] if self._config.allocation.slim else 1.0,
         )
         self._send(key, welcome)
         if self._state.phase == "finished":

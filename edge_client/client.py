@@ -457,6 +457,7 @@ class Shell:
             cache=client.options.cache,
             emulation=Emulation(profile=client.profile) if client.options.emulate else None,
             shared=self.shared,
+            least_width=welcome.least_width,
             say=client.say,
         )
         self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)

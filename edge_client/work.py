@@ -105,6 +105,7 @@ class Workbench:
         emulation: the device to emulate, if any.
         shared: with other clients of this process, none of which can be told apart by its memory: what a task takes is
             then reported as predicted.
+        least_width: the smallest share of a block that this run may ask for: who cannot train that takes no part.
         say: for warnings.
     """
 
@@ -121,9 +122,11 @@ class Workbench:
         cache: CacheSettings | None = None,
         emulation: Emulation | None,
         shared: Shared | None = None,
+        least_width: float = 1.0,
         say: Callable[[str], None],
     ) -> None:
         self.store = store
+        self._least_width = least_width
         self._shared = shared
         self.data = data
         self.client = client
@@ -188,11 +191,12 @@ class Workbench:
         if not self.data.train:
             return
         work = self._workload(batch_size=1, micro_batch_size=1, steps=1, anchor_batch_size=1, anchor_every=1)
-        found = self._choose((self._layout.top_block,), work, self.memory_limit_bytes)
+        found = self._choose((self._layout.top_block,), work, self.memory_limit_bytes, self._least_width)
         if isinstance(found, NoFit):
+            part = "" if self._least_width == 1.0 else f"{self._least_width:.3g} of "
             raise DoesNotFitError(
-                f"this device cannot take part: training block {self._layout.top_block} alone, one sequence at a "
-                f"time, {found.text}; free memory, raise the limit, or shorten the texts"
+                f"this device cannot take part: training {part}block {self._layout.top_block} alone, one sequence at "
+                f"a time, {found.text}; free memory, raise the limit, or shorten the texts"
             )
 
     def take_state(self, update: StateUpdate, payload: bytes) -> None:
@@ -269,7 +273,7 @@ class Workbench:
         if unknown:
             return self._failed(task, "internal", f"blocks {unknown} are not in this run's plan {self.plan.block_ids}")
         limit = self._memory_budget(task)
-        chosen = self._choose(task.blocks, self._workload_of(task), limit)
+        chosen = self._choose(task.blocks, self._workload_of(task), limit, task.width)
         if isinstance(chosen, NoFit):
             return self._failed(task, "over_memory_budget", f"blocks {list(task.blocks)} do not fit: {chosen.text}")
         self._say_mode(chosen)
@@ -354,11 +358,11 @@ class Workbench:
         )
         return delta, body
 
-    def _choose(self, blocks: Sequence[int], work: Workload, limit: int) -> ModeChoice | NoFit:
-        """The fastest exact way to train these blocks within the limit, or within what is free now."""
+    def _choose(self, blocks: Sequence[int], work: Workload, limit: int, width: float = 1.0) -> ModeChoice | NoFit:
+        """The fastest exact way to train these blocks at this width within the limit, or within what is free now."""
         own = max(0, anonymous_bytes() - self._after_imports_bytes)
         budget = limit or free_bytes(self.model.device) + own
-        return choose_mode(self.profile, self.plan.shape, self._layout, blocks, work, budget_bytes=budget)
+        return choose_mode(self.profile, self.plan.shape, self._layout, blocks, work, budget_bytes=budget, width=width)
 
     def _round_cache_bytes(self, chosen: ModeChoice, limit: int) -> int:
         """Room for hidden states at the assignment's own cut: what the budget leaves, and never much."""
@@ -382,7 +386,8 @@ class Workbench:
         """``status``, and with an emulated device a pause after each step until that device would have done it."""
         if self.emulation is None:
             return status
-        step_s = step_time(self.emulation.profile, self.plan.shape, self._layout, task.blocks, self._workload_of(task))
+        device, work = self.emulation.profile, self._workload_of(task)
+        step_s = step_time(device, self.plan.shape, self._layout, task.blocks, work, width=task.width)
         started: list[float] = []
 
         def paced(phase: str, steps_done: int) -> None:

@@ -159,6 +159,14 @@ class Welcome:
     heartbeat_interval_s: float
     data: DataFormat
     resources: tuple[ResourceInfo, ...]
+    least_width: float = 1.0
+    """The smallest share of a block that an assignment of this run may ask for, one of ``model_shape.WIDTHS``."""
+
+    def __post_init__(self) -> None:
+        if self.least_width not in WIDTHS:
+            raise ValueError(
+                f"welcome: least_width is {self.least_width}, expected one of {', '.join(map(str, WIDTHS))}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

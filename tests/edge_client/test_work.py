@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -11,16 +12,19 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from fedblocks.edge_client import work
 from fedblocks.edge_client.anchor import sample_anchor
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import TextEncoder, load_site_data
 from fedblocks.edge_client.store import ClientStore
 from fedblocks.edge_client.work import DoesNotFitError, Workbench
+from fedblocks.profiles.cost import NoFit
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.expansion import plan_expansion
 from fedblocks.protocol.messages import DataFormat, Delta, Report, ResourceInfo, StateUpdate
 from fedblocks.protocol.site_file import CacheSettings
 from fedblocks.protocol.state import state_sha256
+from fedblocks.protocol.tensors import cut, decode_tensor, delta_layout
 
 MIB = 1 << 20
 PROFILE = DeviceProfile(
@@ -207,3 +211,98 @@ def test_bf16_arithmetic_trains_split_values(bench, make_assignment):
     delta, _ = run(made, make_assignment)
     assert delta.train.loss_last < delta.train.loss_first * 1.05
     assert any("bfloat16" in line for line in made.said)
+
+
+def values_of(made, delta, body):
+    """Block id -> tensor name -> what the update says, in the shapes that were sent."""
+    layout = delta_layout(
+        delta.tensors, shape=made.plan.shape, blocks=(0, 1), format=delta.format, density=delta.density,
+        width=delta.width,
+    )  # fmt: skip
+    assert layout.total_bytes == len(body) == delta.payload_bytes
+    found = {0: {}, 1: {}}
+    for slot in layout.slots:
+        sent = decode_tensor(
+            slot.spec, slot.rows_sent, slot.of(memoryview(body)), format=delta.format, density=delta.density
+        )
+        found[slot.block][slot.spec.name] = sent.reshape(slot.spec.shape)
+    return found
+
+
+@pytest.mark.parametrize("width", [0.125, 0.25, 0.5])
+def test_a_slim_task_ends_in_an_update_of_its_slices(bench, make_assignment, width):
+    made = bench()
+    whole, whole_body = run(made, make_assignment)
+    delta, body = run(made, make_assignment, width=width)
+
+    assert (whole.width, delta.width) == (1.0, width)
+    assert len(body) < len(whole_body)
+    assert delta.train.loss_last < delta.train.loss_first
+    assert len(delta.train.gradient_energy) == 2
+    assert all(energy > 0 for energy in delta.train.gradient_energy)
+    for tensors in values_of(made, delta, body).values():
+        assert {n: v.shape for n, v in tensors.items()} == {
+            s.name: s.shape for s in made.plan.shape.block_tensors(width)
+        }
+        assert all(v.any() for v in tensors.values())
+
+
+def test_tasks_of_changing_widths_lose_nothing_of_what_was_not_sent(bench, make_assignment, monkeypatch):
+    """D2 over real tasks from one state, without an aggregator: updates and residual add up to all changes."""
+    made, changed = bench(), {}
+    encode = work.encode_delta
+
+    def seen(shape, blocks, deltas, residuals, **options):
+        changed.setdefault("deltas", []).append({b: {n: deltas[b][n].copy() for n in deltas[b]} for b in blocks})
+        return encode(shape, blocks, deltas, residuals, **{**options, "cap": math.inf})
+
+    monkeypatch.setattr(work, "encode_delta", seen)
+    specs = made.plan.shape.block_tensors()
+    total = {b: {s.name: np.zeros(s.shape) for s in specs} for b in (0, 1)}
+    for number, width in enumerate((1.0, 0.25, 0.5, 0.125, 0.5)):
+        delta, body = run(made, make_assignment, width=width, attempt_id=f"a{number}", seed=number)
+        if number == 2:
+            made.residuals.discard(f"a{number}")
+            changed["deltas"].pop()
+            continue
+        made.residuals.commit(f"a{number}")
+        for block, tensors in values_of(made, delta, body).items():
+            for name, sent in tensors.items():
+                cut(total[block][name], sent.shape)[...] += sent
+    owed = made.residuals.load((0, 1), round=1)
+    for block in (0, 1):
+        for spec in specs:
+            expected = np.zeros(spec.shape)
+            for deltas in changed["deltas"]:
+                values = deltas[block][spec.name]
+                cut(expected, values.shape)[...] += values
+            np.testing.assert_allclose(total[block][spec.name] + owed[block][spec.name], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_leanest_exact_mode_gives_the_same_update_of_slim_blocks(bench, make_assignment, monkeypatch, dtype):
+    made = bench(profile=replace(PROFILE, compute_dtype=dtype))
+    task = {"delta_format": "fp32", "delta_density": 1.0, "width": 0.25}
+    _, usual = run(made, make_assignment, **task)
+    chosen = made._choose((0, 1), made._workload_of(make_assignment()), 0, 0.25)
+    mode = replace(chosen.mode, frozen="nf4", checkpoint=True, residency="resident")
+    monkeypatch.setattr(made, "_choose", lambda *_: replace(chosen, mode=mode))
+    _, lean = run(made, make_assignment, **task)
+    assert lean == usual
+
+
+def test_a_device_too_small_for_a_whole_block_takes_part_where_the_run_asks_for_less(bench, make_assignment):
+    made = bench(memory_limit_bytes=0)
+    one = made._workload(batch_size=1, micro_batch_size=1, steps=1, anchor_batch_size=1, anchor_every=1)
+    peaks = [made._choose((1,), one, MIB << 20, width).memory.peak for width in (0.125, 1.0)]
+    assert peaks[0] < peaks[1]
+    least = min(
+        limit for limit in range(peaks[0] // 2, 2 * peaks[1], MIB // 16)
+        if not isinstance(made._choose((1,), one, limit, 0.125), NoFit)
+    )  # fmt: skip
+    assert isinstance(made._choose((1,), one, least, 1.0), NoFit)
+    with pytest.raises(DoesNotFitError, match=r"training block 1 alone"):
+        bench(memory_limit_bytes=least)
+    bench(memory_limit_bytes=least, least_width=0.125)
+    with pytest.raises(DoesNotFitError, match=r"training 0\.125 of block 1 alone"):
+        bench(memory_limit_bytes=MIB, least_width=0.125)
