@@ -35,6 +35,7 @@ from fedblocks.protocol.messages import (
     Refused,
     TensorHeader,
     TrainReport,
+    Welcome,
 )
 
 # Strategies from the dataclasses' type hints; a field that has a rule of its own gets its strategy here.
@@ -48,6 +49,7 @@ OWN_RULES = {
         "delta_density": share,
         "width": st.sampled_from(WIDTHS),
     },
+    Welcome: {"least_width": st.sampled_from(WIDTHS)},
     Measurement: {"num_items": st.integers(1000, 2000), "num_correct": st.integers(0, 1000)},
     DataStatistics: {
         "num_examples": st.integers(1000, 2**31),
