@@ -2,6 +2,7 @@
 
 seed = 1                     # the same seed gives the same run
 max_hours = 100.0            # of virtual time
+alpha = 0.5                  # topics per client from a Dirichlet distribution; 0: rows at random
 costs_of = "qwen2.5-0.5b"    # whose time, bytes and memory are told
 [run]                        # keys of run.toml
 "training.steps" = 16
@@ -152,7 +153,9 @@ class Fleet:
     tick_s: float = 1.0
     """Steps of virtual time in which the aggregator looks at its clock while nothing arrives."""
     alpha: float = 0.0
-    """Of the Dirichlet distribution from which each client draws its shares of the rows' labels; 0: rows at random."""
+    """Of the Dirichlet distribution from which each client draws its shares of the rows' topics; 0: rows at random."""
+    share_topics: bool = False
+    """Every site tells how many rows of each topic it has (``join.share_topics``)."""
     costs_of: str = ""
     """Whose time, bytes and memory are told: a name of :data:`SHAPES` or a config.json; empty: the trained model's."""
 
@@ -206,7 +209,7 @@ def _fleet(content: dict[str, Any]) -> Fleet:
     hints = typing.get_type_hints(Fleet)
     plain = {
         key: checked_value(key, hints[key], content[key])
-        for key in ("seed", "max_hours", "tick_s", "alpha", "costs_of")
+        for key in ("seed", "max_hours", "tick_s", "alpha", "share_topics", "costs_of")
         if key in content
     }
     return Fleet(

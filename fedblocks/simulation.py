@@ -231,7 +231,7 @@ def simulate(
     began = time.monotonic()
     clear(out, ("sites",))
     shutil.rmtree(out / "run", ignore_errors=True)  # made by whoever makes runs
-    rows = _rows(inputs.train)
+    rows = Rows.read(inputs.train)
     make_run(fleet, inputs, out)
     with contextlib.ExitStack() as cleanup:
         simulation = _Simulation(fleet, inputs, out, rows, workers, cleanup, say)
@@ -275,11 +275,24 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _rows(path: Path) -> list[str]:
-    from fedblocks.edge_client.data import read_rows
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The lines that are dealt, and what each is about; empty where it does not say."""
 
-    read_rows(path)
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines: Sequence[str]
+    topics: Sequence[str]
+
+    @classmethod
+    def read(cls, path: Path) -> Rows:
+        """Those of a file.
+
+        Raises:
+            DataError: as :func:`fedblocks.edge_client.data.read_rows`.
+        """
+        from fedblocks.edge_client.data import read_rows
+
+        topics = [row.topic for row in read_rows(path)]
+        return cls(lines=[line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()], topics=topics)
 
 
 def assumed_profile(group: Group, default_scale: float) -> DeviceProfile:
@@ -338,30 +351,30 @@ def priced_plan(name: str, plan: ExpansionPlan, placement: Placement) -> Expansi
         raise ConfigError(f"costs_of: {name}: {error}") from error
 
 
-def dealt(rows: Sequence[str], count: int, alpha: float, rng: np.random.Generator) -> list[str]:
-    """One client's rows: at random, or with label shares of its own from a Dirichlet distribution; in file order.
+def dealt(rows: Rows, count: int, alpha: float, rng: np.random.Generator) -> list[str]:
+    """One client's rows: at random, or with shares of the topics from a Dirichlet distribution; in file order.
 
-    Where a label has fewer rows than the client's share, the rest comes from all other rows.
+    Where a topic has fewer rows than the client's share, the rest comes from all other rows.
 
     Raises:
-        ConfigError: a row has no label to deal by.
+        ConfigError: a row has no topic to deal by.
     """
+    order: list[int] = rng.permutation(len(rows.lines)).tolist()
     if alpha == 0:
-        return [rows[i] for i in sorted(rng.permutation(len(rows))[:count].tolist())]
-    labels = [json.loads(row).get("label") for row in rows]
-    if None in labels:
+        return [rows.lines[i] for i in sorted(order[:count])]
+    if "" in rows.topics:
         raise ConfigError(
-            f"alpha is {alpha}, but row {labels.index(None) + 1} has no key label to deal by; set it to 0"
+            f"alpha is {alpha}, but row {rows.topics.index('') + 1} has no topic to deal by: no key topic, nor a "
+            "completion that is short enough for a label; set it to 0"
         )
-    names = sorted(set(labels))
+    names = sorted(set(rows.topics))
     wanted = rng.multinomial(count, rng.dirichlet([alpha] * len(names)))
-    order: list[int] = rng.permutation(len(rows)).tolist()
     chosen: list[int] = []
     for name, number in zip(names, wanted.tolist(), strict=True):
-        chosen += [i for i in order if labels[i] == name][:number]
+        chosen += [i for i in order if rows.topics[i] == name][:number]
     taken = set(chosen)
     chosen += [i for i in order if i not in taken][: count - len(chosen)]
-    return [rows[i] for i in sorted(chosen)]
+    return [rows.lines[i] for i in sorted(chosen)]
 
 
 def key_of(seed: int, name: str) -> KeyPair:
@@ -377,7 +390,7 @@ class _Simulation:
         fleet: Fleet,
         inputs: Inputs,
         out: Path,
-        rows: Sequence[str],
+        rows: Rows,
         workers: int,
         cleanup: contextlib.ExitStack,
         say: Callable[[str], None],
@@ -461,7 +474,7 @@ class _Simulation:
         for event in fleet.events:
             self._clock.at(event.at_s, lambda event=event: self._happens(event))
 
-    def _make_client(self, group: Group, name: str, number: int, inputs: Inputs, rows: Sequence[str]) -> VirtualClient:
+    def _make_client(self, group: Group, name: str, number: int, inputs: Inputs, rows: Rows) -> VirtualClient:
         from fedblocks.aggregator.invitation import write_invitation
         from fedblocks.edge_client.client import JoinOptions
         from fedblocks.edge_client.data import TextEncoder, load_site_data
@@ -475,6 +488,7 @@ class _Simulation:
         own_rows = dealt(rows, group.examples, self._fleet.alpha, rng)
         (home / "data.jsonl").write_text("\n".join(own_rows) + "\n", encoding="utf-8")
         site = write_invitation(self._out / "run", name=name, out=home / "site.toml")
+        site = replace(site, join=replace(site.join, share_topics=self._fleet.share_topics))
         self._encoder = self._encoder or TextEncoder(inputs.model, site.data)
         data = load_site_data(home / "data.jsonl", self._encoder)
         costs, profile = self._costs(group)

@@ -16,7 +16,7 @@ from fedblocks.profiles import catalog_files
 from fedblocks.profiles.catalog_files import QWEN2_5_0_5B
 from fedblocks.profiles.cost import upload_bytes
 from fedblocks.protocol.run_config import ConfigError
-from fedblocks.simulation import Inputs, assumed_profile, dealt, simulate
+from fedblocks.simulation import Inputs, Rows, assumed_profile, dealt, simulate
 from fedblocks.virtual_client import VirtualClock
 from fedblocks.virtual_workers import WorkerError
 
@@ -119,19 +119,19 @@ def test_a_task_that_the_larger_model_would_not_let_the_device_hold_is_refused_b
     assert {c.name: c.updates for c in found.clients} == {"nano-1": 0, "agx-1": 2}
 
 
-def test_rows_can_be_dealt_with_label_shares_of_each_clients_own():
-    rows = [json.dumps({"prompt": f"p{i}", "completion": "x", "label": "ab"[i % 2]}) for i in range(100)]
+def test_rows_can_be_dealt_with_shares_of_the_topics_of_each_clients_own():
+    rows = Rows(lines=[f"{i}" for i in range(100)], topics=["ab"[i % 2] for i in range(100)])
 
     def shares(alpha):
         found = [dealt(rows, 20, alpha, np.random.default_rng(seed)) for seed in range(20)]
         assert all(len(set(own)) == 20 for own in found)
-        return [sum(json.loads(row)["label"] == "a" for row in own) / 20 for own in found]
+        return [sum(int(row) % 2 == 0 for row in own) / 20 for own in found]
 
     assert np.std(shares(0.1)) > 0.35
     assert np.std(shares(100.0)) < 0.15
     assert len(set(dealt(rows, 1000, 0.1, np.random.default_rng(1)))) == 100
-    with pytest.raises(ConfigError, match=r"alpha is 0\.5, but row 1 has no key label"):
-        dealt(['{"text": "t"}'], 1, 0.5, np.random.default_rng(1))
+    with pytest.raises(ConfigError, match=r"alpha is 0\.5, but row 1 has no topic"):
+        dealt(Rows(lines=["t"], topics=[""]), 1, 0.5, np.random.default_rng(1))
 
 
 @pytest.mark.parametrize(
