@@ -55,7 +55,7 @@ from fedblocks.protocol.messages import (
     Welcome,
 )
 from fedblocks.protocol.state import apply_update
-from fedblocks.protocol.tensors import encode_delta
+from fedblocks.protocol.tensors import cut, encode_delta, pad
 
 BASE_HASH = "ab" * 32
 CONFIG = {
@@ -223,7 +223,7 @@ class Site:
                 case Ack(attempt_id=attempt_id):
                     self.acked.append(attempt_id)
                     if attempt_id in self.staged:
-                        self.residual = self.staged.pop(attempt_id)[2]
+                        self._owe(self.staged.pop(attempt_id)[2])
                 case Refused(attempt_id=attempt_id):
                     self.refused.append(message)
                     if attempt_id is not None and message.code not in ("no_space", "over_quota"):
@@ -232,6 +232,16 @@ class Site:
                     self.goodbye = message
                 case _:
                     pass
+
+    def _owe(self, residuals: dict[int, dict[str, Any]]) -> None:
+        """An accepted update's residual replaces its slices."""
+        specs = {spec.name: spec.shape for spec in self.world.plan.shape.block_tensors()}
+        for block, tensors in residuals.items():
+            owed = self.residual.setdefault(block, {})
+            for name, values in tensors.items():
+                whole = np.array(owed[name]) if name in owed else pad(np.zeros_like(values), specs[name])
+                cut(whole, values.shape)[...] = values
+                owed[name] = whole
 
     def _take(self, task: Assignment | Evaluate, payload: bytes) -> None:
         if any(t.attempt_id == task.attempt_id for t in self.tasks):
@@ -272,7 +282,7 @@ class Site:
         deltas = {
             block: {
                 spec.name: rng.uniform(-step, step, spec.shape).astype(np.float32)
-                for spec in self.world.plan.shape.block_tensors()
+                for spec in self.world.plan.shape.block_tensors(task.width)
             }
             for block in task.blocks
         }
@@ -284,6 +294,7 @@ class Site:
             format=task.delta_format,
             density=task.delta_density,
             cap=3 * task.learning_rate * task.steps,
+            width=task.width,
         )
         payload = b"".join(encoded.parts)
         report = TrainReport(
@@ -309,6 +320,7 @@ class Site:
             steps=task.steps,
             format=task.delta_format,
             density=task.delta_density,
+            width=task.width,
             tensors=encoded.headers,
             payload_bytes=len(payload),
             payload_sha256=hashlib.sha256(payload).hexdigest(),
