@@ -27,15 +27,20 @@ from itertools import combinations, zip_longest
 from typing import Final, Literal, TypeVar
 
 from fedblocks.profiles.cost import (
+    AS_PROFILED,
     MEMORY_SAFETY,
     ExecutionMode,
     ModeSearch,
     OptimizerMode,
     StackLayout,
+    StepParts,
+    TimeFactors,
     Workload,
     download_bytes,
+    fill_time,
     measure_memory,
     measure_time,
+    step_parts,
     upload_bytes,
 )
 from fedblocks.profiles.device import DeviceProfile
@@ -127,7 +132,9 @@ class AllocationClient:
     gradient_energy: Mapping[int, float] = field(default_factory=dict[int, float])
     """Block id -> running mean of the reported gradient energy (:func:`running_mean`); unseen blocks are absent."""
     time_scale: float = 1.0
-    """Running mean of measured over predicted seconds, transfers left out."""
+    """Factor on all predicted seconds, transfers left out (``profiles/calibration.py``)."""
+    time_factors: TimeFactors = AS_PROFILED
+    """Further factors, by what the seconds are spent on."""
     memory_scale: float = 1.0
     """Factor on the predicted memory above R: 1.25 after each task that ran out of memory."""
     versions_behind: int = 1
@@ -384,6 +391,39 @@ def plan_round(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfiledSeconds:
+    """What a client's profile alone predicts for a task: its report is held against it."""
+
+    step: StepParts
+    prefix_s: float
+    measuring_s: float
+
+
+def profiled_seconds(
+    client: AllocationClient,
+    *,
+    layout: StackLayout,
+    shape: ModelShape,
+    settings: AllocationSettings,
+    blocks: tuple[int, ...],
+    width: float,
+    steps: int,
+    mode: ExecutionMode,
+) -> ProfiledSeconds:
+    """The seconds of a task as the planner counts them, without what the client's own steps have shown.
+
+    Args:
+        mode: how the client carried it out.
+    """
+    work = _Problem(layout=layout, shape=shape, settings=settings, round=0).workload(client, steps)
+    return ProfiledSeconds(
+        step=step_parts(client.profile, shape, layout, blocks, work, mode, width),
+        prefix_s=fill_time(client.profile, shape, layout, work, mode.residency),
+        measuring_s=measure_time(client.profile, shape, layout, work),
+    )
+
+
 def topic_divergence(first: Sequence[float], second: Sequence[float]) -> float:
     """Jensen-Shannon divergence of two histograms, base 2: 0 for equal shares, 1 for none in common (methods.md 6.3).
 
@@ -460,7 +500,7 @@ def feasible_sets(
     candidate = _Candidate(problem, client, steps, problem.limits(client, deadline_s))
     sizes = range(1, len(layout.blocks) + 1)
     every = (chosen for size in sizes for chosen in combinations(sorted(layout.blocks), size))
-    return tuple(chosen for chosen in every if candidate.best_mode(chosen, width) is not None)
+    return tuple(chosen for chosen in every if candidate.fits(chosen, width))
 
 
 def _is_assignable(client: AllocationClient) -> bool:
@@ -591,17 +631,18 @@ class _Problem:
     shape: ModelShape
     settings: AllocationSettings
     round: int
-    searches: dict[tuple[DeviceProfile, Workload], ModeSearch] = field(
-        default_factory=dict[tuple[DeviceProfile, Workload], ModeSearch]
+    searches: dict[tuple[DeviceProfile, TimeFactors, Workload], ModeSearch] = field(
+        default_factory=dict[tuple[DeviceProfile, TimeFactors, Workload], ModeSearch]
     )
     """The newest :data:`KEPT_SEARCHES`."""
 
-    def search(self, profile: DeviceProfile, work: Workload) -> ModeSearch:
+    def search(self, client: AllocationClient, work: Workload) -> ModeSearch:
         """All modes of this work on such a device; which device it is and how much memory it has are no matter."""
-        key = (replace(profile, device="", memory_usable_bytes=0, measured_unix_s=0.0), work)
+        profile, factors = client.profile, client.time_factors
+        key = (replace(profile, device="", memory_usable_bytes=0, measured_unix_s=0.0), factors, work)
         found = self.searches.pop(key, None)
         if found is None:
-            found = ModeSearch(profile, self.shape, self.layout, work, self.settings.optimizers)
+            found = ModeSearch(profile, self.shape, self.layout, work, self.settings.optimizers, factors)
             if len(self.searches) >= KEPT_SEARCHES:
                 del self.searches[next(iter(self.searches))]
         self.searches[key] = found
@@ -656,7 +697,7 @@ class _Problem:
         memory = measure_memory(self.shape, self.layout, work, accelerator=profile.accelerator)
         down = self.download_bytes(client)
         seconds = down / profile.downlink_bytes_per_s
-        seconds += measure_time(profile, self.shape, self.layout, work, scale=client.time_scale)
+        seconds += self.measuring_s(client, work)
         return Prediction(
             seconds=TIME_SAFETY * seconds,
             step_s=0.0,
@@ -666,6 +707,11 @@ class _Problem:
             largest_memory=memory.largest,
             mode=ExecutionMode(),
         )
+
+    def measuring_s(self, client: AllocationClient, work: Workload) -> float:
+        """Seconds to measure the published state."""
+        scale = client.time_scale * client.time_factors.measuring
+        return measure_time(client.profile, self.shape, self.layout, work, scale=scale)
 
     def upload_bytes(self, num_blocks: int, width: float) -> int:
         """Largest payload of an update."""
@@ -729,7 +775,7 @@ class _Problem:
         late = self.settings.policy == "uniform"
         asked = replace(limits, deadline_s=math.inf) if late else limits
         candidate = _Candidate(self, client, part.steps, asked)
-        if candidate.best_mode(part.blocks, part.width) is None:
+        if not candidate.fits(part.blocks, part.width):
             return self._not_training(client, limits, (candidate.refusal(part.blocks, part.width),))
         option = self._option(part.blocks, part.width, part.steps, worth)
         return replace(self._training(candidate, option, [option], worth, ()), limits=limits)
@@ -749,16 +795,21 @@ class _Problem:
         )
 
     def _fitting(self, candidate: _Candidate, worth: _Worth, refused: list[Refused]) -> list[_Option]:
-        """Every option of the enumeration that fits; what ends a branch is noted in ``refused``."""
+        """Every option of the enumeration that fits; what ends a branch is noted in ``refused``.
+
+        Where a block alone does not fit, no set with a lower one does: those are not looked at.
+        """
         found: list[_Option] = []
         for width in self.settings.widths:
             of_block = {block: worth.of_block(block, width) for block in self.layout.blocks}
             fitting = len(self.layout.blocks)
             for branch in self._branches(of_block):
                 # A neighbouring branch usually ends at the same size; every miss costs a look at all modes.
-                fitting = _count_while(branch, lambda b, w=width: candidate.best_mode(b, w) is not None, fitting)
+                fitting = _count_while(branch, lambda b, w=width: candidate.fits(b, w), fitting)
                 if fitting < len(branch):
                     refused.append(candidate.refusal(branch[fitting], width))
+                if fitting == 0 and len(branch[0]) == 1:
+                    break
                 found += [
                     _Option(
                         blocks=blocks,
@@ -775,12 +826,12 @@ class _Problem:
     def _branches(self, worth: Mapping[int, float]) -> Iterator[list[tuple[int, ...]]]:
         """Sets that grow by one block, the most valuable first; each costs more than the one before.
 
-        Blocks above the lowest cost the same, save one at the top of the stack, which costs less: so the sets with it
-        and those without it are two branches.
+        The highest lowest block comes first. Blocks above the lowest cost the same, save one at the top of the stack,
+        which costs less: so the sets with it and those without it are two branches.
         """
         positions = self.layout.positions
         top = self.layout.top_block if positions[self.layout.top_block] == self.layout.num_entries - 1 else None
-        for lowest in self.layout.blocks:
+        for lowest in reversed(self.layout.blocks):
             above = [block for block in self.layout.blocks if positions[block] > positions[lowest] and block != top]
             above.sort(key=lambda block: (-worth[block], -positions[block]))
             starts = ((lowest,),) if top in (None, lowest) else ((lowest,), (lowest, top))
@@ -863,30 +914,18 @@ class _Problem:
         worth: _Worth,
         refused: tuple[Refused, ...],
     ) -> RunnerUp | None:
-        """What would have been taken next: without limits, in a faster mode, or at a lower value.
-
-        A branch that ends at its j-th block is ended for every larger set as well, so the largest set of each branch
-        stands for what the limit cost.
-        """
-        positions = self.layout.positions
-        largest_sets: list[tuple[int, float, float, tuple[int, ...]]] = []
-        for refusal in refused:
-            low = min(positions[block] for block in refusal.blocks)
-            largest = tuple(sorted(block for block in self.layout.blocks if positions[block] >= low))
-            value = math.fsum(worth.of_block(block, refusal.width) for block in largest)
-            largest_sets.append((refusal.steps, value, refusal.width, largest))
-        wanted = max(largest_sets, default=None)
-        if wanted is not None and wanted[:2] > (best.steps, best.value):
-            steps, value, width, blocks = wanted
+        """What would have been taken next: without limits, in a faster mode, or at a lower value."""
+        if refused:
+            # Memory and time only grow with lower blocks and wider slices, so that the whole is out of reach too.
+            blocks, width, steps = tuple(sorted(self.layout.blocks)), self.settings.widths[-1], self.settings.steps
             other = candidate if steps == best.steps else _Candidate(self, candidate.client, steps, candidate.limits)
             over = other.refusal(blocks, width)
-            free = other.free_mode(blocks, width)
             return RunnerUp(
                 blocks=blocks,
                 width=width,
                 steps=steps,
-                mode=free,
-                value=value,
+                mode=other.free_mode(blocks, width),
+                value=math.fsum(worth.of_block(block, width) for block in blocks),
                 why_not=_excess_text(over),
                 limit=over.reason,
             )
@@ -937,8 +976,8 @@ class _Candidate:
         self.limits = limits
         self._problem = problem
         profile, work = client.profile, problem.workload(client, steps)
-        self._search = problem.search(profile, work)
-        self._measure_s = measure_time(profile, problem.shape, problem.layout, work, scale=client.time_scale)
+        self._search = problem.search(client, work)
+        self._measure_s = problem.measuring_s(client, work)
         self._download_s = problem.download_bytes(client) / profile.downlink_bytes_per_s
         # A hair below the limits, so that rounding on the way back cannot pass them.
         above_runtime = limits.memory_bytes - profile.runtime_memory_bytes
@@ -948,6 +987,11 @@ class _Candidate:
         """The mode to take; None if none is within the limits."""
         max_seconds = self._compute_limit_s(blocks, width)
         return self._search.best(blocks, width=width, budget_bytes=self._budget_bytes, max_seconds=max_seconds)
+
+    def fits(self, blocks: tuple[int, ...], width: float) -> bool:
+        """Is there a mode within the limits?"""
+        max_seconds = self._compute_limit_s(blocks, width)
+        return self._search.fits(blocks, width=width, budget_bytes=self._budget_bytes, max_seconds=max_seconds)
 
     def free_mode(self, blocks: tuple[int, ...], width: float) -> ExecutionMode:
         """The mode to take if there were no limit."""

@@ -866,6 +866,14 @@ class _Pass(NamedTuple):
     """Whether gradients are there already when it begins."""
 
 
+_Use = tuple[int, int, int]
+"""Bytes of gradients, of what is saved for the backward pass, and of temporaries."""
+
+
+def _most(moments: Iterable[tuple[_Use, bool]], *, decodes: bool) -> _Use:
+    return max((use for use, while_decoding in moments if while_decoding == decodes), key=sum, default=(0, 0, 0))
+
+
 class _Memory:
     """The memory of one client's work; what does not depend on blocks and mode is computed once."""
 
@@ -909,7 +917,9 @@ class _Memory:
         self._prefix_work = wave * h * e + batch * self._forward
         self._before: dict[tuple[FrozenForm, Residency], _Moment] = {}
         self._totals: dict[tuple[_Pass, float, bool], tuple[int, int, int]] = {}
-        self._passes: dict[tuple[_Set, int, bool, FrozenForm, bool], tuple[int, int, int]] = {}
+        self._passes: dict[tuple[_Set, int, bool, bool], tuple[_Use, _Use]] = {}
+        self._kinds_of: dict[int, tuple[_Pass, ...]] = {}
+        self._slices: dict[float, tuple[int, int]] = {}
         self._measuring_work = longest * self._forward + self._logits(max(longest, 256))
 
     def _logits(self, rows: int) -> int:
@@ -967,18 +977,26 @@ class _Memory:
         moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
         held = 4 * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
         gradients, saved, work = self._worst_of_pass(of, mode)
-        chunked = self._e == 2 or mode.approximate
-        scratch = 4 * OPTIMIZER_CHUNK_BUFFERS * min(OPTIMIZER_CHUNK, self._largest) if chunked else 0
-        every = trained * (4 + GRADIENT_BYTES) + moments
         return (
             _Moment("training", frozen, blocks, head, held + gradients, saved, self._inputs, work),
-            _Moment("training", frozen, blocks, head, every, 0, self._inputs, scratch),
+            self._step_moment(of, mode),
         )
+
+    def _step_moment(self, of: _Set, mode: ExecutionMode) -> _Moment:
+        """The optimizer's step."""
+        trained = of.size * self._slice(of)[0]
+        chunked = self._e == 2 or mode.approximate
+        scratch = 4 * OPTIMIZER_CHUNK_BUFFERS * min(OPTIMIZER_CHUNK, self._largest) if chunked else 0
+        every = trained * (4 + GRADIENT_BYTES) + math.ceil(trained * MOMENT_BYTES[mode.optimizer])
+        blocks = self._not_training(of)
+        return _Moment("training", self._frozen(mode), blocks, self._tables(mode), every, 0, self._inputs, scratch)
 
     def _slice(self, of: _Set) -> tuple[int, int]:
         """Parameters that train in one block, and the most of them in one matrix."""
-        _, parameters, largest = _slice_sizes(self._shape, of.width)
-        return parameters, largest
+        found = self._slices.get(of.width)
+        if found is None:
+            found = self._slices[of.width] = _slice_sizes(self._shape, of.width)[1:]
+        return found
 
     def _not_training(self, of: _Set) -> int:
         """Expanded blocks in the compute dtype: those of others, and the whole of those that train in part."""
@@ -992,36 +1010,49 @@ class _Memory:
     def _decoding(self, mode: ExecutionMode) -> int:
         return self._largest * self._e if mode.frozen == "nf4" and self._base_above else 0
 
-    def _worst_of_pass(self, of: _Set, mode: ExecutionMode) -> tuple[int, int, int]:
+    def _worst_of_pass(self, of: _Set, mode: ExecutionMode) -> _Use:
         """Gradients, saved bytes and temporaries when they are most; modes that differ elsewhere share it."""
-        key = (of, mode.micro_batch_size, mode.checkpoint, mode.frozen, self._autograd_keeps(mode))
+        key = (of, mode.micro_batch_size, mode.checkpoint, self._autograd_keeps(mode))
         found = self._passes.get(key)
         if found is None:
-            found = max(self._pass_moments(of, mode), key=sum)
-            self._passes[key] = found
-        return found
+            moments = tuple(self._pass_moments(of, mode))
+            found = self._passes[key] = (_most(moments, decodes=False), _most(moments, decodes=True))
+        without, beside = found
+        decoding = self._decoding(mode)
+        return max(without, (*beside[:2], beside[2] + decoding), key=sum) if beside[2] else without
 
-    def _pass_moments(self, of: _Set, mode: ExecutionMode) -> Iterator[tuple[int, int, int]]:
+    def _pass_moments(self, of: _Set, mode: ExecutionMode) -> Iterator[tuple[_Use, bool]]:
+        """What is used at each moment, and whether frozen layers that are packed are decoded then."""
         above = self._entries - of.low - sum(position >= of.low for position in self._positions)
         for kind in self._kinds(mode):
             if of.low > self._base_cut:
-                before = (
-                    of.size * self._slice(of)[0] * GRADIENT_BYTES if kind.repeated and self._autograd_keeps(mode) else 0
-                )
-                forward = kind.sequences * kind.tokens * self._forward + self._decoding(mode)
-                yield before, 0, forward
-            yield from self._backward(of, mode, kind, self._decoding(mode) if above else 0)
+                before = of.size * self._slice(of)[0] * GRADIENT_BYTES if self._adds_up(kind, mode) else 0
+                yield (before, 0, kind.sequences * kind.tokens * self._forward), True
+            at_head, *behind = self._backward(of, mode, kind)
+            yield at_head, False
+            for use in behind:
+                yield use, above > 0
 
-    def _kinds(self, mode: ExecutionMode) -> Iterator[_Pass]:
+    def _adds_up(self, kind: _Pass, mode: ExecutionMode) -> bool:
+        """Gradients of an earlier pass are there when this one begins."""
+        return kind.repeated and self._autograd_keeps(mode)
+
+    def _kinds(self, mode: ExecutionMode) -> tuple[_Pass, ...]:
+        found = self._kinds_of.get(mode.micro_batch_size)
+        if found is None:
+            found = self._kinds_of[mode.micro_batch_size] = tuple(self._passes_with(mode.micro_batch_size))
+        return found
+
+    def _passes_with(self, micro_batch_size: int) -> Iterator[_Pass]:
         work = self._work
-        size = min(mode.micro_batch_size, work.batch_size)
+        size = min(micro_batch_size, work.batch_size)
         yield _Pass(size, work.max_tokens, work.label_share, repeated=size < work.batch_size)
         if work.anchor_batch_size:
-            size = min(mode.micro_batch_size, work.anchor_batch_size)
+            size = min(micro_batch_size, work.anchor_batch_size)
             yield _Pass(size, work.anchor_tokens, 1.0, repeated=True)
 
-    def _backward(self, of: _Set, mode: ExecutionMode, kind: _Pass, decoding: int) -> Iterator[tuple[int, int, int]]:
-        """The same with the logits, then in the backward pass of block after block.
+    def _backward(self, of: _Set, mode: ExecutionMode, kind: _Pass) -> Iterator[_Use]:
+        """What is used with the logits, then in the backward pass of block after block.
 
         Blocks are counted from the top, 0; the lowest is the last. Those that train beside it are taken to be the
         highest, where their gradients come earliest.
@@ -1075,7 +1106,7 @@ class _Memory:
                 down = self._shape.slice_sizes(of.width)[2] * self._h
                 first = down * GRADIENT_BYTES if trains(index) else 0
                 gradients = above * block_gradient + first
-            yield gradients, saved_from(index), (tokens + count) * row_bytes + work + decoding
+            yield gradients, saved_from(index), (tokens + count) * row_bytes + work
 
     def _saved_totals(self, kind: _Pass, rows: float, top_trains: bool) -> tuple[int, int, int]:
         """Saved bytes of a frozen block, of a trained one, and of the topmost."""
@@ -1095,6 +1126,11 @@ class _Memory:
     def peak(self, of: _Set, mode: ExecutionMode) -> int:
         """Bytes of the moment that takes the most, allocator included."""
         return max(self.with_allocator(moment) for moment in self._moments(of, mode))
+
+    def outside_passes(self, of: _Set, mode: ExecutionMode) -> int:
+        """The same without the passes themselves: it does not depend on their size, nor on recomputation."""
+        step = self._step_moment(of, mode)
+        return max(self.with_allocator(m) for m in (self.before_training(mode), step, *self.after_training(of, mode)))
 
     def _moments(self, of: _Set | None, mode: ExecutionMode) -> tuple[_Moment, ...]:
         if of is None:
@@ -1258,8 +1294,9 @@ class ModeSearch:
             return None
         if first_s <= min(max_seconds, (1 + SAME_TIME) * fastest_s) and self._peak(of, self._modes[0]) <= budget_bytes:
             return self._modes[0]
-        if self._least_of(of)[1] > budget_bytes:
+        if self._fits_nowhere(of, budget_bytes):
             return None
+        too_much: dict[tuple[int, bool], list[_Demand]] = {}
         fastest = chosen = None  # (seconds, place among equals, mode)
         enough_s = max_seconds
         for found in self._by_time(of):
@@ -1268,7 +1305,7 @@ class ModeSearch:
                 break
             if fastest is not None and fastest[2].approximate < mode.approximate:
                 continue
-            if self._peak(of, mode) > budget_bytes:
+            if self._is_too_much(of, mode, budget_bytes, too_much):
                 continue
             if fastest is None or mode.approximate < fastest[2].approximate:
                 fastest = chosen = found
@@ -1278,6 +1315,62 @@ class ModeSearch:
                 chosen = found
         return None if chosen is None else chosen[2]
 
+    def fits(
+        self,
+        blocks: Iterable[int],
+        *,
+        width: float = 1.0,
+        budget_bytes: float = math.inf,
+        max_seconds: float = math.inf,
+    ) -> bool:
+        """Is any mode within both limits? :meth:`best` says which to take, for many times the work."""
+        of = _set_of(self._layout, blocks, width)
+        first = self._modes[0]
+        if self._seconds(of, first) - self._reading_s > max_seconds:
+            return False
+        if self._peak(of, first) <= budget_bytes and self._seconds(of, first) <= max_seconds:
+            return True
+        sparing = tuple(reversed(self._sparing.values()))
+        if self._memory.outside_passes(of, sparing[0]) > budget_bytes:
+            return False
+        some_fit = False
+        for mode in sparing:
+            if self._peak(of, mode) <= budget_bytes:
+                if self._seconds(of, mode) <= max_seconds:
+                    return True
+                some_fit = True
+        best = self.best(blocks, width=width, budget_bytes=budget_bytes, max_seconds=max_seconds) if some_fit else None
+        return best is not None
+
+    def _fits_nowhere(self, of: _Set, budget_bytes: float) -> bool:
+        """Not even a mode that takes the least memory is within the budget."""
+        found = self._least.get(of)
+        if found is not None:
+            return found[1] > budget_bytes
+        # Usually the one that recomputes and takes one sequence at a time is the one.
+        return not any(self._peak(of, mode) <= budget_bytes for mode in reversed(self._sparing.values()))
+
+    def _is_too_much(
+        self,
+        of: _Set,
+        mode: ExecutionMode,
+        budget_bytes: float,
+        too_much: dict[tuple[int, bool], list[_Demand]],
+    ) -> bool:
+        """Is it beyond the budget? With equal passes, what asks for no less than one that is beyond it is so too."""
+        passes = (mode.micro_batch_size, mode.checkpoint)
+        known = too_much.get(passes)
+        if known is None:
+            least = self._peak(of, self._sparing[passes])
+            known = too_much[passes] = [] if least <= budget_bytes else [(False, False, False)]
+        demand = _demand(mode)
+        if any(all(a >= b for a, b in zip(demand, other, strict=True)) for other in known):
+            return True
+        if self._peak(of, mode) <= budget_bytes:
+            return False
+        known.append(demand)
+        return True
+
     def least_memory(self, blocks: Iterable[int], width: float = 1.0) -> tuple[ExecutionMode, int]:
         """The mode that takes the least memory, and its bytes."""
         return self._least_of(_set_of(self._layout, blocks, width))
@@ -1285,7 +1378,7 @@ class ModeSearch:
     def _least_of(self, of: _Set) -> tuple[ExecutionMode, int]:
         found = self._least.get(of)
         if found is None:
-            peaks = ((mode, self._peak(of, mode)) for mode in self._sparing)
+            peaks = ((mode, self._peak(of, mode)) for mode in self._sparing.values())
             found = self._least[of] = min(peaks, key=lambda pair: pair[1])
         return found
 
@@ -1329,6 +1422,14 @@ class ModeSearch:
         return self._time.fill_s(mode.residency) + self._work.steps * self._time.step_s(of, mode)
 
 
+_Demand = tuple[bool, bool, bool]
+"""Exact moments, decoded layers, all layers resident: each takes no less memory than its contrary."""
+
+
+def _demand(mode: ExecutionMode) -> _Demand:
+    return not mode.approximate, mode.frozen == "decoded", mode.residency == "resident"
+
+
 def _modes(
     layout: StackLayout, work: Workload, optimizers: Collection[OptimizerMode], *, reads: bool
 ) -> Iterator[ExecutionMode]:
@@ -1361,15 +1462,19 @@ def _modes(
             size //= 2
 
 
-def _most_sparing(modes: Sequence[ExecutionMode]) -> tuple[ExecutionMode, ...]:
-    """Those of which one takes the least memory, whatever blocks train.
+def _most_sparing(modes: Sequence[ExecutionMode]) -> dict[tuple[int, bool], ExecutionMode]:
+    """Sequences per pass and recomputation -> the mode that takes the least memory with them, whatever blocks train.
 
     In moments, frozen layers and residency the sparing choice never takes more than another (tested). A large pass
     may take less than a small one, since it adds up no gradients; a single block is not made smaller by recomputation.
     """
     last = modes[-1]
     wanted = (last.optimizer, "suffix", last.frozen)
-    return tuple(mode for mode in modes if (mode.optimizer, mode.residency, mode.frozen) == wanted)
+    return {
+        (mode.micro_batch_size, mode.checkpoint): mode
+        for mode in modes
+        if (mode.optimizer, mode.residency, mode.frozen) == wanted
+    }
 
 
 def choose_mode(
