@@ -61,10 +61,7 @@ class Consortium:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        text = (run / "run.toml").read_text()
-        text = re.sub(r'bind = "[^"]*"', f'bind = "tcp://127.0.0.1:{self.port}"', text)
-        text = re.sub(r'public_address = "[^"]*"', f'public_address = "tcp://127.0.0.1:{self.port}"', text)
-        (run / "run.toml").write_text(text)
+        self.listen_here()
         profile = DeviceProfile(
             device="test", source="measured", accelerator="cpu", compute_dtype="float32", cpu_cores=1,
             memory_usable_bytes=2**31, runtime_memory_bytes=2**26, gemm_flops_per_s=1e10, memory_bytes_per_s=1e10,
@@ -72,6 +69,13 @@ class Consortium:
             disk_free_bytes=2**33, four_bit="reference", measured_unix_s=time.time(),
         )  # fmt: skip
         self.profile = profile
+
+    def listen_here(self) -> None:
+        """Write the test's own port into run.toml."""
+        text = (self.run / "run.toml").read_text()
+        text = re.sub(r'bind = "[^"]*"', f'bind = "tcp://127.0.0.1:{self.port}"', text)
+        text = re.sub(r'public_address = "[^"]*"', f'public_address = "tcp://127.0.0.1:{self.port}"', text)
+        (self.run / "run.toml").write_text(text)
 
     def command(self, *arguments: str) -> list[str]:
         return [str(Path(sys.executable).parent / "fedblocks"), *arguments]
