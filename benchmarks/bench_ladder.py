@@ -1,0 +1,324 @@
+"""What does each way of dealing out the work cost until the model is good enough? One fleet, some seeds, arms as data.
+
+A *set* compares *arms* that differ in what they override, under the same seeds, cohorts, deadline and straggler rule.
+Every finished run is a line of JSON and is not run again; times are those of the simulation's virtual clock.
+The target is a mean over three rounds of the pooled accuracy on the clients' held-out rows; an arm that does not reach
+it within its rounds is listed so, and a ratio to it is a bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from starter_runs import RESULTS, machine, write_results
+
+from fedblocks.fleet_file import Chance, Fleet, load
+from fedblocks.simulation import SimulationResult, inputs_of, simulate
+
+FLEETS: Final = Path(__file__).parent / "fleets"
+RUNS: Final = Path("runs/bench/ladder")
+SEEDS: Final = (1, 2, 3)
+TARGET: Final = 0.9
+"""Of the demo's task, on held-out rows (``docs/demo.md``)."""
+MEAN_OF_ROUNDS: Final = 3
+BOOTSTRAP_DRAWS: Final = 10_000
+DEADLINE_ROUNDS: Final = 2
+"""In the first round nobody's speed has been measured; the deadline of the second one rests on measurements."""
+COMMON: Final[Mapping[str, Any]] = {
+    "run.max_rounds": 24,
+    "run.target_score": TARGET,
+    "allocation.cohort_fraction": 0.4,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """What one side of a comparison overrides."""
+
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of run.toml."""
+    fleet: Mapping[str, Any] = field(default_factory=dict)
+    """Keys of the fleet file."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Some arms, the first of which the others are held against."""
+
+    arms: Mapping[str, Arm]
+    fleet: Mapping[str, Any] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+
+POLICIES: Final = {
+    "fitted": Arm(),
+    "uniform": Arm(run={"allocation.policy": "uniform"}),
+    "weakest": Arm(run={"allocation.policy": "weakest"}),
+}
+COMPARISONS: Final[Mapping[str, Comparison]] = {
+    "ladder": Comparison(arms=POLICIES, fleet={"alpha": 0.5}),
+    "ladder_qwen": Comparison(
+        arms=POLICIES,
+        fleet={"alpha": 0.5, "costs_of": "qwen2.5-0.5b", "tick_s": 5.0},
+        run={"server.heartbeat_interval_s": 60.0},
+    ),
+    "robust": Comparison(
+        arms={
+            "undisturbed": Arm(),
+            "disturbed": Arm(fleet={"chance": Chance(dropout=0.3, straggler=0.2, straggler_factor=10.0)}),
+        },
+        fleet={"alpha": 0.5},
+        run={"run.target_score": 0.0, "run.max_rounds": 16},
+    ),
+    "data_term": Comparison(
+        arms={
+            "weighed": Arm(run={"allocation.rarity_weight": 0.5}, fleet={"share_topics": True}),
+            "unweighed": Arm(),
+            "random": Arm(run={"allocation.policy": "random"}),
+        },
+        fleet={"alpha": 0.1},
+    ),
+    "slim": Comparison(
+        arms={"slim": Arm(run={"allocation.slim": True}), "whole": Arm()},
+        fleet={"alpha": 0.5},
+    ),
+}
+
+
+def fleet_of(comparison: Comparison, arm: Arm, seed: int) -> Fleet:
+    """The four-tier fleet with everything that the arm overrides, without a deadline."""
+    ladder = load(FLEETS / "ladder20.toml")
+    run = {**ladder.run, **COMMON, "run.seed": seed, **comparison.run, **arm.run}
+    return replace(ladder, **{**comparison.fleet, **arm.fleet}, seed=seed, run=run)
+
+
+def run_id(fleet: Fleet) -> str:
+    """Names a run: the same fleet, the same name."""
+    return hashlib.sha256(json.dumps(asdict(fleet), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def measured(fleet: Fleet, *, workers: int) -> SimulationResult:
+    """The run; its folder is removed."""
+    out = RUNS / run_id(fleet)
+    try:
+        return simulate(fleet, inputs_of(None, None, None, out), out, workers=workers)
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def time_to_target(rounds: Sequence[Mapping[str, Any]], target: float) -> tuple[int, float] | None:
+    """Round and virtual seconds at which the mean of three rounds' scores first reaches the target."""
+    scores: list[float] = []
+    for row in rounds:
+        if row["score"] is None:
+            continue
+        scores.append(row["score"])
+        if len(scores) >= MEAN_OF_ROUNDS and statistics.fmean(scores[-MEAN_OF_ROUNDS:]) >= target:
+            return row["round"], row["virtual_s"]
+    return None
+
+
+def row_of(name: str, arm: str, fleet: Fleet, result: SimulationResult, wall_s: float) -> dict[str, Any]:
+    """The line that is kept of a run."""
+    reached = time_to_target(result.rounds, TARGET)
+    scores = [row["score"] for row in result.rounds if row["score"] is not None]
+    return {
+        "id": run_id(fleet),
+        "comparison": name,
+        "arm": arm,
+        "seed": fleet.seed,
+        "reached": reached is not None,
+        "rounds_to_target": reached[0] if reached else None,
+        "virtual_s_to_target": reached[1] if reached else None,
+        "finished": result.finished,
+        "rounds": len(result.rounds),
+        "virtual_s": result.virtual_s,
+        "score_mean_of_last_3": statistics.fmean(scores[-MEAN_OF_ROUNDS:]) if scores else None,
+        "retention": result.rounds[-1]["retention"] if result.rounds else None,
+        "kl": result.rounds[-1]["kl"] if result.rounds else None,
+        "deadline_s": statistics.median(row["deadline_s"] for row in result.rounds) if result.rounds else None,
+        "assigned": sum(row["num_assigned"] for row in result.rounds),
+        "accepted": sum(row["num_accepted"] for row in result.rounds),
+        "lost": sum(client.lost for client in result.clients),
+        "bytes_up": sum(client.bytes_up for client in result.clients),
+        "bytes_down": sum(client.bytes_down for client in result.clients),
+        "energy_wh": sum(client.energy_j or 0.0 for client in result.clients) / 3600,
+        "coverage": {device: dict(blocks) for device, blocks in result.coverage.items()},
+        "classes": [asdict(found) for found in result.device_classes()],
+        "curve": [(row["virtual_s"], row["score"], row["num_accepted"]) for row in result.rounds],
+        "state_sha256": result.state_sha256,
+        "costs_of": result.costs_of,
+        "wall_s": wall_s,
+        "versions": machine()["versions"],
+    }
+
+
+class Book:
+    """The finished runs, a line of JSON each.
+
+    Args:
+        path: made with the first line.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self._rows = {row["id"]: row for row in map(json.loads, lines)}
+
+    def row(self, name: str, arm: str, fleet: Fleet, *, workers: int) -> dict[str, Any]:
+        """That of a run, which is made if it is not there."""
+        found = self._rows.get(run_id(fleet))
+        if found is not None:
+            return {**found, "comparison": name, "arm": arm}
+        began = time.monotonic()
+        row = row_of(name, arm, fleet, measured(fleet, workers=workers), time.monotonic() - began)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._rows[row["id"]] = row
+        print(
+            f"{name} {arm} seed {row['seed']}: target after {row['rounds_to_target']} rounds and "
+            f"{row['virtual_s_to_target']} virtual s; score {row['score_mean_of_last_3']:.3f} after {row['rounds']} "
+            f"rounds and {row['virtual_s']:.0f} s; {row['wall_s']:.0f} s here",
+            flush=True,
+        )
+        return row
+
+
+def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> list[dict[str, Any]]:
+    """All runs of a comparison: seed by seed, so that an interrupted one has whole seeds.
+
+    All arms of a seed have the deadline that the first arm computes from its own measured speeds.
+    """
+    comparison = COMPARISONS[name]
+    rows: list[dict[str, Any]] = []
+    first = next(iter(comparison.arms.values()))
+    for seed in seeds:
+        plain = fleet_of(comparison, first, seed)
+        short = replace(plain, run={**plain.run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
+        deadline_s = book.row(name, "deadline", short, workers=workers)["deadline_s"]
+        for arm_name, arm in comparison.arms.items():
+            fleet = fleet_of(comparison, arm, seed)
+            fleet = replace(fleet, run={**fleet.run, "allocation.deadline_s": deadline_s})
+            rows.append(book.row(name, arm_name, fleet, workers=workers))
+    return rows
+
+
+def speedup(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Their virtual seconds to the target over ours, seed by seed; a bound where they do not reach it.
+
+    Mean of the ratios, their range, and the 95 % percentile interval of that mean over resampled seeds.
+    """
+    ratios: list[float] = []
+    bounds: list[int] = []
+    for own, other in zip(ours, theirs, strict=True):
+        if not own["reached"]:
+            return {"mean": None, "why": f"seed {own['seed']}: {own['arm']} does not reach the target itself"}
+        if not other["reached"]:
+            bounds.append(other["seed"])
+        ratios.append((other["virtual_s_to_target"] or other["virtual_s"]) / own["virtual_s_to_target"])
+    draws = np.random.default_rng(0).integers(0, len(ratios), (BOOTSTRAP_DRAWS, len(ratios)))
+    low, high = np.quantile(np.asarray(ratios)[draws].mean(axis=1), (0.025, 0.975))
+    return {
+        "mean": statistics.fmean(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "interval_95": [float(low), float(high)],
+        "by_seed": ratios,
+        "lower_bounds_at_seeds": bounds,
+    }
+
+
+def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of a comparison under its key of the results file."""
+    by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in COMPARISONS[name].arms}
+    found: dict[str, Any] = {
+        "target": TARGET,
+        "costs_of": rows[0]["costs_of"],
+        "clock": "virtual",
+        "seeds": [row["seed"] for row in next(iter(by_arm.values()))],
+        "deadline_s": [row["deadline_s"] for row in next(iter(by_arm.values()))],
+        "arms": {arm: _arm_summary(of_arm) for arm, of_arm in by_arm.items()},
+    }
+    first, *others = by_arm
+    speedups = {arm: speedup(by_arm[first], by_arm[arm]) for arm in others}
+    match name:
+        case "robust":
+            return {**found, **_robustness(by_arm["undisturbed"], by_arm["disturbed"])}
+        case _ if name.startswith("ladder"):
+            return {
+                "tta_speedup_vs_uniform": speedups["uniform"]["mean"],
+                "tta_speedup_vs_weakest_can": speedups["weakest"]["mean"],
+                **found,
+                "speedups": speedups,
+            }
+        case _:
+            return {**found, "speedups": speedups}
+
+
+def _arm_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    times = [row["virtual_s_to_target"] for row in rows]
+    return {
+        "reached": sum(row["reached"] for row in rows),
+        "virtual_s_to_target": times,
+        "rounds_to_target": [row["rounds_to_target"] for row in rows],
+        "score_mean_of_last_3": [row["score_mean_of_last_3"] for row in rows],
+        "retention": [row["retention"] for row in rows],
+        "bytes_up_and_down": [row["bytes_up"] + row["bytes_down"] for row in rows],
+        "energy_wh": [row["energy_wh"] for row in rows],
+        "updates_by_device": [{found["device"]: found["updates"] for found in row["classes"]} for row in rows],
+        "coverage": [row["coverage"] for row in rows],
+        "wall_s": [row["wall_s"] for row in rows],
+        "run_ids": [row["id"] for row in rows],
+    }
+
+
+def _robustness(calm: Sequence[Mapping[str, Any]], rough: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    losses = [100 * (a["score_mean_of_last_3"] - b["score_mean_of_last_3"]) for a, b in zip(calm, rough, strict=True)]
+    return {
+        "finished": all(row["finished"] for row in rough),
+        "score_loss_points": statistics.fmean(losses),
+        "score_loss_points_worst": max(losses),
+        "tasks_lost": [row["lost"] for row in rough],
+        "updates_accepted_share": [row["accepted"] / row["assigned"] for row in rough],
+        "blocks_covered": [
+            sorted({block for blocks in row["coverage"].values() for block in blocks}, key=int) for row in rough
+        ],
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="time to target of ways of dealing out the work, on the ladder")
+    parser.add_argument("comparison", choices=tuple(COMPARISONS), nargs="*", default=["ladder"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "fleet.json")
+    options = parser.parse_args(arguments)
+    book = Book(RUNS / "runs.jsonl")
+    for name in options.comparison:
+        rows = rows_of(name, options.seeds, book, workers=options.workers)
+        known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+        command = f"python benchmarks/bench_ladder.py {name}"
+        known[name] = {"command": command, **summary(name, rows), **machine()}
+        write_results(
+            options.out,
+            known.pop("command", command),
+            known.pop("rows", []),
+            **known,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
