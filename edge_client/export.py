@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -78,6 +78,8 @@ class ExportSummary:
     num_layers: int
     """Of the exported model, L + M."""
     num_blocks: int
+    left_out: tuple[int, ...]
+    """Expanded blocks of the run that nobody has trained: without them the model computes the same."""
     bytes: int
     """Of all files together."""
     base_files_copied: bool
@@ -232,6 +234,7 @@ def export_hf(
             plan_digest=plan.digest(),
             num_layers=len(plan.stack()),
             num_blocks=len(plan.blocks),
+            left_out=(),
             bytes=sum(file.stat().st_size for file in temporary.iterdir()),
             base_files_copied=on_top,
             base_tensors_sha256=hashlib.sha256(listed).hexdigest(),
@@ -269,7 +272,19 @@ def export_run(run: Path, *, model: str | Path, out: Path, strength: float) -> E
         ValueError, ExportError, ExpansionError, CheckpointError: as :func:`export_hf` and :meth:`Checkpoint.open`.
     """
     plan, state = load_final(run)
-    return export_hf(checkpoint=Checkpoint.open(model), plan=plan, state=state, strength=strength, out=out)
+    trained = trained_part(plan, state)
+    state = {block: state[block] for block in trained.block_ids if block in state}
+    summary = export_hf(checkpoint=Checkpoint.open(model), plan=trained, state=state, strength=strength, out=out)
+    return replace(summary, left_out=tuple(block for block in plan.block_ids if block not in trained.block_ids))
+
+
+def trained_part(plan: ExpansionPlan, state: State) -> ExpansionPlan:
+    """The plan without the blocks whose accumulated delta is zero; all of it where that would leave none.
+
+    A block that nobody has trained is the identity (methods.md 6.7): the model computes the same without it, faster.
+    """
+    trained = tuple(b for b in plan.blocks if any(np.any(delta) for delta in state.get(b.block_id, {}).values()))
+    return replace(plan, blocks=trained) if trained else plan
 
 
 def load_final(run: Path) -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray]]]:

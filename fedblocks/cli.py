@@ -393,6 +393,9 @@ def export(
     typer.echo(
         f"wrote {summary.path} at strength {summary.strength:g}; strength 0 equals the base bit for bit: verified"
     )
+    if summary.left_out:
+        blocks = ", ".join(map(str, summary.left_out))
+        typer.echo(f"nobody trained block {blocks}: left out, since the model computes the same without it")
 
 
 @app.command(

@@ -31,6 +31,7 @@ from fedblocks.edge_client.export import (
     build_expanded_hf,
     export_hf,
     export_run,
+    trained_part,
 )
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, plan_expansion
 from fedblocks.protocol.run_config import ConfigError
@@ -329,6 +330,29 @@ def test_the_final_state_of_a_run_folder_is_exported(small: Checkpoint, tmp_path
     export_hf(checkpoint=small, plan=plan, state=state, strength=0.5, out=tmp_path / "direct")
     for file in (tmp_path / "direct").iterdir():
         assert sha256(file) == sha256(tmp_path / "out" / file.name)
+
+
+def test_a_block_that_nobody_trained_is_left_out_and_the_model_computes_the_same(
+    small: Checkpoint, tmp_path: Path
+) -> None:
+    plan = make_plan(small)
+    kept, idle = plan.block_ids[0], plan.block_ids[-1]
+    state = {kept: random_state(plan)[kept], idle: {"mlp.down_proj.weight": np.zeros((64, 192), np.float32)}}
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "plan.json").write_text(plan.to_json())
+    flat = {f"{block_id}/{name}": value for block_id, block in state.items() for name, value in block.items()}
+    safetensors.numpy.save_file(flat, run / "state" / "final.safetensors")
+    summary = export_run(run, model=small.folder, out=tmp_path / "out", strength=1.0)
+    assert summary.left_out == tuple(b for b in plan.block_ids if b != kept)
+    assert summary.num_layers == plan.shape.num_layers + 1
+    export_hf(checkpoint=small, plan=plan, state=state, strength=1.0, out=tmp_path / "all")
+    ids = torch.randint(0, plan.shape.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
+    from transformers import AutoModelForCausalLM
+
+    found = [AutoModelForCausalLM.from_pretrained(tmp_path / name)(ids).logits for name in ("out", "all")]
+    assert torch.equal(*found)
+    assert trained_part(plan, {}) == plan
 
 
 @pytest.mark.shared
