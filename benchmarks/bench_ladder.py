@@ -147,7 +147,7 @@ def row_of(name: str, arm: str, fleet: Fleet, result: SimulationResult, wall_s: 
         "score_mean_of_last_3": statistics.fmean(scores[-MEAN_OF_ROUNDS:]) if scores else None,
         "retention": result.rounds[-1]["retention"] if result.rounds else None,
         "kl": result.rounds[-1]["kl"] if result.rounds else None,
-        "deadline_s": statistics.median(row["deadline_s"] for row in result.rounds) if result.rounds else None,
+        "deadline_s": result.rounds[-1]["deadline_s"] if result.rounds else None,
         "assigned": sum(row["num_assigned"] for row in result.rounds),
         "accepted": sum(row["num_accepted"] for row in result.rounds),
         "lost": sum(client.lost for client in result.clients),

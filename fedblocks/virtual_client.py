@@ -131,6 +131,8 @@ class VirtualLink:
                     self._take(self._connection.accept(number, MemorySink()), arrived)
                 case transfer.PayloadArrived(message=message, sink=MemorySink() as sink):
                     arrived.append(s.Received(message=message, payload=sink.payload()))
+                case transfer.PayloadRefused():
+                    pass  # its Refused follows
                 case _:
                     raise AssertionError(f"an aggregator of ours does not cause this: {event}")
 

@@ -173,6 +173,16 @@ def test_clients_that_vanish_lose_their_task_come_back_and_the_run_goes_on(input
         assert all(s["end_s"] - s["start_s"] == pytest.approx(5.0) for s in away)
 
 
+def test_an_update_that_comes_rounds_too_late_is_refused_and_the_run_goes_on(inputs, tmp_path):
+    said = []
+    run = {**RUN, "run.max_rounds": 8, "allocation.deadline_s": 2.0, "allocation.quorum": 0.5}
+    events = (Event(at_s=0.0, clients="nano-2", kind="slow", factor=12.0),)
+    found = simulate(fleet(run=run, events=events, tick_s=0.2), inputs, tmp_path / "run", say=said.append)
+    assert found.finished
+    assert len(found.rounds) == 8
+    assert any("nano-2: refused (stale" in line for line in said), said
+
+
 def test_a_device_that_is_too_small_takes_no_part_and_the_others_go_on(inputs, tmp_path):
     said = []
     groups = (*fleet().groups, Group(device="raspberry-pi-5-8gb", name="tiny", scale=1e-9, examples=20))
