@@ -535,3 +535,41 @@ def test_a_lone_slim_client_in_fp32_changes_its_slice_by_its_change_exactly(widt
     for spec in shape.block_tensors():
         assert result.aggregate[0][spec.name].tobytes() == pad(change[0][spec.name], spec.shape).tobytes()
     assert result.widths == {0: width}
+
+
+def test_slices_of_one_change_fold_to_that_change_wherever_a_quarter_of_the_weight_trained():
+    shape, whole = wide_shape(), random_deltas((0,), shape=wide_shape())[0]
+    updates = []
+    for number, width in enumerate((1.0, 0.5, 0.25, 0.125)):
+        slices = {s.name: np.ascontiguousarray(cut(whole[s.name], s.shape)) for s in shape.block_tensors(width)}
+        updates.append(accepted(f"k{number}", {0: slices}, width=width, num_examples=25, format="fp32", shape=shape))
+    result = fold(updates, shape=shape)
+
+    assert result.segment_coverage[0] == (1.0, 0.75, 0.5, 0.25)
+    # The norms differ a little from slice to slice; none is scaled down.
+    assert result.clipped == ()
+    for name, values in whole.items():
+        np.testing.assert_array_almost_equal_nulp(result.aggregate[0][name], values, nulp=1)
+
+
+def test_scaling_all_numbers_of_examples_changes_nothing_for_mixed_widths_and_a_repeated_update_counts_once():
+    updates = four_slim_updates()
+    scaled = [dataclasses.replace(u, num_examples=u.num_examples * 64) for u in updates]
+    first, second = (fold(u, shape=wide_shape()) for u in (updates, scaled))
+
+    assert fold_hash([*updates, updates[2], updates[0]], shape=wide_shape()) == fold_hash(updates, shape=wide_shape())
+    for block, tensors in first.aggregate.items():
+        for name, values in tensors.items():
+            np.testing.assert_allclose(second.aggregate[block][name], values, rtol=1e-6, atol=1e-30)
+
+
+def test_a_slim_update_a_hundred_times_as_large_is_scaled_down_by_the_norm_of_its_own_slice():
+    updates = [slim(f"k{n}", (0,), width, n, format="fp32") for n, width in enumerate((1.0, 0.5, 0.25, 1.0))]
+    deltas = random_deltas((0,), 9, scale=0.1, shape=wide_shape(), width=0.125)
+    updates.append(accepted("k9", deltas, width=0.125, shape=wide_shape(), format="fp32"))
+    result = fold(updates, shape=wide_shape())
+    norms = result.history[0][-1]
+
+    assert [c.client for c in result.clipped] == ["k9"]
+    assert max(norms[:4]) < 1.3 * min(norms[:4])  # a root mean square over the slice: widths compare
+    assert result.clipped[0].factor * norms[-1] == pytest.approx(3 * float(np.median(norms)))

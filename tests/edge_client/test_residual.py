@@ -324,3 +324,15 @@ def test_over_rounds_of_all_widths_what_was_accepted_and_what_is_owed_add_up_to_
     found = store.load((0,), round=1)[0]
     for name, total in sums["changed"].items():
         np.testing.assert_allclose(sums["accepted"][name] + found[name], total, atol=1e-5)
+
+
+def test_a_slim_update_of_unknown_outcome_survives_a_kill_and_is_committed_over_the_rest(tmp_path, store):
+    accept_slices(store, "a", (0,), 1.0, 1.0, round=0)
+    store.stage("b", owed_slices((0,), 9.0, 0.25), round=0, width=0.25)
+    again = open_store(tmp_path)
+    before = of_width(again.load((0,), round=1)[0], 0.25)
+    again.commit("b")
+
+    assert before == 1.0
+    for opened in (again, open_store(tmp_path)):
+        assert [of_width(opened.load((0,), round=1)[0], w) for w in (0.25, 0.5, 1.0)] == [9.0, 1.0, 1.0]

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedblocks.edge_client.decoder_block import BlockWeights, SlimMatrix, slim_shape
+from fedblocks.edge_client.optimizer import AdamW
 from fedblocks.edge_client.prefix_cache import PrefixStates
 from fedblocks.edge_client.train import Hyper, data_order, run_steps, stack_losses, task_batch
 from fedblocks.kernels.ops import slim_linear
@@ -334,3 +335,22 @@ def test_a_slice_that_is_frozen_costs_no_product(monkeypatch):
 def test_a_width_that_does_not_exist_is_named(make_model):
     with pytest.raises(ValueError, match=r"block width is 0.3, expected one of 0.125, 0.25, 0.5, 1.0"):
         make_model(nf4=False).train_blocks((0,), width=0.3)
+
+
+@pytest.mark.parametrize(("dtype", "optimizer"), MODES, ids=lambda v: str(v).removeprefix("torch."))
+def test_leaf_gradient_and_moments_are_as_large_as_the_slice(make_model, make_samples, dtype, optimizer):
+    model = make_model(blocks=2, dtype=dtype)
+    (group,) = model.train_blocks((1,), optimizer, 0.125)
+    size = model.shape.slice_parameters(0.125)
+    sizes = []
+    made = AdamW([group], mode=optimizer)
+    made.begin()
+    prefix, samples = PrefixStates(model, None), make_samples(count=4)
+    batch = task_batch(samples, prefix.padded([s.ids for s in samples]))
+    stack_losses(model, model.base_cut).task(batch, 1.0).backward()
+    sizes += [sum(slot.gradient.numel() for slot in made._slots)]
+    sizes += [sum(t.numel() for t in group.tensors), sum(slot._moments.m.numel() for slot in made._slots)]
+    made.close()
+
+    assert sizes == [size] * 3
+    assert group.lows == () or sum(t.numel() for t in group.lows) == size

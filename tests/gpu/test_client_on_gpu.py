@@ -36,10 +36,10 @@ CHANGE_RTOL = {"fp32": 0.1, "bf16": 0.2}
 MIB = 1 << 20
 
 
-def curve(model, samples, *, optimizer="fp32", prefix=None, steps=20):
+def curve(model, samples, *, optimizer="fp32", prefix=None, steps=20, width=1.0):
     """(loss of each step, trained fp32 values) of both blocks."""
     prefix = prefix or PrefixStates(model, None)
-    groups = model.train_blocks(model.plan.block_ids, optimizer)
+    groups = model.train_blocks(model.plan.block_ids, optimizer, width)
     order = data_order(len(samples), 4, seed=5)
     windows = [next(order) for _ in range(steps)]
     result = run_steps(
@@ -61,8 +61,9 @@ def change(values, start):
     return np.concatenate([(values[name] - start[name]).ravel() for name in names])
 
 
-def start_values(model):
-    return {f"{g.name} {n}": v for g in model.train_blocks(model.plan.block_ids) for n, v in g.values().items()}
+def start_values(model, width=1.0):
+    groups = model.train_blocks(model.plan.block_ids, width=width)
+    return {f"{g.name} {n}": v for g in groups for n, v in g.values().items()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,6 +75,18 @@ def test_twenty_steps_have_the_loss_curve_of_the_cpu(device, make_model, samples
     start = start_values(plain)
     expected, values = curve(plain, samples)
     found, got = curve(make_model(device, dtype=DTYPES[dtype], family=family), samples)
+    assert found == pytest.approx(expected, abs=LOSS_ATOL[dtype])
+    assert found[-1] < 0.9 * found[0]
+    ours, theirs = change(got, start), change(values, start)
+    assert np.linalg.norm(ours - theirs) <= CHANGE_RTOL[dtype] * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize(("dtype", "optimizer"), [("fp32", "fp32"), ("bf16", "split"), ("bf16", "split_8bit")])
+def test_twenty_steps_on_slim_blocks_have_the_loss_curve_of_the_cpu(device, make_model, samples, dtype, optimizer):
+    plain = make_model(CPU, dtype=DTYPES[dtype], fused=False)
+    start = start_values(plain, 0.25)
+    expected, values = curve(plain, samples, optimizer=optimizer, width=0.25)
+    found, got = curve(make_model(device, dtype=DTYPES[dtype]), samples, optimizer=optimizer, width=0.25)
     assert found == pytest.approx(expected, abs=LOSS_ATOL[dtype])
     assert found[-1] < 0.9 * found[0]
     ours, theirs = change(got, start), change(values, start)
