@@ -38,6 +38,18 @@ _MODE_AS_ASSIGNED: Final = """
     """
 """Protocol version 1 had no mode in an update: the assigned one stands in its place."""
 
+_SPEED_AS_CALIBRATION: Final = """
+    UPDATE clients SET record = json_remove(json_set(record, '$.calibration', (
+        SELECT iif(scale IS NULL, json('null'), json_object(
+            'factors', json_array(scale, scale, scale, scale, scale),
+            'covariance', json_array(
+                0.26, 0.01, 0.01, 0.01, 0.01, 0.26, 0.01, 0.01, 0.01, 0.26, 0.01, 0.01, 0.26, 0.01, 0.26),
+            'level', scale, 'prefix', NULL, 'measuring', NULL, 'errors', json('[]'), 'reports', 0, 'held', NULL))
+        FROM (SELECT json_extract(record, '$.time_scale') AS scale)
+    )), '$.time_scale');
+    """
+"""One running scale stood where a calibration stands now: ``Calibration.of_scale``."""
+
 MIGRATIONS: Final[tuple[str, ...]] = (
     """
     CREATE TABLE run (name TEXT PRIMARY KEY, value TEXT NOT NULL);
@@ -95,6 +107,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         FROM json_each(method_state, '$.seen')
     )) WHERE method_state NOT NULL;
     """,
+    _SPEED_AS_CALIBRATION,
 )
 
 #: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.

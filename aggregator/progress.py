@@ -63,6 +63,8 @@ class ClientRecord:
     predicted_peak_bytes: int
     peak_memory_bytes: int
     step_s: float
+    step_time_error: float | None
+    """Median of |predicted / measured - 1| of its newest steps, each predicted before it was measured; null before."""
     mode: ExecutionMode | None
     """How the client carried it out, as its update says; null without one."""
     kernel_falls: tuple[str, ...]
@@ -102,6 +104,7 @@ def client_record(
         predicted_peak_bytes=train.predicted_peak_bytes if train is not None else 0,
         peak_memory_bytes=report.peak_memory_bytes if report is not None else 0,
         step_s=report.step_s if report is not None else 0.0,
+        step_time_error=client.calibration.error if client.calibration is not None else None,
         mode=report.mode if report is not None else None,
         kernel_falls=report.kernel_falls if report is not None else (),
         loss_first=report.loss_first if report is not None else None,

@@ -7,11 +7,14 @@ hardware is believed for one round only (field.md F16).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from fedblocks.aggregator.allocation import running_mean
+from fedblocks.aggregator.allocation import ProfiledSeconds, running_mean
+from fedblocks.profiles import calibration
+from fedblocks.profiles.calibration import Calibration
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.messages import (
@@ -21,6 +24,7 @@ from fedblocks.protocol.messages import (
     Delta,
     FailureReason,
     Hello,
+    TrainReport,
 )
 
 #: After running out of memory a client's predicted memory grows by this factor (methods.md 6.7).
@@ -53,8 +57,8 @@ class KnownClient:
     statistics: DataStatistics
     can_evaluate_general: bool
     held_version: int
-    time_scale: float | None = None
-    """Running mean of measured over predicted seconds of a step; None until it was measured."""
+    calibration: Calibration | None = None
+    """What its steps have shown of its profile; None until one was measured."""
     memory_scale: float = 1.0
     """Factor on the predicted memory; grows with every task that ran out of it."""
     gradient_energy: tuple[BlockEnergy, ...] = ()
@@ -103,35 +107,66 @@ def client_from_hello(key: ClientKey, hello: Hello, known: KnownClient | None) -
         return kept
     return replace(
         kept,
-        time_scale=known.time_scale,
+        calibration=(
+            None if known.calibration is None else calibration.rebased(known.calibration, known.profile, hello.profile)
+        ),
         memory_scale=known.memory_scale,
         trained_sequences=known.trained_sequences,
         anchored_sequences=known.anchored_sequences,
     )
 
 
-def after_update(client: KnownClient, assignment: Assignment, delta: Delta, planned_step_s: float) -> KnownClient:
+def after_update(
+    client: KnownClient, assignment: Assignment, delta: Delta, profiled: ProfiledSeconds
+) -> tuple[KnownClient, str]:
     """The record after an accepted update: its speed as measured, its gradient energies, what it holds now.
 
     Args:
-        planned_step_s: what the plan expected of one step, with the client's time scale of then; 0 if unknown.
+        profiled: what its profile predicts for what it did.
+
+    Returns:
+        The record, and a line for the operator where the client has another speed than it had; else an empty one.
     """
-    time_scale = client.time_scale
-    if planned_step_s > 0 and delta.train.step_s > 0:
-        # The first measurement replaces the declared speed at once (field.md F16).
-        time_scale = running_mean(time_scale, (time_scale or 1.0) * delta.train.step_s / planned_step_s)
+    known, change = _with_report(client.calibration, delta.train, profiled)
     energies = {e.block: e.energy for e in client.gradient_energy}
     if len(delta.train.gradient_energy) == len(assignment.blocks):
         for block, energy in zip(assignment.blocks, delta.train.gradient_energy, strict=True):
             energies[block] = running_mean(energies.get(block), energy)
     anchored = -(-delta.steps // assignment.anchor_every) * assignment.anchor_batch_size
-    return replace(
+    after = replace(
         client,
-        time_scale=time_scale,
+        calibration=known,
         gradient_energy=tuple(BlockEnergy(block=b, energy=energies[b]) for b in sorted(energies)),
         trained_sequences=client.trained_sequences + delta.steps * assignment.batch_size,
         anchored_sequences=client.anchored_sequences + anchored,
         held_version=assignment.state.to_version,
+    )
+    return after, "" if change is None else speed_note(client.name, change)
+
+
+def _with_report(
+    known: Calibration | None, report: TrainReport, profiled: ProfiledSeconds
+) -> tuple[Calibration | None, float | None]:
+    """The calibration with a report, and measured over predicted where that set the device to a new speed.
+
+    The first report replaces the declared speed at once (field.md F16); a client that cannot say how long a step took
+    teaches nothing.
+    """
+    if not (math.isfinite(report.step_s) and report.step_s > 0):
+        return known, None
+    seen = calibration.observe(known, profiled.step, report.step_s)
+    found = calibration.with_prefix(seen.calibration, profiled.prefix_s, report.prefix_s)
+    return calibration.with_measuring(found, profiled.measuring_s, report.measure_s), seen.change
+
+
+def speed_note(name: str, change: float) -> str:
+    """What an operator is told of a client whose steps took ``change`` times what was predicted, twice in a row."""
+    planned = "twice in a row: planned for at its new speed"
+    if change < 1:
+        return f"{name} is {1 / change:.1f} times as fast as was predicted, {planned}"
+    return (
+        f"{name} takes {change:.1f} times what was predicted, {planned}. If nothing else should be running there, look "
+        "at its load and temperature; fedblocks probe shows what it can do now"
     )
 
 

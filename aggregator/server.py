@@ -173,7 +173,6 @@ class Aggregator:
         """Clients that were sent a task and have not answered it: they may hold its state, or the one before."""
         self._uploads: dict[UploadId, ClientKey] = {}
         self._updates_to: dict[int, tuple[StateUpdate, bytes]] = {}
-        self._planned_step_s: dict[AttemptId, float] = {}
         self._told: dict[ClientKey, object] = {}
         """The gist of the last plan that the operator was told of each client."""
         self._open_s = 0.0
@@ -293,10 +292,6 @@ class Aggregator:
         if plan["keep_deadline"]:
             deadline = from_plain(Deadline, plan["deadline"], where="ledger.rounds")
             self._method = replace(self._method, deadline=deadline)
-        for choice in plan["choices"]:
-            task = self._tasks.get(choice["client"])
-            if task is not None and choice["predicted"] is not None:
-                self._planned_step_s[task.attempt_id] = choice["predicted"]["step_s"]
 
     # events from the endpoint
 
@@ -529,7 +524,10 @@ class Aggregator:
     def _counted(self, client: KnownClient, assignment: Assignment, delta: Delta, measured: set[Measure]) -> None:
         """What a counted update teaches about its client."""
         self._answered(client.key, delta.attempt_id)
-        client = registry.after_update(client, assignment, delta, self._planned_step_s.get(delta.attempt_id, 0.0))
+        profiled = fedbe.profiled(client, assignment, delta.train, self._run)
+        client, note = registry.after_update(client, assignment, delta, profiled)
+        if note:
+            self._books.note(note)
         client = replace(client, last_update_unix_s=self._books.now_unix_s)
         if "validation" in measured:
             client = replace(client, last_validation_round=delta.round)
@@ -630,9 +628,6 @@ class Aggregator:
             if self._told.get(choice.client) != gist:
                 self._told[choice.client] = gist
                 self._books.say(said)
-            task = planned.tasks.get(choice.client)
-            if task is not None and choice.predicted is not None:
-                self._planned_step_s[task.attempt_id] = choice.predicted.step_s
         self._begin(planned.tasks)
         tasks = {
             key: Task(attempt_id=m.attempt_id, kind="train" if isinstance(m, Assignment) else "evaluate")
@@ -655,8 +650,6 @@ class Aggregator:
             return None
         smaller, choice = found
         self._books.say(explain.sentence(choice))
-        if choice.predicted is not None:
-            self._planned_step_s[smaller.attempt_id] = choice.predicted.step_s
         return smaller
 
     def _send_task(self, key: ClientKey) -> None:
@@ -747,8 +740,6 @@ class Aggregator:
             )
         self._model, self._method = model, closed.state
         self._updates_to.clear()
-        current = {task.attempt_id for task in self._tasks.values()}
-        self._planned_step_s = {a: s for a, s in self._planned_step_s.items() if a in current}
         self._durations_s = [*self._durations_s, metrics["round_s"]][-progress.ETA_ROUNDS :]
         self._folder.append_metrics(metrics)
         self._folder.drop_old_states(model.version)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedblocks.aggregator.ledger import MAX_CONTENT_REFUSALS, Ledger, StoredClient, StoredRound, is_made, open_read_only
+from fedblocks.aggregator.registry import client_from_record
 from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.messages import Assignment, ClientKey
@@ -149,6 +150,7 @@ def _client(
     planned: list[dict[str, Any]] = last.plan["choices"] if last is not None and last.plan is not None else []
     choice = next((c for c in planned if c["client"] == client.client_key), None)
     finished = next((c for c in newest.get("clients", []) if c["key"] == client.client_key), None)
+    known = client_from_record(record).calibration
     return {
         "name": client.name,
         "key": client.client_key,
@@ -156,7 +158,8 @@ def _client(
         "num_examples": record["statistics"]["num_examples"],
         "joined_unix_s": client.joined_unix_s,
         "held_version": record["held_version"],
-        "time_scale": record["time_scale"],
+        "time_scale": known.level if known is not None else None,
+        "step_time_error": known.error if known is not None else None,
         "memory_scale": record["memory_scale"],
         "role": choice["role"] if choice is not None else None,
         "attempt_id": task.message.attempt_id if task is not None else None,
@@ -212,6 +215,8 @@ def describe(status: Mapping[str, Any]) -> str:
         done = client["last_round"]
         if done is not None and done.get("mode") is not None:  # rows of older releases have none
             parts.append(f"last {done['step_s']:.3g} s a step, {ExecutionMode(**done['mode']).text()}")
+            if client["step_time_error"] is not None:
+                parts.append(f"predictions of its steps are off by {client['step_time_error']:.0%}")
             parts += done.get("kernel_falls", ())[:1]
         if client["refusals"]:
             counts = ", ".join(f"{code} {count}" for code, count in client["refusals"].items())

@@ -26,13 +26,15 @@ from fedblocks.aggregator.allocation import (
     Choice,
     Coverage,
     Deadline,
+    ProfiledSeconds,
     RoundPlan,
     Trained,
     plan_round,
+    profiled_seconds,
 )
 from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.registry import KnownClient
-from fedblocks.profiles.cost import StackLayout
+from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol import state as states
 from fedblocks.protocol.expansion import ExpansionPlan
@@ -45,6 +47,7 @@ from fedblocks.protocol.messages import (
     Measure,
     Measurement,
     StateUpdate,
+    TrainReport,
 )
 from fedblocks.protocol.run_config import ForgettingSection, RunConfig
 from fedblocks.protocol.tensors import State
@@ -253,7 +256,7 @@ def _plan(
         round=start.round,
         deadline=state.deadline,
     )
-    measured = all(c.time_scale is not None for c in clients if c.statistics.num_examples > 0)
+    measured = all(c.calibration is not None for c in clients if c.statistics.num_examples > 0)
     deadline = found.deadline if measured or state.deadline is not None else None
     if found.no_client_fits:
         return PlannedRound(tasks={}, cohort=cohort, plan=found, deadline=deadline)
@@ -397,13 +400,28 @@ def _allocation_client(client: KnownClient, version: int, now_unix_s: float = 0.
         profile=client.profile,
         statistics=client.statistics,
         gradient_energy={e.block: e.energy for e in client.gradient_energy},
-        time_scale=client.time_scale if client.time_scale is not None else 1.0,
+        time_scale=client.calibration.scale if client.calibration is not None else 1.0,
+        time_factors=client.calibration.relative if client.calibration is not None else AS_PROFILED,
         memory_scale=client.memory_scale,
         versions_behind=version - held,
         cached_examples=client.trained_sequences,
         cached_anchor_sequences=client.anchored_sequences,
         wants_evaluate_general=client.can_evaluate_general,
         speed_age_s=max(0.0, now_unix_s - measured_unix_s) if measured_unix_s > 0 else 0.0,
+    )
+
+
+def profiled(client: KnownClient, task: Assignment, report: TrainReport, run: Run) -> ProfiledSeconds:
+    """What the client's profile predicts for a task that it carried out as it reports."""
+    return profiled_seconds(
+        _allocation_client(client, task.state.to_version),
+        layout=run.layout,
+        shape=run.plan.shape,
+        settings=run.allocation_settings(),
+        blocks=task.blocks,
+        width=task.width,
+        steps=task.steps,
+        mode=report.mode,
     )
 
 

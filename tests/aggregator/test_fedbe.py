@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
+from fedblocks.aggregator.allocation import TIME_SAFETY
 from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.registry import KnownClient, after_failure, after_update, client_from_hello
+from fedblocks.profiles.calibration import Calibration
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import from_plain, to_plain
@@ -25,6 +27,7 @@ from fedblocks.protocol.messages import (
     AttemptId,
     ClientKey,
     DataStatistics,
+    Delta,
     Hello,
     Measure,
     Measurement,
@@ -351,12 +354,15 @@ def test_nobody_fits_so_the_plan_has_no_task_and_says_what_came_nearest() -> Non
     assert "ann" in planned.plan.no_client_fits
 
 
+SLOW = Calibration.of_scale(30.0)
+
+
 def test_a_deadline_from_declared_speeds_is_forgotten_and_one_from_measured_speeds_is_kept() -> None:
     run = run_of()
     state = fedbe.initial_state(run.config)
-    declared = fedbe.plan([client("ann"), client("bob", time_scale=30.0)], run, state, START)
+    declared = fedbe.plan([client("ann"), client("bob", calibration=SLOW)], run, state, START)
     assert declared.deadline is None
-    both = [client("ann", time_scale=30.0), client("bob", time_scale=30.0)]
+    both = [client("ann", calibration=SLOW), client("bob", calibration=SLOW)]
     measured_plan = fedbe.plan(both, run, state, START)
     assert measured_plan.deadline is not None
     assert measured_plan.deadline.seconds > declared.plan.deadline.seconds
@@ -369,15 +375,17 @@ def test_a_client_that_is_slower_than_it_said_gets_less_next_time() -> None:
     run = run_of("allocation.deadline_s=3.0", "training.steps=16")
     state = fedbe.initial_state(run.config)
     honest = fedbe.plan([client("ann")], run, state, START).tasks[client("ann").key]
-    slow = fedbe.plan([client("ann", time_scale=6.0)], run, state, START).tasks[client("ann").key]
+    slow = fedbe.plan([client("ann", calibration=Calibration.of_scale(6.0))], run, state, START).tasks[
+        client("ann").key
+    ]
     assert isinstance(honest, Assignment)
     assert isinstance(slow, Assignment)
     assert (len(slow.blocks), slow.steps) < (len(honest.blocks), honest.steps)
 
 
-def test_the_first_measured_speed_replaces_the_declared_one_and_later_ones_are_averaged(
-    make_world: Callable[..., Any],
-) -> None:
+@pytest.fixture
+def trained_task(make_world: Callable[..., Any]) -> tuple[Assignment, Delta]:
+    """A task of the test's world and its update."""
     world = make_world("ann")
     world.join()
     world.step(11.0)
@@ -385,15 +393,98 @@ def test_the_first_measured_speed_replaces_the_declared_one_and_later_ones_are_a
     ann = world.sites["ann"]
     task = ann.tasks[-1]
     delta, _ = ann.train(task)
-    known = after_update(client("ann"), task, replace(delta, train=replace(delta.train, step_s=0.4)), 0.1)
-    assert known.time_scale == pytest.approx(4.0)
+    return task, delta
+
+
+def reporting(delta: Delta, **seconds: float) -> Delta:
+    return replace(delta, train=replace(delta.train, **seconds))
+
+
+def test_the_first_measured_speed_replaces_the_declared_one_and_later_ones_are_averaged(
+    trained_task: tuple[Assignment, Delta],
+) -> None:
+    task, delta = trained_task
+    ann, run = client("ann"), run_of()
+    profiled = fedbe.profiled(ann, task, delta.train, run)
+    step_s = sum(profiled.step)
+    known, note = after_update(ann, task, reporting(delta, step_s=4 * step_s), profiled)
+    assert note == ""
+    assert known.calibration is not None
+    assert known.calibration.scale == pytest.approx(4.0)
     assert known.gradient_energy[0].energy == 1.0
     assert known.trained_sequences == 16 * 8
-    # Planned with the scale of 4, the same measured pace confirms it.
-    again = after_update(known, task, replace(delta, train=replace(delta.train, step_s=0.4)), 0.4)
-    assert again.time_scale == pytest.approx(4.0)
-    twice = after_update(known, task, replace(delta, train=replace(delta.train, step_s=0.8)), 0.4)
-    assert twice.time_scale == pytest.approx(0.7 * 4.0 + 0.3 * 8.0)
+    again, _ = after_update(known, task, reporting(delta, step_s=4 * step_s), profiled)
+    assert again.calibration is not None
+    assert again.calibration.scale == pytest.approx(4.0)
+    slower, _ = after_update(again, task, reporting(delta, step_s=4.8 * step_s), profiled)
+    assert slower.calibration is not None
+    assert 4.1 < slower.calibration.level < 4.5
+
+
+def test_a_report_is_held_against_what_the_planner_predicts_for_the_same_task(
+    trained_task: tuple[Assignment, Delta],
+) -> None:
+    task, delta = trained_task
+    ann, run = client("ann"), run_of()
+    [choice] = fedbe.plan([ann], run, fedbe.initial_state(run.config), START).plan.choices
+    assert choice.predicted is not None
+    done = replace(task, blocks=choice.blocks, steps=choice.steps, width=choice.width)
+    profiled = fedbe.profiled(ann, done, replace(delta.train, mode=choice.predicted.mode), run)
+    assert sum(profiled.step) == pytest.approx(choice.predicted.step_s)
+    transfers_s = choice.predicted.upload_bytes / ann.profile.uplink_bytes_per_s
+    transfers_s += choice.predicted.download_bytes / ann.profile.downlink_bytes_per_s
+    computed_s = profiled.prefix_s + profiled.measuring_s + choice.steps * sum(profiled.step)
+    assert choice.predicted.seconds == pytest.approx(TIME_SAFETY * (transfers_s + computed_s))
+
+
+def test_after_a_report_the_planner_predicts_what_was_measured(trained_task: tuple[Assignment, Delta]) -> None:
+    task, delta = trained_task
+    ann, run = client("ann"), run_of("allocation.deadline_s=1000.0")
+    state = fedbe.initial_state(run.config)
+    [choice] = fedbe.plan([ann], run, state, START).plan.choices
+    assert choice.predicted is not None
+    done = replace(task, blocks=choice.blocks, steps=choice.steps, width=choice.width)
+    report = replace(delta.train, mode=choice.predicted.mode, step_s=0.02, prefix_s=5.0, measure_s=0.7)
+    profiled = fedbe.profiled(ann, done, report, run)
+    known, _ = after_update(ann, done, replace(delta, train=report), profiled)
+    known = replace(known, trained_sequences=0, anchored_sequences=0, held_version=0)
+    [after] = fedbe.plan([known], run, state, START).plan.choices
+    assert after.predicted is not None
+    assert (after.blocks, after.predicted.mode) == (choice.blocks, choice.predicted.mode)
+    assert after.predicted.step_s == pytest.approx(0.02)
+    transfers_s = after.predicted.upload_bytes / ann.profile.uplink_bytes_per_s
+    transfers_s += after.predicted.download_bytes / ann.profile.downlink_bytes_per_s
+    assert after.predicted.seconds == pytest.approx(TIME_SAFETY * (transfers_s + 5.0 + 0.7 + after.steps * 0.02))
+
+
+def test_a_client_that_slows_down_is_planned_for_at_its_new_speed_after_two_updates_and_the_operator_is_told(
+    trained_task: tuple[Assignment, Delta],
+) -> None:
+    task, delta = trained_task
+    known, run = client("orin-2"), run_of()
+    profiled = fedbe.profiled(known, task, delta.train, run)
+    step_s = sum(profiled.step)
+    notes = []
+    for times in (1.0, 1.0, 1.0, 2.1, 2.1, 1.0, 1.0):
+        known, note = after_update(known, task, reporting(delta, step_s=times * step_s), profiled)
+        notes.append(note)
+    assert notes[:4] == [""] * 4
+    assert notes[4].startswith(
+        "orin-2 takes 2.1 times what was predicted, twice in a row: planned for at its new speed. If nothing else "
+    )
+    assert "fedblocks probe" in notes[4]
+    assert notes[5] == ""
+    assert notes[6] == "orin-2 is 2.1 times as fast as was predicted, twice in a row: planned for at its new speed"
+    assert known.calibration is not None
+    assert known.calibration.level == pytest.approx(1.0, rel=0.01)
+
+
+def test_a_report_without_a_step_time_teaches_nothing_of_the_speed(trained_task: tuple[Assignment, Delta]) -> None:
+    task, delta = trained_task
+    profiled = fedbe.profiled(client("ann"), task, delta.train, run_of())
+    for step_s in (0.0, -1.0, math.nan, math.inf):
+        known, note = after_update(client("ann"), task, reporting(delta, step_s=step_s), profiled)
+        assert (known.calibration, note) == (None, "")
 
 
 def test_out_of_memory_raises_the_predicted_memory_by_a_quarter() -> None:
@@ -404,7 +495,8 @@ def test_out_of_memory_raises_the_predicted_memory_by_a_quarter() -> None:
 
 
 def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_new_one() -> None:
-    known = client("ann", time_scale=2.0, memory_scale=1.25, received_bytes=7, trained_sequences=50)
+    two = Calibration.of_scale(2.0)
+    known = client("ann", calibration=two, memory_scale=1.25, received_bytes=7, trained_sequences=50)
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         run_id="tiny",
@@ -417,10 +509,15 @@ def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_
         can_evaluate_general=True,
     )
     back = client_from_hello(known.key, hello, known)
-    assert (back.time_scale, back.memory_scale, back.trained_sequences) == (2.0, 1.25, 50)
+    assert (back.calibration, back.memory_scale, back.trained_sequences) == (two, 1.25, 50)
     assert (back.held_version, back.received_bytes, back.can_evaluate_general) == (4, 7, True)
     moved = client_from_hello(known.key, replace(hello, profile=device(name="other")), known)
-    assert (moved.time_scale, moved.memory_scale, moved.received_bytes) == (None, 1.0, 7)
+    assert (moved.calibration, moved.memory_scale, moved.received_bytes) == (None, 1.0, 7)
+    # Probed again, the same device promises twice as much: its steps have shown what it does.
+    twice = replace(known.profile, gemm_flops_per_s=2 * known.profile.gemm_flops_per_s)
+    promised = client_from_hello(known.key, replace(hello, profile=twice), known)
+    assert promised.calibration is not None
+    assert promised.calibration.time_factors.arithmetic == 4.0
 
 
 def test_a_round_of_many_clients_is_planned_for_those_whose_turn_it_is() -> None:

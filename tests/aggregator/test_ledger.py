@@ -22,6 +22,7 @@ from fedblocks.aggregator.ledger import (
     open_read_only,
 )
 from fedblocks.aggregator.methods import fedbe
+from fedblocks.profiles.calibration import Calibration
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.messages import (
@@ -332,6 +333,26 @@ def test_a_client_from_before_topics_could_be_shared_has_shared_none(tmp_path: P
     db.close()
     [known] = opened(tmp_path).clients()
     assert known.record["statistics"] == {"num_examples": 3, "topics": []}
+
+
+@pytest.mark.parametrize("scale", [None, 2.5])
+def test_a_client_from_before_calibration_keeps_its_one_scale(tmp_path: Path, scale: float | None) -> None:
+    ledger = opened(tmp_path)
+    ledger.save_client(ANN, "ann", {"name": "ann", "time_scale": scale}, unix_s=1.0)
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("PRAGMA user_version = 6")
+    db.commit()
+    db.close()
+    [known] = opened(tmp_path).clients()
+    assert set(known.record) == {"name", "calibration"}
+    if scale is None:
+        assert known.record["calibration"] is None
+        return
+    migrated = from_plain(Calibration, known.record["calibration"], where="here")
+    expected = Calibration.of_scale(scale)
+    assert migrated.covariance == pytest.approx(expected.covariance)
+    assert replace(migrated, covariance=expected.covariance) == expected
 
 
 def test_a_run_from_before_cohorts_and_slim_blocks_goes_on(tmp_path: Path) -> None:

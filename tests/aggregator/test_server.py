@@ -17,6 +17,7 @@ from fedblocks.aggregator.endpoint import PeerRejected
 from fedblocks.aggregator.ledger import Ledger
 from fedblocks.aggregator.replay import replay, state_at
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError
+from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -216,6 +217,46 @@ def test_after_three_bad_updates_a_client_gets_no_task_until_it_is_let_back(make
     world.ledger.let_back(eve.key)
     world.round("ann")
     assert len(eve.tasks) == 4
+
+
+def test_a_client_that_slows_down_is_noticed_after_two_rounds_and_planned_for_at_its_new_speed(
+    make_world: Callable[..., Any],
+) -> None:
+    world = make_world("ann", overrides=("run.max_rounds=9", "allocation.deadline_s=1000.0"))
+    world.join()
+    world.step(11.0)
+    world.receive()
+    ann = world.sites["ann"]
+
+    def predicted_step_s() -> float:
+        [choice] = world.ledger.last_round().plan["choices"]
+        return choice["predicted"]["step_s"]
+
+    predicted = []
+    for step_s in (0.05, 0.05, 0.05, 0.2, 0.2):
+        if len(predicted) == 2:
+            world.kill()  # what was learnt is in the ledger
+            world.start()
+            world.join()
+            world.step(11.0)
+            world.receive()
+        predicted.append(predicted_step_s())
+        task = ann.tasks[-1]
+        delta, payload = ann.train(task)
+        report = replace(delta.train, step_s=step_s, mode=_mode_of(world))
+        world.endpoint.announce(ann.key, replace(delta, train=report), payload)
+        world.step()
+        world.receive()
+    assert predicted[1:] == pytest.approx([0.05] * 4)
+    assert predicted_step_s() == pytest.approx(0.2)
+    notes = [text for _, text in world.ledger.notes() if "predicted" in text]
+    assert len(notes) == 1
+    assert notes[0].startswith("ann takes 4.0 times what was predicted, twice in a row: planned for at its new speed")
+
+
+def _mode_of(world: Any) -> ExecutionMode:
+    [choice] = world.ledger.last_round().plan["choices"]
+    return ExecutionMode(**choice["mode"])
 
 
 def test_a_full_disk_refuses_updates_for_now_and_the_client_delivers_when_there_is_room(

@@ -103,6 +103,11 @@ def test_the_step_time_stands_beside_the_mode_that_the_update_names(make_world: 
     assert set(mode) == {"optimizer", "residency", "frozen", "micro_batch_size", "checkpoint"}
     assert status["rounds"][0]["clients"][0]["mode"] == mode
     assert "s a step, 1 sequence at a time" in describe(status)
+    shown = status["clients"][0]
+    assert 0 < shown["step_time_error"] < 1
+    assert f"predictions of its steps are off by {shown['step_time_error']:.0%}" in describe(status)
+    assert shown["time_scale"] > 0
+    assert status["rounds"][-1]["clients"][0]["step_time_error"] == shown["step_time_error"]
     del status["clients"][0]["last_round"]["mode"]  # a row of an older release
     assert describe(status).count("s a step") == 1
 
