@@ -463,6 +463,20 @@ class ExpandedModel:
             self._replaced[position] = replace(self.weights(position), lora=pairs)
         return [ParamGroup(name="lora", tensors=tuple(named.values()), named=named)]
 
+    def ends(self, groups: Sequence[ParamGroup]) -> Callable[[int, str], tuple[Tensor, Tensor]]:
+        """(block id, tensor name) -> trained value and the value that training started from, fp32 on the device, in
+        the shape that was trained."""
+        specs = {spec.name: spec for spec in self.shape.block_tensors()}
+        state = self._state
+        by_block = _by_block(groups)
+
+        def both(block_id: int, name: str) -> tuple[Tensor, Tensor]:
+            value = by_block[block_id].value(name)
+            start = _first(self._start(block_id, specs[name], state), value.shape)
+            return value, start.to(value.device)
+
+        return both
+
     def deltas(self, groups: Sequence[ParamGroup]) -> dict[int, LazyTensors]:
         """Trained value minus the value that training started from, of the groups of :meth:`train_blocks`; of slim
         blocks in the shapes that were trained.
@@ -470,18 +484,21 @@ class ExpandedModel:
         Computed tensor by tensor as they are asked for; the start is derived again from the checkpoint and the state
         instead of being kept beside the weights.
         """
-        specs = {spec.name: spec for spec in self.shape.block_tensors()}
-        state = self._state
+        ends = self.ends(groups)
 
-        def reader(block_id: int, group: ParamGroup) -> Callable[[str], npt.NDArray[np.float32]]:
+        def reader(block_id: int) -> Callable[[str], npt.NDArray[np.float32]]:
             def read(name: str) -> npt.NDArray[np.float32]:
-                value = group.value(name).cpu()
-                return (value - _first(self._start(block_id, specs[name], state), value.shape)).numpy()
+                value, start = ends(block_id, name)
+                return (value - start).cpu().numpy()
 
             return read
 
-        by_block = {int(group.name.removeprefix("block ")): group for group in groups}
-        return {block_id: LazyTensors(group.named, reader(block_id, group)) for block_id, group in by_block.items()}
+        return {block_id: LazyTensors(group.named, reader(block_id)) for block_id, group in _by_block(groups).items()}
+
+
+def _by_block(groups: Sequence[ParamGroup]) -> dict[int, ParamGroup]:
+    """Those of :meth:`ExpandedModel.train_blocks` by the id of their block."""
+    return {int(group.name.removeprefix("block ")): group for group in groups}
 
 
 def _first(values: Tensor, shape: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedblocks.kernels.ops import Moments, Moments8Bit, adamw_step_
+from fedblocks.kernels.ops import Moments, Moments8Bit, adamw_step_, square_norm
 
 if TYPE_CHECKING:
     from fedblocks.edge_client.expanded_model import ParamGroup
@@ -103,7 +103,7 @@ class AdamW:
         gradients = [slot.gradient for slot in self._slots if slot.gradient is not None]
         if not gradients:
             return 0.0
-        total = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+        total = _common_norm(gradients)
         norm = total.item()
         if math.isfinite(norm):
             factor = max_norm / (total + _NORM_EPS)
@@ -119,6 +119,19 @@ class AdamW:
             slot.step(lr, self._betas, self._eps)
         for group in self._groups:
             group.after_step()
+
+
+def _common_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """L2 norm of all of them together, a scalar on their device; not finite if one of their values is not."""
+    if gradients[0].device.type == "cpu":
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    return norm_by_kernel(gradients)
+
+
+def norm_by_kernel(gradients: Sequence[Tensor]) -> Tensor:
+    """The same by ``square_norm``: one pass over each, which adds up what is finite and counts what is not."""
+    found = torch.stack([square_norm(gradient.flatten()) for gradient in gradients]).sum(dim=0)
+    return torch.where(found[1] > 0, math.nan, found[0]).sqrt()
 
 
 class _Slot:

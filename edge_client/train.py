@@ -136,6 +136,8 @@ class TrainResult:
 
     deltas: Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
     """Block id -> tensor name -> trained value minus start value, computed when it is asked for."""
+    ends: Callable[[int, str], tuple[Tensor, Tensor]]
+    """(block id, tensor name) -> the two, on the device."""
     steps: int
     num_target_tokens: int
     loss_first: float
@@ -415,6 +417,7 @@ def train(
     ]
     return TrainResult(
         deltas=model.deltas(groups),
+        ends=model.ends(groups),
         steps=task.steps,
         num_target_tokens=result.num_target_tokens,
         loss_first=statistics.fmean(result.task_loss[:quarter]),

@@ -21,6 +21,7 @@ from fedblocks.edge_client.anchor import AnchorSet, Teacher
 from fedblocks.edge_client.backbone import Backbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
+from fedblocks.edge_client.device_encoding import device_encoder
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel
 from fedblocks.edge_client.memory import (
@@ -300,6 +301,8 @@ class Workbench:
                 )
                 trained = time.monotonic()
                 self.model.release()
+                cap = 3.0 * task.learning_rate * task.steps
+                on_device = task.delta_format == "int8" and self.model.device.type != "cpu"
                 encoded = encode_delta(
                     self.plan.shape,
                     task.blocks,
@@ -307,8 +310,9 @@ class Workbench:
                     self.residuals.load(task.blocks, round=task.round) if task.delta_format == "int8" else {},
                     format=task.delta_format,
                     density=task.delta_density,
-                    cap=3.0 * task.learning_rate * task.steps,
+                    cap=cap,
                     width=task.width,
+                    encode=device_encoder(result.ends, density=task.delta_density, cap=cap) if on_device else None,
                 )
         except NonFiniteError as error:
             return self._failed(task, "non_finite", str(error))

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -218,12 +218,8 @@ def _encode_int8(x: FloatArray, density: float) -> EncodedTensor:
         # A stable sort on the negated energy puts the lower index first among equals.
         order = np.argsort(-_row_energy(matrix), kind="stable")[: rows_kept(spec, density)]
         index = np.sort(order[carries[order]])
-        bitmap = np.zeros(num_rows, dtype=np.bool_)
-        bitmap[index] = True
-        head = np.packbits(bitmap, bitorder="little").tobytes()
     else:
         index = np.arange(num_rows if carries.any() else 0)
-        head = b""
     sent = np.where(carries, scales, MIN_SCALE)[index]
     codes = np.empty((len(index), num_cols), dtype=np.int8)
     step = max(1, CHUNK_ELEMENTS // num_cols)
@@ -234,8 +230,29 @@ def _encode_int8(x: FloatArray, density: float) -> EncodedTensor:
         codes[start : start + step] = np.clip(quotient, -LARGEST_CODE, LARGEST_CODE)
         # x turns into the residual row by row; rows that are not sent stay as they are.
         matrix[rows] -= codes[start : start + step].astype(np.float32) * sent[start : start + step, None]
-    payload = head + sent.astype("<f4", copy=False).tobytes() + codes.tobytes()
-    return EncodedTensor(rows_sent=len(index), payload=payload, residual=matrix.reshape(x.shape))
+    rows = Rows(index=index, scales=sent, values=codes)
+    return encoded_rows(spec, rows, residual=matrix.reshape(x.shape), density=density)
+
+
+def max_rows_sent(spec: TensorSpec, density: float) -> int | None:
+    """The most rows of this tensor that an int8 update may choose; None: it sends all of them, or none."""
+    return rows_kept(spec, density) if _has_bitmap(spec, density) else None
+
+
+def encoded_rows(spec: TensorSpec, rows: Rows, *, residual: FloatArray, density: float) -> EncodedTensor:
+    """The bytes of int8 rows that somebody else has chosen and encoded by the rule of :func:`encode_tensor`.
+
+    Args:
+        rows: ascending; all or none where :func:`max_rows_sent` is None.
+        residual: what they leave out, in the tensor's shape.
+    """
+    head = b""
+    if _has_bitmap(spec, density):
+        bitmap = np.zeros(spec.rows_cols[0], dtype=np.bool_)
+        bitmap[rows.index] = True
+        head = np.packbits(bitmap, bitorder="little").tobytes()
+    payload = head + rows.scales.astype("<f4", copy=False).tobytes() + rows.values.tobytes()
+    return EncodedTensor(rows_sent=len(rows.index), payload=payload, residual=residual)
 
 
 def _row_energy(matrix: FloatArray) -> NDArray[np.float64]:
@@ -470,6 +487,7 @@ def encode_delta(
     density: float,
     cap: float = math.inf,
     width: float = 1.0,
+    encode: Callable[[int, TensorSpec, FloatArray | None], EncodedTensor] | None = None,
 ) -> EncodedDelta:
     """All tensors of ``blocks`` (ascending) encoded in payload order. A residual that is missing is zero.
 
@@ -478,6 +496,8 @@ def encode_delta(
         residuals: of the whole blocks; what lies outside the slim ones is not looked at.
         cap: as in :func:`encode_tensor`.
         width: share of each block that was trained, one of ``model_shape.WIDTHS``.
+        encode: (block, tensor, what is owed of it) -> its bytes, by the rule of :func:`encode_tensor`; instead of
+            ``deltas``, for who holds the values elsewhere.
 
     Raises:
         LocalProtocolError: a delta has another shape than the model's, or a value that cannot be sent.
@@ -487,12 +507,16 @@ def encode_delta(
     rest: State = {}
     for block in blocks:
         for spec in shape.block_tensors(width):
-            delta = deltas[block][spec.name]
-            if delta.shape != spec.shape:
-                raise LocalProtocolError(f"block {block}: {spec.name} has shape {delta.shape}, expected {spec.shape}")
             owed = residuals.get(block, {}).get(spec.name)
             owed = None if owed is None else cut(owed, spec.shape)
-            encoded = encode_tensor(delta, owed, format=format, density=density, cap=cap)
+            if encode is not None:
+                encoded = encode(block, spec, owed)
+            else:
+                delta = deltas[block][spec.name]
+                if delta.shape != spec.shape:
+                    found = f"block {block}: {spec.name} has shape {delta.shape}"
+                    raise LocalProtocolError(f"{found}, expected {spec.shape}")
+                encoded = encode_tensor(delta, owed, format=format, density=density, cap=cap)
             headers.append(TensorHeader(block=block, name=spec.name, rows_sent=encoded.rows_sent))
             parts.append(encoded.payload)
             if encoded.residual is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedblocks.edge_client.expanded_model import ParamGroup
-from fedblocks.edge_client.optimizer import AdamW
+from fedblocks.edge_client.optimizer import AdamW, norm_by_kernel
 from fedblocks.kernels import ops
 
 torch.set_num_threads(1)
@@ -234,3 +234,14 @@ def test_bf16_without_a_remainder_is_refused():
     low = torch.zeros(3, dtype=torch.int16)
     with pytest.raises(ValueError, match=r"torch\.float32 \(3,\) with a remainder"):
         AdamW([ParamGroup(name="block 2", tensors=(lone,), lows=(low,), named={"x": lone})])
+
+
+def test_the_norm_that_a_gpu_takes_is_that_of_torch_and_is_not_finite_where_a_value_is_not():
+    generator = torch.Generator().manual_seed(3)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((5, 7), (300,), (1,))]
+    expected = torch.linalg.vector_norm(torch.cat([g.flatten() for g in gradients]))
+    torch.testing.assert_close(norm_by_kernel(gradients), expected)
+    assert norm_by_kernel([torch.zeros(4)]) == 0
+    for bad in (math.nan, math.inf):
+        gradients[1][17] = bad
+        assert not math.isfinite(norm_by_kernel(gradients).item())
