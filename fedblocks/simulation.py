@@ -107,6 +107,7 @@ class DeviceClass:
     clients: int
     updates: int
     lost: int
+    share_of_clients: float
     share_of_updates: float
     """Of all; fair is what its clients are of all clients."""
     busy_share: float
@@ -156,6 +157,7 @@ class SimulationResult:
                     clients=len(members),
                     updates=updates,
                     lost=sum(client.lost for client in members),
+                    share_of_clients=len(members) / len(self.clients),
                     share_of_updates=updates / total,
                     busy_share=busy_s / max(1e-9, len(members) * self.virtual_s),
                     bytes_up=sum(client.bytes_up for client in members),
@@ -168,10 +170,21 @@ class SimulationResult:
             )
         return tuple(made)
 
+    @property
+    def jain_index_of_updates(self) -> float:
+        """How evenly updates were accepted: 1 if all clients gave as many, 1/N if one gave them all.
+
+        Source: Jain, Chiu and Hawe 1984.
+        """
+        counts = [client.updates for client in self.clients]
+        squares = sum(count * count for count in counts)
+        return sum(counts) ** 2 / (len(counts) * squares) if squares else 0.0
+
     def to_plain(self) -> dict[str, Any]:
         """For JSON; a time that never ended is null."""
         plain = asdict(self)
         plain["run"] = str(self.run)
+        plain["jain_index_of_updates"] = self.jain_index_of_updates
         plain["device_classes"] = [asdict(row) for row in self.device_classes()]
         for client in plain["clients"]:
             for span in client["spans"]:

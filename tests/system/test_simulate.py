@@ -233,10 +233,46 @@ def test_the_verb_writes_a_result_and_a_picture(inputs, tmp_path):
          "--train", str(inputs.train), "--general", str(inputs.general), "--json", str(tmp_path / "found.json")],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
-    assert "laptop-cpu" in done.output
+    for told in ("laptop-cpu", "2 (100 %)", "rounds", "2 of 2", "Jain's index of the clients' updates 1.00"):
+        assert told in done.output
+    assert "costs" not in done.output
     result = json.loads((tmp_path / "found.json").read_text())
     assert result["finished"]
+    assert result["costs_of"] == ""
     assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_costs_of_another_model_are_labelled_in_every_part_of_the_report(inputs, tmp_path):
+    (tmp_path / "fleet.toml").write_text(
+        'costs_of = "qwen2.5-0.5b"\ntick_s = 60.0\n[run]\n"run.max_rounds" = 1\n"training.steps" = 4\n'
+        '"expansion.blocks" = 2\n"server.heartbeat_interval_s" = 600.0\n[[group]]\ndevice = "rtx-4090"\nexamples = 20\n'
+    )
+    done = CliRunner().invoke(
+        cli.app,
+        ["simulate", str(tmp_path / "fleet.toml"), "--out", str(tmp_path / "out"), "--model", str(inputs.model),
+         "--train", str(inputs.train)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "devices (time, bytes and memory of qwen2.5-0.5b)" in done.output
+    assert "rounds (time, bytes and memory of qwen2.5-0.5b)" in done.output
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["costs_of"] == "qwen2.5-0.5b"
+    assert (tmp_path / "out" / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_fairness_says_how_evenly_the_updates_were_accepted(inputs, tmp_path):
+    found = simulate(fleet(), inputs, tmp_path / "run")
+
+    def with_updates(*counts):
+        clients = tuple(replace(c, updates=n) for c, n in zip(found.clients, counts, strict=True))
+        return replace(found, clients=clients)
+
+    assert with_updates(2, 2, 2).jain_index_of_updates == pytest.approx(1.0)
+    assert with_updates(6, 0, 0).jain_index_of_updates == pytest.approx(1 / 3)
+    assert with_updates(0, 0, 0).jain_index_of_updates == 0.0
+    nano, agx = found.device_classes()
+    assert (nano.share_of_clients, agx.share_of_clients) == pytest.approx((2 / 3, 1 / 3))
+    assert nano.share_of_updates == pytest.approx(2 / 3)
+    assert nano.accuracy_worst <= nano.accuracy
 
 
 def test_a_model_without_rows_and_rows_without_a_model_are_errors(tmp_path):
