@@ -108,6 +108,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     )) WHERE method_state NOT NULL;
     """,
     _SPEED_AS_CALIBRATION,
+    "UPDATE rounds SET method_state = json_set(method_state, '$.idle', json('[]')) WHERE method_state NOT NULL;",
 )
 
 #: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.

@@ -705,6 +705,7 @@ class Aggregator:
             state=self._method,
             round=number,
             topics={key: client.statistics.topics for key, client in self._books.clients.items()},
+            blocks=self._folder.plan.block_ids,
         )
         model = closed.model
         if closed.step is not None:
@@ -749,6 +750,12 @@ class Aggregator:
             name = self._books.name(clip.client)
             self._books.note(
                 f"round {number}: the update of {name} to block {clip.block} was scaled by {clip.factor:.3f}"
+            )
+        for block, was_trained in (fedbe.new_orphans(closed.state) if stored else {}).items():
+            rest = "it stays as it is" if was_trained else "an export leaves it out"
+            self._books.note(
+                f"round {number}: nobody has trained block {block} for {fedbe.ORPHAN_ROUNDS} rounds, {rest}; "
+                "fedblocks plan says what keeps each client from it"
             )
         self._books.say(progress.round_line(metrics, self._config.run.max_rounds))
         self._feed(rounds.RoundFolded(version=model.version, accepted=len(stored), stop_reason=closed.stop_reason))

@@ -72,6 +72,8 @@ NLL_IMPROVEMENT: Final = 0.005
 DIVERGED_FACTOR: Final = 3.0
 DIVERGED_ROUNDS: Final = 5
 BEST_KL_FACTOR: Final = 1.5
+#: A block that nobody has trained in so many rounds is an orphan (methods.md 6.7).
+ORPHAN_ROUNDS: Final = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +84,14 @@ class SeenBlock:
     weights: tuple[float, ...]
     """Of each segment, the narrowest width's first."""
     topics: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdleBlock:
+    """For how many rounds with updates nobody has trained a block."""
+
+    block: int
+    rounds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +127,8 @@ class MethodState:
     """The last round's, from which the next one departs slowly (methods.md 6.5); None while it rests on speeds that
     clients declared and nobody has measured."""
     seen: tuple[SeenBlock, ...] = ()
+    idle: tuple[IdleBlock, ...] = ()
+    """Blocks of the plan that the last rounds left out; those of the last one are absent."""
     norms: tuple[BlockNorms, ...] = ()
     base_general_accuracy: float | None = None
     """On the general validation file at version 0."""
@@ -618,21 +630,37 @@ def after_fold(
     updates: Sequence[AcceptedUpdate],
     folded: FoldResult,
     topics: Mapping[ClientKey, tuple[int, ...]] | None = None,
+    blocks: Iterable[int] = (),
 ) -> MethodState:
-    """The state with the fold's norms and with the examples that trained each block, and their topics."""
+    """The state with the fold's norms and with the examples that trained each block, and their topics.
+
+    Args:
+        blocks: of the plan.
+    """
     shared = topics or {}
+    trained = {block for update in updates for block in update.blocks}
+    idle = {one.block: one.rounds for one in state.idle}
     coverage = _coverage(state).after_round(
         Trained(blocks=u.blocks, num_examples=u.num_examples, topics=shared.get(u.client, ()), width=u.width)
         for u in updates
     )
     return replace(
         state,
+        idle=tuple(IdleBlock(block=b, rounds=idle.get(b, 0) + 1) for b in sorted(set(blocks) - trained))
+        if updates
+        else state.idle,
         norms=tuple(BlockNorms(block=b, rounds=tuple(folded.history[b])) for b in sorted(folded.history)),
         seen=tuple(
             SeenBlock(block=b, weights=coverage.seen[b], topics=coverage.topics.get(b, ()))
             for b in sorted(coverage.seen)
         ),
     )
+
+
+def new_orphans(state: MethodState) -> dict[int, bool]:
+    """Blocks that nobody has trained for just :data:`ORPHAN_ROUNDS` rounds -> whether somebody had before."""
+    seen = {one.block for one in state.seen if max(one.weights) > 0}
+    return {one.block: one.block in seen for one in state.idle if one.rounds == ORPHAN_ROUNDS}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -713,16 +741,18 @@ def close(
     state: MethodState,
     round: int,
     topics: Mapping[ClientKey, tuple[int, ...]] | None = None,
+    blocks: Iterable[int] = (),
 ) -> ClosedRound:
     """Fold, observe, decide whether to go on, publish: a function of the set of updates and reports.
 
     Args:
         topics: what the clients share of their data's topics.
+        blocks: of the plan.
     """
     pooled = pool(measured, version=model.version)
     state = observe(state, pooled, config)
     folded = aggregate(updates, shape=shape, state=state)
-    state = after_fold(state, updates, folded, topics)
+    state = after_fold(state, updates, folded, topics, blocks)
     reason = stop_reason(state, config, round=round)
     settings = PublishSettings(dense=reason is not None, format=config.delta.format, density=config.delta.down_density)
     published = publish(model, folded, shape=shape, settings=settings)

@@ -553,6 +553,18 @@ def accepted(name: str, blocks: tuple[int, ...], num_examples: int, width: float
     )
 
 
+def test_a_block_that_nobody_trains_is_told_once_after_ten_rounds_with_updates() -> None:
+    state, told = fedbe.MethodState(anchor_weight=1.0), []
+    fold = FoldResult(aggregate={}, coverage={}, segment_coverage={}, history={}, weights={}, clipped=())
+    for number in range(1, 31):
+        blocks = (0, 1) if number <= 2 or number == 15 else (0,)
+        updates = [accepted("ann", blocks, 10)] if number % 5 else []  # an empty round says nothing
+        state = fedbe.after_fold(state, updates, fold, blocks=(0, 1, 2))
+        told += [(number, fedbe.new_orphans(state))] if updates and fedbe.new_orphans(state) else []
+    assert told == [(12, {2: False}), (14, {1: True})]
+    assert from_plain(fedbe.MethodState, json.loads(json.dumps(to_plain(state))), where="test") == state
+
+
 def test_what_was_trained_on_which_topics_is_remembered_by_block_and_segment() -> None:
     state = fedbe.after_fold(
         fedbe.MethodState(anchor_weight=1.0),
