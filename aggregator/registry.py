@@ -127,7 +127,7 @@ def after_update(
     Returns:
         The record, and a line for the operator where the client has another speed than it had; else an empty one.
     """
-    known, change = _with_report(client.calibration, delta.train, profiled)
+    known, change = _with_report(client.calibration, assignment, delta.train, profiled)
     energies = {e.block: e.energy for e in client.gradient_energy}
     if len(delta.train.gradient_energy) == len(assignment.blocks):
         for block, energy in zip(assignment.blocks, delta.train.gradient_energy, strict=True):
@@ -145,7 +145,7 @@ def after_update(
 
 
 def _with_report(
-    known: Calibration | None, report: TrainReport, profiled: ProfiledSeconds
+    known: Calibration | None, assignment: Assignment, report: TrainReport, profiled: ProfiledSeconds
 ) -> tuple[Calibration | None, float | None]:
     """The calibration with a report, and measured over predicted where that set the device to a new speed.
 
@@ -156,7 +156,9 @@ def _with_report(
         return known, None
     seen = calibration.observe(known, profiled.step, report.step_s)
     found = calibration.with_prefix(seen.calibration, profiled.prefix_s, report.prefix_s)
-    return calibration.with_measuring(found, profiled.measuring_s, report.measure_s), seen.change
+    if "anchor" in assignment.measure:  # what is predicted is the anchor's part, whatever else was asked for
+        found = calibration.with_measuring(found, profiled.measuring_s, report.measure_s)
+    return found, seen.change
 
 
 def speed_note(name: str, change: float) -> str:

@@ -479,6 +479,20 @@ def test_a_client_that_slows_down_is_planned_for_at_its_new_speed_after_two_upda
     assert known.calibration.level == pytest.approx(1.0, rel=0.01)
 
 
+def test_only_a_client_that_measured_the_anchor_says_how_long_measuring_takes(
+    trained_task: tuple[Assignment, Delta],
+) -> None:
+    task, delta = trained_task
+    profiled = fedbe.profiled(client("ann"), task, delta.train, run_of())
+    found = {}
+    for measure in (("anchor", "validation"), ("validation",)):
+        known, _ = after_update(client("ann"), replace(task, measure=measure), delta, profiled)
+        assert known.calibration is not None
+        found[measure] = known.calibration.measuring
+    assert found["anchor", "validation"] == pytest.approx(delta.train.measure_s / profiled.measuring_s)
+    assert found["validation",] is None
+
+
 def test_a_report_without_a_step_time_teaches_nothing_of_the_speed(trained_task: tuple[Assignment, Delta]) -> None:
     task, delta = trained_task
     profiled = fedbe.profiled(client("ann"), task, delta.train, run_of())
