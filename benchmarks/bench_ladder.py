@@ -9,11 +9,16 @@ it within its rounds is listed so, and a ratio to it is a bound.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import re
+import resource
 import shutil
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 from starter_runs import RESULTS, machine, write_results
 
 from fedblocks.fleet_file import Chance, Fleet, load
@@ -35,6 +41,8 @@ MEAN_OF_ROUNDS: Final = 3
 BOOTSTRAP_DRAWS: Final = 10_000
 DEADLINE_ROUNDS: Final = 2
 """In the first round nobody's speed has been measured; the deadline of the second one rests on measurements."""
+MANY: Final = "many200"
+SAMPLE_S: Final = 0.2
 COMMON: Final[Mapping[str, Any]] = {
     "run.max_rounds": 24,
     "run.target_score": TARGET,
@@ -298,26 +306,103 @@ def _robustness(calm: Sequence[Mapping[str, Any]], rough: Sequence[Mapping[str, 
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a simulation took of this machine, as a process of its own with its workers."""
+
+    clients: int
+    wall_s: float
+    cpu_s: float
+    peak_own_bytes: int
+    """Largest sum over its processes of the memory that is no file's and not shared with one another."""
+    result: Mapping[str, Any]
+
+
+def footprint(fleet: Path, out: Path, *, workers: int) -> Footprint:
+    """Runs ``fedblocks simulate`` and watches it.
+
+    Raises:
+        RuntimeError: it failed; the text holds its last lines.
+    """
+    command = [
+        *(sys.executable, "-m", "fedblocks", "simulate", str(fleet)),
+        *("--out", str(out), "--workers", str(workers), "--json", str(out / "found.json")),
+    ]
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        peak = 0
+        while process.poll() is None:
+            peak = max(peak, _own_bytes(process.pid))
+            time.sleep(SAMPLE_S)
+        log.seek(0)
+        if process.returncode:
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}:\n{log.read()[-2000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = json.loads((out / "found.json").read_text(encoding="utf-8"))
+    shutil.rmtree(out, ignore_errors=True)
+    return Footprint(
+        clients=len(result["clients"]),
+        wall_s=time.monotonic() - began,
+        cpu_s=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        peak_own_bytes=peak,
+        result=result,
+    )
+
+
+def _own_bytes(pid: int) -> int:
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += one.memory_full_info().uss
+    return total
+
+
+def many(*, workers: int) -> dict[str, Any]:
+    """200 clients beside a tenth of them: wall time, and memory per client from the difference."""
+    whole = FLEETS / "many200.toml"
+    found: dict[str, Any] = {"workers": workers}
+    with tempfile.TemporaryDirectory() as folder:
+        tenth = Path(folder) / "tenth.toml"
+        text = whole.read_text(encoding="utf-8")
+        tenth.write_text(re.sub(r"count = (\d+)0\b", r"count = \1", text), encoding="utf-8")
+        small, large = (footprint(path, RUNS / "many", workers=workers) for path in (tenth, whole))
+    for one in (small, large):
+        found[f"clients_{one.clients}"] = {
+            "wall_s": one.wall_s,
+            "cpu_s": one.cpu_s,
+            "peak_own_bytes": one.peak_own_bytes,
+            "rounds": len(one.result["rounds"]),
+            "accepted": [row["num_accepted"] for row in one.result["rounds"]],
+            "finished": one.result["finished"],
+            "state_sha256": one.result["state_sha256"],
+        }
+    found["own_bytes_per_client"] = (large.peak_own_bytes - small.peak_own_bytes) / (large.clients - small.clients)
+    return found
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description="time to target of ways of dealing out the work, on the ladder")
-    parser.add_argument("comparison", choices=tuple(COMPARISONS), nargs="*", default=["ladder"])
+    parser.add_argument("comparison", choices=(*COMPARISONS, MANY), nargs="*", default=["ladder"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS / "fleet.json")
     options = parser.parse_args(arguments)
     book = Book(RUNS / "runs.jsonl")
     for name in options.comparison:
-        rows = rows_of(name, options.seeds, book, workers=options.workers)
+        if name == MANY:
+            figures = many(workers=options.workers)
+        else:
+            figures = summary(name, rows_of(name, options.seeds, book, workers=options.workers))
         known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
         command = f"python benchmarks/bench_ladder.py {name}"
-        known[name] = {"command": command, **summary(name, rows), **machine()}
-        write_results(
-            options.out,
-            known.pop("command", command),
-            known.pop("rows", []),
-            **known,
-        )
+        known[name] = {"command": command, **figures, **machine()}
+        write_results(options.out, known.pop("command", command), known.pop("rows", []), **known)
 
 
 if __name__ == "__main__":
