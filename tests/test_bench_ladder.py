@@ -1,4 +1,4 @@
-"""Arms are fleets that can run; the target is reached by a mean of three; a ratio to what was not reached is a bound."""
+"""Arms are fleets that can run; the target is a mean of three; a ratio to what was not reached is a bound."""
 
 from __future__ import annotations
 
