@@ -74,20 +74,15 @@ POLICIES: Final = {
     "uniform": Arm(run={"allocation.policy": "uniform"}),
     "weakest": Arm(run={"allocation.policy": "weakest"}),
 }
+#: The tiers' memory and lines mean something for a model of this size: of the starter model the overheads are all.
+LARGE: Final[Mapping[str, Any]] = {"costs_of": "qwen2.5-0.5b", "tick_s": 5.0}
+LARGE_RUN: Final[Mapping[str, Any]] = {"server.heartbeat_interval_s": 60.0}
 COMPARISONS: Final[Mapping[str, Comparison]] = {
-    "ladder": Comparison(arms=POLICIES, fleet={"alpha": 0.5}),
-    "ladder_qwen": Comparison(
-        arms=POLICIES,
-        fleet={"alpha": 0.5, "costs_of": "qwen2.5-0.5b", "tick_s": 5.0},
-        run={"server.heartbeat_interval_s": 60.0},
-    ),
-    "robust": Comparison(
-        arms={
-            "undisturbed": Arm(),
-            "disturbed": Arm(fleet={"chance": Chance(dropout=0.3, straggler=0.2, straggler_factor=10.0)}),
-        },
-        fleet={"alpha": 0.5},
-        run={"run.target_score": 0.0, "run.max_rounds": 16},
+    "ladder": Comparison(arms=POLICIES, fleet={**LARGE, "alpha": 0.5}, run=LARGE_RUN),
+    "slim": Comparison(
+        arms={"slim": Arm(run={"allocation.slim": True}), "whole": Arm()},
+        fleet={**LARGE, "alpha": 0.5},
+        run=LARGE_RUN,
     ),
     "data_term": Comparison(
         arms={
@@ -95,12 +90,18 @@ COMPARISONS: Final[Mapping[str, Comparison]] = {
             "unweighed": Arm(),
             "random": Arm(run={"allocation.policy": "random"}),
         },
-        fleet={"alpha": 0.1},
+        fleet={**LARGE, "alpha": 0.1},
+        run=LARGE_RUN,
     ),
-    "slim": Comparison(
-        arms={"slim": Arm(run={"allocation.slim": True}), "whole": Arm()},
-        fleet={"alpha": 0.5},
+    "robust": Comparison(
+        arms={
+            "undisturbed": Arm(),
+            "disturbed": Arm(fleet={"chance": Chance(dropout=0.3, straggler=0.2, straggler_factor=10.0)}),
+        },
+        fleet={**LARGE, "alpha": 0.5},
+        run={**LARGE_RUN, "run.target_score": 0.0, "run.max_rounds": 16},
     ),
+    "ladder_starter": Comparison(arms=POLICIES, fleet={"alpha": 0.5}),
 }
 
 
