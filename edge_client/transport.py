@@ -34,17 +34,20 @@ from typing import Any, Final, Literal, TypeAlias
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from fedblocks.edge_client.link import LinkMeter
 from fedblocks.protocol import transfer
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.keys import KeyPair, parse_key, require_secure_zmq
 from fedblocks.protocol.messages import (
     KIND_OF,
+    Ack,
     Assignment,
     AttemptId,
     Delta,
     Evaluate,
     Heartbeat,
     HeartbeatReply,
+    Hello,
     Message,
     Refused,
     Resource,
@@ -155,6 +158,7 @@ class Transport:
         on_sent: see :data:`OnSent`; the bytes of all calls sum up to ``bytes_sent``.
         socks_proxy: ``host:port`` of a SOCKS5 proxy.
         seed: of the jitter in the pauses; None draws one.
+        meter: takes the times of the traffic.
 
     Raises:
         KeyFileError: a key is malformed, or libzmq is unfit.
@@ -176,6 +180,7 @@ class Transport:
         backoff_s: tuple[float, float] = (BACKOFF_MIN_S, BACKOFF_MAX_S),
         seed: int | None = None,
         clock: Callable[[], float] = time.monotonic,
+        meter: LinkMeter | None = None,
     ) -> None:
         require_secure_zmq(zmq.zmq_version_info(), has_curve=bool(zmq.has("curve")))
         if not address.startswith("tcp://") or not address.rpartition(":")[2].isdigit():
@@ -198,6 +203,7 @@ class Transport:
         self._backoff_s = backoff_s
         self._random = random.Random(seed)
         self._clock = clock
+        self.meter = meter or LinkMeter(clock=clock)
 
         self._events: queue.SimpleQueue[tuple[int, TransportEvent]] = queue.SimpleQueue()
         self._commands: queue.SimpleQueue[_Outgoing] = queue.SimpleQueue()
@@ -457,6 +463,7 @@ class Transport:
             self._connection.close()
         self._connection = None
         self._pending = None
+        self.meter.lost()
         self._count_uploads()
         for each in (self._dealer, self._monitor):
             if each is not None and poller is not None:
@@ -541,10 +548,24 @@ class Transport:
             self._pending = None
             self.bytes_sent += outbound.num_bytes
             self._log(outbound)
+            self._time(outbound)
             if outbound.payload_bytes_sent is not None and isinstance(outbound.message, Delta):
                 self._count_uploads()
                 self._emit(UploadSent(attempt_id=outbound.message.attempt_id))
         return True
+
+    def _time(self, outbound: Outbound) -> None:
+        match outbound.message:
+            case Hello():
+                self.meter.greeted()
+            case Heartbeat():
+                self.meter.beat()
+            case Delta() as update if outbound.kind == "chunk":
+                self.meter.chunk_sent(update)
+            case Delta() as update:
+                self.meter.announced(update)
+            case _:
+                pass
 
     def _receive(self, poller: zmq.Poller) -> None:
         while self._dealer is not None and self._connection is not None:
@@ -583,11 +604,14 @@ class Transport:
                     self._emit(Received(message=message))
                 case transfer.PayloadAnnounced(transfer=number, message=message):
                     self._answer(number, message)
-                case transfer.PayloadArrived(message=message, sink=MemorySink() as sink):
+                case transfer.PayloadArrived(transfer=number, message=message, sink=MemorySink() as sink):
                     self._log_credit()
-                    self._emit(Received(message=message, payload=sink.payload()))
-                case transfer.PayloadFailed(message=message, text=text):
+                    payload = sink.payload()
+                    self.meter.payload_ends(number, len(payload))
+                    self._emit(Received(message=message, payload=payload))
+                case transfer.PayloadFailed(transfer=number, message=message, text=text):
                     self._log_credit()
+                    self.meter.payload_ends(number, 0)
                     text = f"{self._address}: the payload of {KIND_OF[type(message)]} was not accepted: {text}"
                     self._emit(Problem(exit_code=4, reason="malformed", text=text, fatal=False))
                 case transfer.PayloadRefused(message=message, sent_bytes=sent_bytes):
@@ -600,6 +624,7 @@ class Transport:
         assert self._connection is not None
         assert isinstance(message, Resource | Assignment | Evaluate)
         if message.payload_bytes <= self._max_payload_bytes:
+            self.meter.payload_begins(number)
             self._translate(self._connection.accept(number, MemorySink()))
             return
         text = (
@@ -613,7 +638,13 @@ class Transport:
     def _note(self, message: Message) -> None:
         if isinstance(message, HeartbeatReply):
             self.last_reply = message
+            self.meter.beat_answered()
+        elif isinstance(message, Ack):
+            self.meter.answered(message.attempt_id, accepted=True)
+        elif isinstance(message, Refused) and message.attempt_id is not None:
+            self.meter.answered(message.attempt_id, accepted=False)
         elif isinstance(message, Welcome):
+            self.meter.welcomed()
             least_s, most_s = HEARTBEAT_RANGE_S
             self._interval_s = min(most_s, max(least_s, message.heartbeat_interval_s))
             self._beat_at_s = self._clock() + self._interval_s

@@ -28,7 +28,9 @@ from typing import Any, Final, cast
 import numpy as np
 import psutil
 
+from fedblocks.profiles.board import MachineState, is_tegra, read_state
 from fedblocks.profiles.device import Accelerator, ComputeDtype, DeviceProfile
+from fedblocks.profiles.link import LinkRecord
 from fedblocks.profiles.model_shape import ModelShape
 
 #: Fewest runs of which a median counts.
@@ -37,6 +39,7 @@ MIB: Final = 2**20
 COPY_BYTES: Final = 256 * MIB
 DISK_BYTES: Final = 64 * MIB
 GEMM_SIZES: Final = (512, 1024, 2048)
+LAUNCHES: Final = 200
 #: Rows of the product at a block's own sizes (runtime.md 10).
 BLOCK_GEMM_ROWS: Final = 512
 #: Share of the budget within which the child process must have imported its libraries and answered.
@@ -54,11 +57,17 @@ CGROUP_LIMITS: Final = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkSpeed:
-    """Measured speed between this client and the aggregator, as the transport saw it."""
+class DecodeRun:
+    """A 4-bit weight to decode, in the way in which the client will."""
 
-    uplink_bytes_per_s: float
-    downlink_bytes_per_s: float
+    num_weights: int
+    run: Callable[[], object]
+    """Decodes all of them once."""
+    note: str
+    """Who decodes, into what."""
+
+
+MakeDecodeRun = Callable[[Accelerator, ComputeDtype], DecodeRun]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +94,9 @@ class ProbeResult:
     items: tuple[ProbeItem, ...]
     seconds: float
     """What the probe took."""
+    before: MachineState
+    """Power mode, clocks and heat when it began."""
+    after: MachineState
 
     def item(self, name: str) -> ProbeItem:
         """The item of this name.
@@ -102,47 +114,70 @@ def probe(
     *,
     budget_s: float = 15.0,
     folder: Path,
-    link: LinkSpeed | None = None,
+    link: LinkRecord | None = None,
     shape: ModelShape | None = None,
     threads: int | None = None,
+    decoder: MakeDecodeRun | None = None,
+    root: Path = Path("/"),
 ) -> ProbeResult:
     """Measures this machine.
 
     Args:
         budget_s: seconds to spend once torch is imported. Below about 10, a busy machine leaves items unmeasured.
         folder: a folder on the disk that will hold the client's caches; a 64 MiB file is written and deleted there.
-        link: speed to the aggregator where it is known; otherwise a prior, and the item says so.
+        link: what traffic with the aggregator has shown; priors, which say so, for what it has not.
         shape: the model to be trained; its own matrix sizes then decide the matrix rate instead of large squares.
         threads: arithmetic threads of the client process to come; default: torch's own choice.
+        decoder: makes what decodes 4-bit weights (this room knows no kernels).
+        root: below which the machine's own files lie.
     """
     torch = _torch()
     usual_threads = torch.get_num_threads() if torch is not None else 1
     if torch is not None and threads is not None:
         torch.set_num_threads(threads)
     try:
-        return _probe(torch, budget_s=budget_s, folder=folder, link=link, shape=shape)
+        return _probe(
+            torch, budget_s=budget_s, folder=folder, link=link or LinkRecord(), shape=shape, decoder=decoder, root=root
+        )
     finally:
         if torch is not None:
             torch.set_num_threads(usual_threads)
 
 
 def _probe(
-    torch: Any, *, budget_s: float, folder: Path, link: LinkSpeed | None, shape: ModelShape | None
+    torch: Any,
+    *,
+    budget_s: float,
+    folder: Path,
+    link: LinkRecord,
+    shape: ModelShape | None,
+    decoder: MakeDecodeRun | None,
+    root: Path,
 ) -> ProbeResult:
     began = time.monotonic()
+    before = read_state(root)
     accelerator: Accelerator = "cuda" if torch is not None and _cuda_works(torch) else "cpu"
-    items: list[ProbeItem] = [_memory_item(accelerator, torch)]
-    items += _child_items(accelerator, torch, timeout_s=CHILD_SHARE * budget_s)
+    items: list[ProbeItem] = [_memory_item(accelerator, torch, root)]
+    items += _child_items(accelerator, torch, root, timeout_s=CHILD_SHARE * budget_s)
     left_s = max(1.0, budget_s - (time.monotonic() - began))
-    items += _gemm_items(accelerator, torch, budget_s=(0.4 if shape is None else 0.3) * left_s)
+    items += _gemm_items(accelerator, torch, budget_s=(0.35 if shape is None else 0.25) * left_s)
     if shape is not None:
         items.append(_block_gemm_item(accelerator, torch, shape, budget_s=0.1 * left_s))
-    items.append(_copy_item(accelerator, torch, budget_s=0.15 * left_s))
-    items.append(_step_item(accelerator, torch, budget_s=0.15 * left_s))
-    items += _disk_items(folder, budget_s=0.3 * left_s)
+    items.append(_decode_item(accelerator, torch, _faster_dtype(accelerator, items), decoder, budget_s=0.1 * left_s))
+    items.append(_copy_item(accelerator, torch, budget_s=0.13 * left_s))
+    items.append(_launch_item(accelerator, torch, budget_s=0.04 * left_s))
+    items.append(_step_item(accelerator, torch, budget_s=0.13 * left_s))
+    items += _disk_items(folder, budget_s=0.25 * left_s)
     items += _link_items(link)
-    seconds = time.monotonic() - began
-    return ProbeResult(profile=_profile(accelerator, torch, items, folder), items=tuple(items), seconds=seconds)
+    after = read_state(root)
+    items += _state_items(before, after)
+    return ProbeResult(
+        profile=_profile(accelerator, torch, items, folder),
+        items=tuple(items),
+        seconds=time.monotonic() - began,
+        before=before,
+        after=after,
+    )
 
 
 def to_json(result: ProbeResult) -> str:
@@ -150,6 +185,7 @@ def to_json(result: ProbeResult) -> str:
     content = {
         "profile": asdict(result.profile),
         "items": [asdict(item) for item in result.items],
+        "state": {"before": asdict(result.before), "after": asdict(result.after)},
         "probe_s": result.seconds,
     }
     return json.dumps(content, indent=1) + "\n"
@@ -166,19 +202,55 @@ def load_profile(path: Path) -> DeviceProfile | None:
 def describe(result: ProbeResult) -> str:
     """The figures as lines for people."""
     p = result.profile
+    items = {item.name: item for item in result.items}
+
+    def measured(name: str, scale: float, unit: str) -> str:
+        item = items[name]
+        return "not measured" if item.value is None else f"{item.value / scale:.3g} {unit}{_spread(item, scale)}"
+
+    gemm = "gemm_block_flops_per_s" if "gemm_block_flops_per_s" in items else f"gemm_{p.compute_dtype}_flops_per_s"
+    disk = f"{p.disk_read_bytes_per_s / 1e6:.0f} MB/s{_spread(items['disk_read_bytes_per_s'], 1e6)}"
+    link = f"{p.uplink_bytes_per_s / 1e6:.2f} MB/s up, {p.downlink_bytes_per_s / 1e6:.2f} MB/s down"
     lines = [
         f"device             {p.device} ({p.accelerator}, {p.cpu_cores} cores), trains in {p.compute_dtype}",
-        f"usable memory      {p.memory_usable_bytes / 2**30:.2f} GiB",
+        f"power mode         {result.after.mode() or 'this machine has no file that says it'}",
+        f"heat               {_heat(result)}",
+        f"usable memory      {p.memory_usable_bytes / 2**30:.2f} GiB: {items['memory_usable_bytes'].note}",
         f"library workspaces {p.runtime_memory_bytes / MIB:.1f} MiB",
-        f"matrix products    {p.gemm_flops_per_s / 1e9:.1f} GFLOP/s",
-        f"memory copy        {p.memory_bytes_per_s / 1e9:.1f} GB/s",
-        f"step overhead      {p.step_overhead_s * 1e3:.1f} ms",
-        f"disk read          {p.disk_read_bytes_per_s / 1e6:.0f} MB/s, {p.disk_free_bytes / 2**30:.1f} GiB free",
-        f"link               {p.uplink_bytes_per_s / 1e6:.2f} MB/s up, {p.downlink_bytes_per_s / 1e6:.2f} MB/s down",
+        f"matrix products    {p.gemm_flops_per_s / 1e9:.1f} GFLOP/s{_spread(items[gemm], 1e9)}",
+        f"NF4 decoding       {measured('nf4_decode_weights_per_s', 1e9, 'billion weights/s')}",
+        f"memory copy        {p.memory_bytes_per_s / 1e9:.1f} GB/s{_spread(items['copy_bytes_per_s'], 1e9)}",
+        f"kernel launch      {measured('launch_s', 1e-6, 'us')}",
+        f"step overhead      {p.step_overhead_s * 1e3:.1f} ms{_spread(items['step_overhead_s'], 1e-3)}",
+        f"disk read          {disk}, {p.disk_free_bytes / 2**30:.1f} GiB free",
+        f"link               {link}, round trip {measured('round_trip_s', 1e-3, 'ms')}",
         f"4-bit              {p.four_bit}",
     ]
     lines += [f"not measured       {item.name}: {item.note}" for item in result.items if item.value is None]
     return "\n".join([*lines, f"took               {result.seconds:.1f} s"])
+
+
+def _spread(item: ProbeItem, scale: float) -> str:
+    if item.low is None or item.high is None or item.runs < 2:
+        return ""
+    return f" ({item.low / scale:.3g} to {item.high / scale:.3g} in {item.runs} runs)"
+
+
+def _heat(result: ProbeResult) -> str:
+    before, after = result.before, result.after
+    if after.temperature_c is None:
+        words = "no temperature to read"
+    else:
+        earlier = "" if before.temperature_c is None else f", {before.temperature_c:.0f} °C before"
+        words = f"{after.temperature_c:.0f} °C ({after.hottest}){earlier}"
+    return f"{words}; held back: {after.throttled}" if after.throttled else words
+
+
+def _faster_dtype(accelerator: Accelerator, items: Sequence[ProbeItem]) -> ComputeDtype:
+    """A CPU client computes in fp32 unless its site says otherwise; a GPU in whatever is faster."""
+    rates = {item.name: item.value or 0.0 for item in items}
+    faster = rates["gemm_bfloat16_flops_per_s"] > rates["gemm_float32_flops_per_s"]
+    return "bfloat16" if accelerator == "cuda" and faster else "float32"
 
 
 def _profile(accelerator: Accelerator, torch: Any, items: Sequence[ProbeItem], folder: Path) -> DeviceProfile:
@@ -192,10 +264,7 @@ def _profile(accelerator: Accelerator, torch: Any, items: Sequence[ProbeItem], f
         "float32": values["gemm_float32_flops_per_s"],
         "bfloat16": values["gemm_bfloat16_flops_per_s"],
     }
-    # A CPU client computes in fp32 in this release; a GPU in whatever is faster.
-    dtype: ComputeDtype = "float32"
-    if accelerator == "cuda" and (rates["bfloat16"] or 0.0) > (rates["float32"] or 0.0):
-        dtype = "bfloat16"
+    dtype = _faster_dtype(accelerator, items)
     four_bit = next(item for item in items if item.name == "four_bit_ok_count")
     return DeviceProfile(
         device=_device_name(accelerator, torch),
@@ -255,18 +324,26 @@ def _cores() -> int:
     return max(1, psutil.cpu_count() or 1)
 
 
-def _memory_item(accelerator: Accelerator, torch: Any) -> ProbeItem:
+def _memory_item(accelerator: Accelerator, torch: Any, root: Path) -> ProbeItem:
     """Memory that may still be taken: the device's own if it has one, else the machine's, within the cgroup's limit."""
+    unified = accelerator == "cuda" and _is_unified(torch, root)
+    if accelerator == "cuda" and not unified:
+        return ProbeItem(
+            name="memory_usable_bytes", value=float(torch.cuda.mem_get_info()[0]), runs=1, note="free on the GPU"
+        )
+    # On unified memory CUDA counts page cache as used: there too the system's own figure stands (runtime.md 4.1).
     available = int(psutil.virtual_memory().available)
-    note = "available on this machine"
+    note = "available on this machine, which its GPU shares" if unified else "available on this machine"
     for limit_file, used_file in CGROUP_LIMITS:
-        free = cgroup_free_bytes(Path(limit_file), Path(used_file))
+        free = cgroup_free_bytes(root / limit_file.lstrip("/"), root / used_file.lstrip("/"))
         if free is not None and free < available:
             available, note = free, f"limit of this control group ({limit_file})"
-    if accelerator == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
-        # On unified memory the driver counts page cache as used: there the machine's own figure stands.
-        available, note = int(torch.cuda.mem_get_info()[0]), "free on the GPU"
     return ProbeItem(name="memory_usable_bytes", value=float(available), runs=1, note=note)
+
+
+def _is_unified(torch: Any, root: Path) -> bool:
+    """True if the GPU has no memory of its own."""
+    return bool(torch.cuda.get_device_properties(0).is_integrated) or is_tegra(root)
 
 
 def cgroup_free_bytes(limit_file: Path, used_file: Path) -> int | None:
@@ -285,16 +362,21 @@ CHILD: Final = """
 import sys, warnings
 import torch
 torch.set_num_threads(1)
-device = sys.argv[1]
+memory = sys.argv[1]
+device = "cpu" if memory == "cpu" else "cuda"
+def kilobytes(file, name):
+    with open(file) as lines:
+        for line in lines:
+            if line.startswith(name + ":"):
+                return int(line.split()[1])
+    raise OSError(f"{file} has no {name}")
 def held():
-    if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated:
+    if memory == "cuda":
         free, total = torch.cuda.mem_get_info()
-        return total - free
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon")
+        return (total - free,)
+    own = kilobytes("/proc/self/status", "RssAnon") * 1024
+    # What the driver takes of a memory that the GPU shares is not counted as this process's.
+    return (own, -kilobytes("/proc/meminfo", "MemAvailable") * 1024) if memory == "unified" else (own,)
 def step(width, where):
     layer = torch.nn.Linear(width, width, device=where)
     optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
@@ -302,9 +384,9 @@ def step(width, where):
     optimizer.step()
 try:
     step(8, "cpu")  # what the libraries import at their first step is part of the imports, not of R
-    before = 0 if device == "cuda" and not torch.cuda.get_device_properties(0).is_integrated else held()
+    before = (0,) if memory == "cuda" else held()
     step(256, device)
-    print("runtime", max(0, held() - before), flush=True)
+    print("runtime", max(0, *(now - then for then, now in zip(before, held()))), flush=True)
 except (OSError, RuntimeError) as error:
     print("runtime_failed", str(error).splitlines()[0], flush=True)
 import os
@@ -322,11 +404,12 @@ operation gives right values. 16 x 64: bitsandbytes decodes wrongly on CPU where
 (docs/runtime.md 5.1), and its CUDA builds may look healthy until the first operation."""
 
 
-def _child_items(accelerator: Accelerator, torch: Any, *, timeout_s: float) -> list[ProbeItem]:
+def _child_items(accelerator: Accelerator, torch: Any, root: Path, *, timeout_s: float) -> list[ProbeItem]:
     names = ("runtime_memory_bytes", "four_bit_ok_count")
     if torch is None:
         return [_missing(name, "torch is not installed") for name in names]
-    said, why = _child(CHILD, accelerator, timeout_s=timeout_s)
+    memory = "unified" if accelerator == "cuda" and _is_unified(torch, root) else accelerator
+    said, why = _child(CHILD, memory, timeout_s=timeout_s)
     runtime, four_bit = said.get("runtime"), said.get("four_bit")
     items: list[ProbeItem] = []
     if runtime is not None:
@@ -342,9 +425,13 @@ def _child_items(accelerator: Accelerator, torch: Any, *, timeout_s: float) -> l
     return items
 
 
-def _child(code: str, accelerator: Accelerator, *, timeout_s: float) -> tuple[dict[str, str], str]:
-    """First word -> rest of each line that a child said, and why it went wrong (empty if it did not)."""
-    command = [sys.executable, "-c", code, accelerator]
+def _child(code: str, memory: str, *, timeout_s: float) -> tuple[dict[str, str], str]:
+    """First word -> rest of each line that a child said, and why it went wrong (empty if it did not).
+
+    Args:
+        memory: ``cpu``, ``cuda``, or ``unified`` where the GPU has none of its own.
+    """
+    command = [sys.executable, "-c", code, memory]
     why = ""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         try:
@@ -376,10 +463,12 @@ def _gemm_items(accelerator: Accelerator, torch: Any, *, budget_s: float) -> lis
             _gemm_numpy(budget_s=budget_s),
             _missing("gemm_bfloat16_flops_per_s", "torch is not installed"),
         ]
+    # On a CPU nothing of ours computes in fp16.
+    dtypes = ("float32", "bfloat16", *(("float16",) if accelerator == "cuda" else ()))
     items: list[ProbeItem] = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in dtypes:
         with torch.no_grad():
-            items.append(_gemm_torch(accelerator, torch, dtype, budget_s=budget_s / 2))
+            items.append(_gemm_torch(accelerator, torch, dtype, budget_s=budget_s / len(dtypes)))
     return items
 
 
@@ -399,7 +488,7 @@ def _gemm_torch(accelerator: Accelerator, torch: Any, dtype: str, *, budget_s: f
     try:
         return _gemm(name, runner, budget_s=budget_s, note=f"torch, {torch.get_num_threads()} threads")
     except (RuntimeError, MemoryError) as error:
-        return _missing(name, str(error).splitlines()[0][:200])
+        return _missing(name, _first_line(error))
 
 
 def _block_gemm_item(accelerator: Accelerator, torch: Any, shape: ModelShape, *, budget_s: float) -> ProbeItem:
@@ -451,6 +540,56 @@ def _gemm(name: str, runner: Callable[[int], Callable[[], None]], *, budget_s: f
         run()
     times = _times(run, budget_s=budget_s - (time.monotonic() - began))
     return _rate(name, 2.0 * size**3, times, note=f"{size} x {size}, {note}")
+
+
+def _decode_item(
+    accelerator: Accelerator, torch: Any, dtype: ComputeDtype, decoder: MakeDecodeRun | None, *, budget_s: float
+) -> ProbeItem:
+    """NF4 weights decoded per second, as the client decodes them."""
+    name = "nf4_decode_weights_per_s"
+    if torch is None or decoder is None:
+        return _missing(name, "torch is not installed" if torch is None else "no decoder was given")
+    try:
+        decode = decoder(accelerator, dtype)
+
+        def run() -> None:
+            decode.run()
+            if accelerator == "cuda":
+                torch.cuda.synchronize()
+
+        with torch.no_grad():
+            run()
+            times = _times(run, budget_s=budget_s)
+    except (ImportError, RuntimeError, MemoryError) as error:
+        return _missing(name, _first_line(error))
+    return _rate(name, float(decode.num_weights), times, note=decode.note)
+
+
+def _launch_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> ProbeItem:
+    """Seconds from one launch of the smallest kernel to the next, its way through torch included."""
+    name = "launch_s"
+    if accelerator == "cpu":
+        return _missing(name, "a CPU launches no kernels")
+    number = torch.zeros(1, device="cuda")
+
+    def run() -> None:
+        for _ in range(LAUNCHES):
+            number.add_(1)
+        torch.cuda.synchronize()
+
+    try:
+        run()
+        times = [seconds / LAUNCHES for seconds in _times(run, budget_s=budget_s)]
+    except RuntimeError as error:
+        return _missing(name, _first_line(error))
+    return ProbeItem(
+        name=name,
+        value=statistics.median(times),
+        low=min(times),
+        high=max(times),
+        runs=len(times),
+        note=f"{LAUNCHES} additions to one number by torch, one after the other",
+    )
 
 
 def _copy_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> ProbeItem:
@@ -546,16 +685,49 @@ def _read(path: Path) -> None:
             pass
 
 
-def _link_items(link: LinkSpeed | None) -> list[ProbeItem]:
-    names = ("uplink_bytes_per_s", "downlink_bytes_per_s")
-    if link is None:
-        why = "no aggregator was named; the profile holds 5 Mbit/s up, 20 down"
-        return [_missing(name, why) for name in names]
-    values = (link.uplink_bytes_per_s, link.downlink_bytes_per_s)
+def _link_items(link: LinkRecord) -> list[ProbeItem]:
+    """What real traffic with the aggregator has shown; `fedblocks preflight` and `join` make some."""
+    found = (
+        ("round_trip_s", link.round_trip_s, ""),
+        ("uplink_bytes_per_s", link.uplink_bytes_per_s, "; the profile holds 5 Mbit/s"),
+        ("downlink_bytes_per_s", link.downlink_bytes_per_s, "; the profile holds 20 Mbit/s"),
+    )
+    why = "no traffic with an aggregator has shown it yet"
+    note = "running mean of traffic with the aggregator"
     return [
-        ProbeItem(name=name, value=value, runs=1, note="to the aggregator")
-        for name, value in zip(names, values, strict=True)
+        _missing(name, f"{why}{prior}")
+        if figure is None
+        else ProbeItem(name=name, value=figure.value, low=figure.low, high=figure.high, runs=figure.runs, note=note)
+        for name, figure, prior in found
     ]
+
+
+def _state_items(before: MachineState, after: MachineState) -> list[ProbeItem]:
+    """Heat before and after, and how often it held a core back meanwhile."""
+    items = [
+        _missing("temperature_c", "no thermal zone or sensor of the processor can be read"),
+        _missing("throttle_events_count", "no counter of the processor can be read"),
+    ]
+    if before.temperature_c is not None and after.temperature_c is not None:
+        ends = (before.temperature_c, after.temperature_c)
+        items[0] = ProbeItem(
+            name="temperature_c",
+            value=ends[1],
+            low=min(ends),
+            high=max(ends),
+            runs=2,
+            note=f"{after.hottest}, at the end",
+        )
+    if before.throttle_count is not None and after.throttle_count is not None:
+        count = max(0, after.throttle_count - before.throttle_count)
+        items[1] = ProbeItem(
+            name="throttle_events_count", value=float(count), runs=1, note="during the probe, all cores"
+        )
+    return items
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _missing(name: str, why: str) -> ProbeItem:

@@ -34,6 +34,7 @@ from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.keys import KeyFileError, KeyPair
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
+    Ack,
     DataFormat,
     Delta,
     Fetch,
@@ -312,6 +313,31 @@ def test_messages_and_payloads_go_both_ways(aggregator, connect):
     received = wait_for(transport, Received)
     assert received.message == resource
     assert received.payload == data
+
+
+def test_the_traffic_of_a_connection_times_the_line(aggregator, connect):
+    transport = connect(aggregator.address, aggregator.keys.public, heartbeat_interval_s=0.05)
+    wait_for(transport, Connected)
+    data = random.Random(0).randbytes(8 * CHUNK_BYTES)
+    transport.send(Fetch(name="anchor"))
+    until(lambda: aggregator.of(Fetch))
+    resource = Resource(name="anchor", payload_bytes=len(data), payload_sha256=hashlib.sha256(data).hexdigest())
+    began_s = time.monotonic()
+    aggregator.say(resource, data)
+    wait_for(transport, Received)
+    assert len(data) / (time.monotonic() - began_s) <= transport.meter.record.downlink_bytes_per_s.value
+
+    began_s = time.monotonic()
+    transport.send(delta(data), data)
+    wait_for(transport, UploadSent)
+    until(lambda: aggregator.payloads)
+    assert transport.meter.record.uplink_bytes_per_s is None
+    aggregator.say(Ack(attempt_id="a1", payload_sha256=""))
+    until(lambda: transport.meter.record.uplink_bytes_per_s)
+    assert len(data) / (time.monotonic() - began_s) <= transport.meter.record.uplink_bytes_per_s.value
+
+    until(lambda: transport.meter.record.round_trip_s)
+    assert 0 < transport.meter.record.round_trip_s.low < 5
 
 
 def test_a_payload_of_no_bytes_is_received_as_such(aggregator, connect):
