@@ -98,7 +98,7 @@ class PackedRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlimMatrix:
-    """A matrix, with its bias where only a part of that trains, of which a slice trains: methods.md 3.3, ``frozen``."""
+    """A matrix that is there whole and of which a slice trains (methods.md 3.3); of its bias the same rows do."""
 
     whole: Tensor  # (N, K), in the compute dtype
     leaf: Tensor  # rows ``rows`` of it below each other (n, K), or its first columns (N, k)
@@ -350,7 +350,7 @@ def _project(x: Tensor, w: BlockWeights, spec: BlockSpec, cos: Tensor, sin: Tens
     """Norm, projection, q/k norm and rotation: q (B, nh, T, hd), k and v (B, nkv, T, hd)."""
     shape = spec.shape
     heads, kv_heads = shape.num_heads, shape.num_kv_heads
-    if spec.fused and w.q_norm is None and not w.lora and not isinstance(w.qkv, SlimMatrix):
+    if spec.fused and w.q_norm is None and not w.lora and not w.is_slim:
         parts = attention_in(x, w.input_norm, _parts_of(w.qkv), w.qkv_bias, (cos, sin), (heads, kv_heads), spec.eps)
         q, k, v = (part.transpose(1, 2) for part in parts)
         return q, k, v
@@ -403,7 +403,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
 def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """Output projection, residual and the MLP half."""
     x = x + _linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
-    if spec.fused and not w.lora and not isinstance(w.gate_up, SlimMatrix) and not isinstance(w.down, SlimMatrix):
+    if spec.fused and not w.lora and not w.is_slim:
         weights = (_parts_of(w.gate_up), w.gate_up_bias, _parts_of(w.down), w.down_bias)
         return mlp(x, w.post_norm, *weights, spec.eps)
     gate_up = _linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6])
