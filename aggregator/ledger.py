@@ -43,7 +43,8 @@ _SPEED_AS_CALIBRATION: Final = """
         SELECT iif(scale IS NULL, json('null'), json_object(
             'factors', json_array(scale, scale, scale, scale, scale),
             'covariance', json_array(
-                0.26, 0.01, 0.01, 0.01, 0.01, 0.26, 0.01, 0.01, 0.01, 0.26, 0.01, 0.01, 0.26, 0.01, 0.26),
+                0.2725, 0.0225, 0.0225, 0.0225, 0.0225, 0.2725, 0.0225, 0.0225, 0.0225, 0.2725, 0.0225, 0.0225,
+                0.2725, 0.0225, 0.2725),
             'level', scale, 'prefix', NULL, 'measuring', NULL, 'errors', json('[]'), 'reports', 0, 'held', NULL))
         FROM (SELECT json_extract(record, '$.time_scale') AS scale)
     )), '$.time_scale');

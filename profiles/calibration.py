@@ -28,8 +28,9 @@ from fedblocks.profiles.cost import StepParts, TimeFactors
 from fedblocks.profiles.device import DeviceProfile
 
 PARTS: Final = len(StepParts._fields)
-#: Relative deviation of a single report of a step's seconds from what equal steps take.
-NOISE: Final = 0.1
+#: Relative deviation of a single report from what five factors can say of a step: of equal steps on a busy machine, and
+#: what the parts do not describe.
+NOISE: Final = 0.15
 #: Standard deviation of the factors' logarithms around their common scale, before any difference was seen.
 PRIOR_DEVIATION: Final = 0.5
 #: By how much the common scale wanders from report to report: of many equal reports the newest then weighs 0.3.
