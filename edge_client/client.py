@@ -5,16 +5,18 @@ One process, two threads: this one trains, the transport's keeps in touch.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TextIO
 
 from typing_extensions import assert_never
 
@@ -22,6 +24,7 @@ from fedblocks import __version__
 from fedblocks.edge_client import session as s
 from fedblocks.edge_client.data import SiteData, TextEncoder, load_site_data
 from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
+from fedblocks.edge_client.link import LinkMeter, read_record, with_link, write_record
 from fedblocks.edge_client.store import ClientStore
 from fedblocks.edge_client.summary import Summary, SummaryFile, held_out_sha256
 from fedblocks.edge_client.transport import (
@@ -33,7 +36,9 @@ from fedblocks.edge_client.transport import (
     TransportEvent,
     UploadSent,
 )
+from fedblocks.profiles.board import MachineState, changed, read_state
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.link import LinkRecord
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.durable import write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
@@ -64,10 +69,23 @@ EXIT_DOES_NOT_FIT = 5
 EXIT_INTERRUPTED = 7
 #: Pause between two looks whether the operator has enrolled a new key.
 ENROLMENT_POLL_S = 5.0
-PROFILE_MAX_AGE_S = 7 * 86400
+#: The aggregator plans nothing for a speed that is seven days old (aggregator/allocation.py).
+PROFILE_MAX_AGE_S = 86400.0
+#: So far from the future a stored profile may be: the clock was just set a little back.
+CLOCK_SLACK_S = 60.0
 PROFILE_FILE = "profile.json"
+RUNNING_FILE = "running"
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredProfile:
+    """What ``profile.json`` in the client's home holds; nothing of the state leaves the machine."""
+
+    profile: DeviceProfile
+    state: MachineState | None
+    """Of the machine when it was measured; None: not recorded."""
 
 
 class WrongBaseError(Exception):
@@ -136,7 +154,8 @@ def join(options: JoinOptions, *, say: Say) -> int:
         say("this site has a new key; send the operator this line:")
     say(f"fedblocks keys enrol RUN {site.client_name} --key='{identity.public}'")
     try:
-        code = client.run(wait_for_enrolment=key_is_new or options.wait_for_enrolment)
+        with marked_running(store.folder):
+            code = client.run(wait_for_enrolment=key_is_new or options.wait_for_enrolment)
     except Exception as error:
         client.summary.ended(getattr(error, "exit_code", EXIT_BUG))
         raise
@@ -172,6 +191,12 @@ def _hello(options: JoinOptions, site: SiteFile, data: SiteData, profile: Device
     )
 
 
+def greeting(options: JoinOptions, data: SiteData, profile: DeviceProfile) -> Hello:
+    """What ``join`` would say first now."""
+    held_version, _ = ClientStore(options.home / options.site.run_id).held_state()
+    return _hello(options, options.site, data, profile, held_version=held_version)
+
+
 def _what_would_leave(site: SiteFile, hello: Hello) -> str:
     """Everything that would leave this machine, before anything has."""
     lines = [
@@ -202,12 +227,12 @@ def _check_base(model: Path, site: SiteFile) -> None:
 
 
 def device_profile(options: JoinOptions, say: Say) -> DeviceProfile:
-    """This device as probed within the last seven days, or the device to emulate on it."""
+    """This device as probed within the last day, with what is known of its line; or the device to emulate on it."""
     measured = _measured_profile(options.home, say)
     if options.runtime.dtype != "auto":
         measured = replace(measured, compute_dtype=options.runtime.dtype)
     if options.emulate is None:
-        return measured
+        return with_link(measured, read_record(options.home, options.site.address))
     from fedblocks.profiles import catalog_files
 
     return catalog_files.scaled(catalog_files.load(options.emulate), options.emulate_scale, host=measured)
@@ -217,24 +242,59 @@ def _measured_profile(home: Path, say: Say) -> DeviceProfile:
     path = home / PROFILE_FILE
     if path.is_file():
         try:
-            known = from_plain(DeviceProfile, json.loads(path.read_text(encoding="utf-8")), where=str(path))
+            known = from_plain(StoredProfile, json.loads(path.read_text(encoding="utf-8")), where=str(path))
         except (ValueError, RemoteProtocolError) as error:
             say(f"{path} cannot be used ({error}); measuring again")
         else:
-            if time.time() - known.measured_unix_s < PROFILE_MAX_AGE_S:
-                return known
+            outdated = why_outdated(known, read_state(), now_unix_s=time.time())
+            if not outdated:
+                return known.profile
+            say(f"this device's figures are void: {outdated}")
+    from fedblocks.edge_client.decode_rate import nf4_decode_run
     from fedblocks.profiles.probe import probe
 
-    say("measuring this device (under 20 s; again after seven days)")
+    say("measuring this device (under 20 s; again after a day, or in another power mode)")
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    measured = probe(folder=home).profile
-    write_profile(home, measured)
-    return measured
+    measured = probe(folder=home, decoder=nf4_decode_run)
+    write_profile(home, measured.profile, measured.before)
+    return measured.profile
 
 
-def write_profile(home: Path, profile: DeviceProfile) -> None:
-    """Keep a measured profile where ``join`` looks for it."""
-    write_durably(home / PROFILE_FILE, json.dumps(to_plain(profile), indent=2).encode())
+def why_outdated(known: StoredProfile, now: MachineState, *, now_unix_s: float) -> str:
+    """Why this device is to be measured again; empty if its stored figures hold."""
+    age_s = now_unix_s - known.profile.measured_unix_s
+    if age_s >= PROFILE_MAX_AGE_S:
+        return f"measured {age_s / 3600:.0f} hours ago"
+    if age_s < -CLOCK_SLACK_S:
+        return "measured in the future, by this machine's clock"
+    return "" if known.state is None else changed(known.state, now)
+
+
+def write_profile(home: Path, profile: DeviceProfile, state: MachineState | None = None) -> None:
+    """Keep a measured profile, and the state in which it was measured, where ``join`` looks for them."""
+    stored = StoredProfile(profile=profile, state=state)
+    write_durably(home / PROFILE_FILE, json.dumps(to_plain(stored), indent=2).encode())
+
+
+@contextlib.contextmanager
+def marked_running(folder: Path) -> Iterator[None]:
+    """While this lasts, :func:`is_running` says so of the run's folder in any process; a kill ends it too."""
+    with (folder / RUNNING_FILE).open("w") as file:
+        with contextlib.suppress(BlockingIOError):  # the same site started twice: the aggregator tells its operator
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def is_running(folder: Path) -> bool:
+    """True if a client takes part in the run of this folder."""
+    try:
+        with (folder / RUNNING_FILE).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 class Link(Protocol):
@@ -275,6 +335,8 @@ class SiteClient:
         self.profile = profile
         self.say = say
         self.stop_asked = False
+        self.line = LinkRecord()
+        """What the run's own traffic has shown of the line to the aggregator."""
 
     @property
     def memory_limit_bytes(self) -> int:
@@ -286,12 +348,14 @@ class SiteClient:
     def hello(self) -> Hello:
         """Our greeting, with the version that we hold now."""
         held_version, _ = self.store.held_state()
-        return _hello(self.options, self.site, self.data, self.profile, held_version=held_version)
+        profile = self.profile if self.options.emulate else with_link(self.profile, self.line)
+        return _hello(self.options, self.site, self.data, profile, held_version=held_version)
 
     def run(self, *, wait_for_enrolment: bool) -> int:
         """Connect and follow the session until it stops."""
         previous = signal.signal(signal.SIGINT, self._on_interrupt)
-        sent = (self.store.folder / "sent.jsonl").open("a", encoding="utf-8", buffering=1)
+        sent = open_sent(self.store.folder)
+        self.line = read_record(self.options.home, self.site.address)
         try:
             while True:
                 transport = Transport(
@@ -299,7 +363,8 @@ class SiteClient:
                     server_key=self.site.server_key,
                     key_pair=self.identity,
                     socks_proxy=self.options.socks_proxy,
-                    on_sent=lambda kind, num_bytes, what: sent.write(_sent_line(kind, num_bytes, what)),
+                    on_sent=lambda kind, num_bytes, what: sent.write(sent_line(kind, num_bytes, what)),
+                    meter=LinkMeter(self.line),
                 )
                 try:
                     code, refused_key = self._follow(transport)
@@ -308,6 +373,7 @@ class SiteClient:
                     raise
                 finally:
                     transport.close()
+                    self._keep_line(transport.meter.record, ends=True)
                 if not (refused_key and wait_for_enrolment) or self.stop_asked:
                     return code
                 self.say("waiting for the operator to enrol this key")
@@ -341,6 +407,7 @@ class SiteClient:
                     self.say(incoming.text)
                     return incoming.exit_code, True
                 events.append(_session_event(incoming, transport, self.say, resting=rests(self.site.join)))
+            self._keep_line(transport.meter.record, ends=False)
             state, actions = s.handle(state, events.popleft(), now_s=time.monotonic())
             for action in actions:
                 if isinstance(action, s.Stop):
@@ -349,6 +416,16 @@ class SiteClient:
                 event = shell.perform(action)
                 if event is not None:
                     events.append(event)
+
+    def _keep_line(self, record: LinkRecord, *, ends: bool) -> None:
+        """Notes what the traffic has shown; written at each new rate and at the end, not at each heartbeat."""
+        known, self.line = self.line, record
+        rates = [(r.uplink_bytes_per_s, r.downlink_bytes_per_s) for r in (known, record)]
+        if rates[0] != rates[1] or (ends and record != LinkRecord()):
+            try:
+                write_record(self.options.home, self.site.address, record)
+            except OSError as error:
+                self.say(f"the speed of the line cannot be kept in {self.options.home}: {error.strerror}")
 
 
 def why_it_leaves(error: Exception) -> str:
@@ -512,6 +589,11 @@ def rests(settings: JoinSettings) -> bool:
     return hours is not None and not hours.contain(now.tm_hour * 60 + now.tm_min)
 
 
-def _sent_line(kind: str, num_bytes: int, what: str) -> str:
+def open_sent(folder: Path) -> TextIO:
+    """The file of a run's folder that tells what left this machine, one line each."""
+    return (folder / "sent.jsonl").open("a", encoding="utf-8", buffering=1)
+
+
+def sent_line(kind: str, num_bytes: int, what: str) -> str:
     """One line of sent.jsonl: what left this machine."""
     return json.dumps({"unix_s": round(time.time(), 3), "kind": kind, "bytes": num_bytes, "what": what}) + "\n"

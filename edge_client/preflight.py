@@ -1,22 +1,27 @@
 """Can this device take part in this run? One question after the other, each answered yes or no with what to do.
 
-Nothing is trained, and nothing leaves the machine but a handshake with the aggregator. A question that cannot be asked,
-because an earlier one failed, says so.
+Nothing is trained. What leaves the machine is what ``join`` says first (``join --dry-run`` shows it), a few heartbeats
+and a request for one of the run's files, by which the line is timed. A question that cannot be asked, because an
+earlier one failed, says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from fedblocks.edge_client.client import JoinOptions, device_profile
+from fedblocks.edge_client.client import JoinOptions, device_profile, greeting, is_running, open_sent, sent_line
 from fedblocks.edge_client.data import DataError, SiteData, TextEncoder, load_site_data
 from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
-from fedblocks.edge_client.transport import Connected, Disconnected, Problem, Transport
+from fedblocks.edge_client.link import read_record, write_record
+from fedblocks.edge_client.store import ClientStore
+from fedblocks.edge_client.transport import Connected, Disconnected, Problem, Received, Transport
 from fedblocks.profiles.cost import (
     MEMORY_SAFETY,
     NF4_BYTES_PER_WEIGHT,
@@ -26,8 +31,20 @@ from fedblocks.profiles.cost import (
     choose_mode,
 )
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.link import ENOUGH_BYTES, LinkRecord
 from fedblocks.protocol.expansion import ExpansionError, plan_expansion
-from fedblocks.protocol.keys import KeyFileError
+from fedblocks.protocol.keys import KeyFileError, KeyPair
+from fedblocks.protocol.messages import (
+    Fetch,
+    Goodbye,
+    Heartbeat,
+    HeartbeatReply,
+    Hello,
+    Message,
+    Refused,
+    Resource,
+    Welcome,
+)
 from fedblocks.protocol.site_file import SiteFile
 
 if TYPE_CHECKING:
@@ -37,6 +54,9 @@ Answer = Literal["yes", "no", "unknown"]
 
 CONNECT_TIMEOUT_S: Final = 5.0
 HANDSHAKE_TIMEOUT_S: Final = 10.0
+#: For greeting, heartbeats and one file of the run, together.
+LINE_TIMEOUT_S: Final = 20.0
+ROUND_TRIPS: Final = 5
 BLOCKS: Final = 3
 """Expanded blocks of the plan that is looked at: the default placement, grown once."""
 
@@ -62,7 +82,7 @@ class Preflight:
     @property
     def exit_code(self) -> int:
         """0 if every answer is yes; 5 if the device is too small; 3 or 4 for the connection; 6 for the data; else 2."""
-        codes = {"reach": 3, "authenticate": 4, "data": 6, "fit": 5, "disk": 5}
+        codes = {"reach": 3, "authenticate": 4, "line": 4, "data": 6, "fit": 5, "disk": 5}
         failed = [codes.get(check.name.split()[0], 2) for check in self.checks if check.answer == "no"]
         return failed[0] if failed else 0
 
@@ -82,7 +102,7 @@ class Preflight:
 
 
 def preflight(options: JoinOptions, *, say: Callable[[str], None]) -> Preflight:
-    """Asks everything; takes as long as the probe (20 s where this device was not measured in the last seven days).
+    """Asks everything; takes as long as the probe (20 s where this device was not measured in the last day).
 
     Args:
         options: those of ``join``.
@@ -96,7 +116,9 @@ def preflight(options: JoinOptions, *, say: Callable[[str], None]) -> Preflight:
     found += _fits(options, profile, checkpoint, data)
     found += _disk(options, checkpoint, data)
     reached = _asked(found, _reach(options.site, options.socks_proxy))
-    found += _authenticate(options, reached=bool(reached))
+    same_base = any(check.name == "base model" and check.answer == "yes" for check in found)
+    hello = partial(greeting, options, data, profile) if data is not None and same_base else None
+    found += _authenticate(options, hello, reached=bool(reached))
     return Preflight(checks=tuple(found))
 
 
@@ -253,38 +275,117 @@ def _reach(site: SiteFile, socks_proxy: str | None) -> tuple[Check, bool]:
     return Check(name="reach", answer="yes", text=f"{what} answers in {1e3 * took_s:.0f} ms"), True
 
 
-def _authenticate(options: JoinOptions, *, reached: bool) -> list[Check]:
+def _authenticate(options: JoinOptions, hello: Callable[[], Hello] | None, *, reached: bool) -> list[Check]:
+    """Whether our key is let in; and where it is, what the line is like."""
     if not reached:
-        return [Check(name="authenticate", answer="unknown", text="the aggregator cannot be reached")]
-    site = options.site
+        return [Check(name="authenticate", answer="unknown", text="the aggregator cannot be reached"), _unknown_line()]
     if not (options.home / KEY_FILE).exists():  # made here, it would not be new to the join that comes after
         text = "no key yet: the first join makes one, prints the line for the operator and waits"
-        return [Check(name="authenticate", answer="unknown", text=text)]
+        return [Check(name="authenticate", answer="unknown", text=text), _unknown_line()]
     try:
         identity = load_or_create_identity(options.home)
-        transport = Transport(
-            site.address,
-            server_key=site.server_key,
-            key_pair=identity,
-            connect_timeout_s=HANDSHAKE_TIMEOUT_S,
-            socks_proxy=options.socks_proxy,
-        )
+        with contextlib.ExitStack() as stack:
+            return _connected(options, identity, hello, stack)
     except (KeyFileError, ValueError) as error:
         remedy = "restore the key file from a backup, or take another --home and have the new key enrolled"
-        return [Check(name="authenticate", answer="no", text=str(error), remedy=remedy)]
+        return [Check(name="authenticate", answer="no", text=str(error), remedy=remedy), _unknown_line()]
+
+
+def _connected(
+    options: JoinOptions, identity: KeyPair, hello: Callable[[], Hello] | None, stack: contextlib.ExitStack
+) -> list[Check]:
+    site = options.site
+    store = ClientStore(options.home / site.run_id)
+    sent = stack.enter_context(open_sent(store.folder))
+    transport = Transport(
+        site.address,
+        server_key=site.server_key,
+        key_pair=identity,
+        connect_timeout_s=HANDSHAKE_TIMEOUT_S,
+        socks_proxy=options.socks_proxy,
+        on_sent=lambda kind, num_bytes, what: sent.write(sent_line(kind, num_bytes, what)),
+    )
+    stack.callback(transport.close)
     text = "no answer to the handshake"
-    try:
-        until_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
-        while time.monotonic() < until_s:
-            event = transport.get(0.2)
-            if isinstance(event, Connected):
-                yes = f"enrolled: the aggregator knows {identity.public}"
-                return [Check(name="authenticate", answer="yes", text=yes)]
-            if isinstance(event, (Problem, Disconnected)):
-                text = event.text
-            if isinstance(event, Problem) and event.fatal:
-                break
-    finally:
-        transport.close()
+    until_s = time.monotonic() + HANDSHAKE_TIMEOUT_S
+    while time.monotonic() < until_s:
+        event = transport.get(0.2)
+        if isinstance(event, Connected):
+            yes = f"enrolled: the aggregator knows {identity.public}"
+            return [Check(name="authenticate", answer="yes", text=yes), _line(options, transport, store, hello)]
+        if isinstance(event, (Problem, Disconnected)):
+            text = event.text
+        if isinstance(event, Problem) and event.fatal:
+            break
     remedy = f"send the operator: fedblocks keys enrol RUN {site.client_name} --key='{identity.public}'"
-    return [Check(name="authenticate", answer="no", text=text, remedy=remedy)]
+    return [Check(name="authenticate", answer="no", text=text, remedy=remedy), _unknown_line()]
+
+
+def _unknown_line() -> Check:
+    return Check(name="line", answer="unknown", text="needs an enrolled key and the aggregator")
+
+
+class _LineError(Exception):
+    """The aggregator does not answer as it should; the text says how."""
+
+
+def _line(options: JoinOptions, transport: Transport, store: ClientStore, hello: Callable[[], Hello] | None) -> Check:
+    """Greets, times a few round trips and the largest file of the run, and takes leave."""
+    address = options.site.address
+    known = read_record(options.home, address)
+    if hello is None:
+        return Check(name="line", answer="unknown", text=f"needs data and base model; {known.text()}")
+    if is_running(store.folder):  # a greeting of ours would end its connection
+        return Check(name="line", answer="unknown", text=f"a client of this site is running; {known.text()}")
+    try:
+        file = _traffic(transport, hello(), until_s=time.monotonic() + LINE_TIMEOUT_S)
+    except _LineError as error:
+        remedy = "is this site file of this run? does the operator's log say more?"
+        return Check(name="line", answer="no", text=str(error), remedy=remedy)
+    transport.send(Goodbye(reason="preflight: it has only looked"))
+    found = transport.meter.record
+    write_record(options.home, address, _merged(known, found))
+    text = f"{found.text()} ({file})"
+    if known.uplink_bytes_per_s is None:
+        return Check(name="line", answer="yes", text=f"{text}; up: 5 Mbit/s are assumed until the first update")
+    return Check(name="line", answer="yes", text=f"{text}; before: {known.text()}")
+
+
+def _traffic(transport: Transport, hello: Hello, *, until_s: float) -> str:
+    """Greeting, heartbeats, one file; which file.
+
+    Raises:
+        _LineError: a refusal, a lost connection, or no answer in time.
+    """
+
+    def answer_to(message: Message, kind: type[Message]) -> Message:
+        transport.send(message)
+        while (left_s := until_s - time.monotonic()) > 0:
+            match transport.get(min(0.2, left_s)):
+                case Received(message=Refused(code=code, text=text)):
+                    raise _LineError(f"refused ({code}): {text}")
+                case Received(message=received) if isinstance(received, kind):
+                    return received
+                case Problem(text=text) | Disconnected(text=text):
+                    raise _LineError(text)
+                case _:
+                    pass
+        raise _LineError(f"no answer to {type(message).__name__} within {LINE_TIMEOUT_S:.0f} s")
+
+    welcome = answer_to(hello, Welcome)
+    assert isinstance(welcome, Welcome)
+    for _ in range(ROUND_TRIPS):
+        answer_to(Heartbeat(attempt_id=None, phase="starting", steps_done=0), HeartbeatReply)
+    largest = max(welcome.resources, key=lambda resource: resource.num_bytes, default=None)
+    if largest is None or largest.num_bytes < ENOUGH_BYTES:
+        size = 0 if largest is None else largest.num_bytes
+        return f"down: the run's largest file has {size / 1024:.0f} KiB, {ENOUGH_BYTES // 1024} say something"
+    answer_to(Fetch(name=largest.name), Resource)
+    return f"by {largest.name}, {largest.num_bytes / 1e6:.2f} MB"
+
+
+def _merged(known: LinkRecord, found: LinkRecord) -> LinkRecord:
+    for name, figure in (("round_trip_s", found.round_trip_s), ("downlink_bytes_per_s", found.downlink_bytes_per_s)):
+        if figure is not None:
+            known = known.with_figure(name, figure.value)
+    return known

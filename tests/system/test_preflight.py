@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -14,11 +15,14 @@ import pytest
 from typer.testing import CliRunner
 
 from fedblocks import cli
+from fedblocks.aggregator.allocation import MAX_SPEED_AGE_S
 from fedblocks.aggregator.server import serve
 from fedblocks.edge_client import preflight as asked
 from fedblocks.edge_client.checkpoint import Checkpoint
-from fedblocks.edge_client.client import write_profile
+from fedblocks.edge_client.client import PROFILE_MAX_AGE_S, device_profile, marked_running, write_profile
 from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
+from fedblocks.edge_client.link import read_record
+from fedblocks.protocol import site_file
 
 
 @contextmanager
@@ -35,6 +39,10 @@ def served(c) -> Iterator[None]:
         thread.join(20)
 
 
+def read_run_id(c) -> str:
+    return site_file.load(c.folder / "site-1.toml").run_id
+
+
 def ask(c, name="site-1", *more, code=None):
     arguments = [
         "preflight", str(c.folder / f"{name}.toml"), "--data", str(c.folder / f"{name}.jsonl"),
@@ -48,7 +56,9 @@ def ask(c, name="site-1", *more, code=None):
 
 
 def checks(done):
-    return {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    found = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert all(bool(check["remedy"]) == (check["answer"] == "no") for check in found.values()), found
+    return found
 
 
 @pytest.fixture
@@ -70,8 +80,65 @@ def test_a_device_that_can_take_part_is_told_so_line_by_line(site):
         "disk": "yes",
         "reach": "yes",
         "authenticate": "yes",
+        "line": "yes",
     }
     assert text.splitlines()[-1] == "ready to join"
+
+
+def test_a_client_measures_again_long_before_the_aggregator_holds_its_speed_for_old():
+    assert PROFILE_MAX_AGE_S == 86400 < MAX_SPEED_AGE_S / 5
+
+
+def test_round_trip_and_downlink_are_measured_kept_and_told_with_the_next_greeting(consortium, monkeypatch):
+    site = consortium("expansion.blocks=1", clients=1)
+    home, address = site.home("site-1"), f"tcp://127.0.0.1:{site.port}"
+    with served(site):
+        text = checks(ask(site, "site-1", "--json", code=0))["line"]["text"]
+        assert re.fullmatch(r"round trip .* in 6\) \(down: the run's largest file has \d+ KiB, 256 .*", text), text
+        first = read_record(home, address)
+        assert (first.round_trip_s.runs, first.downlink_bytes_per_s) == (1, None)
+
+        monkeypatch.setattr(asked, "ENOUGH_BYTES", 1)
+        monkeypatch.setattr("fedblocks.profiles.link.ENOUGH_BYTES", 1)
+        text = checks(ask(site, "site-1", "--json", code=0))["line"]["text"]
+        assert re.search(r"down [0-9.e+]+ MB/s \(by \S+, 0\.\d+ MB\); up: 5 Mbit/s are assumed", text), text
+    record = read_record(home, address)
+    assert record.round_trip_s.runs == 2
+    assert record.uplink_bytes_per_s is None
+    sent = [json.loads(line) for line in next(home.glob("*/sent.jsonl")).read_text().splitlines()]
+    assert [line["kind"] for line in sent if line["kind"] != "credit"] == [
+        *("hello", *["heartbeat"] * 5, "goodbye"),
+        *("hello", *["heartbeat"] * 5, "fetch", "goodbye"),
+    ]
+    said = SimpleNamespace(
+        site=site_file.load(site.folder / "site-1.toml"), home=home, emulate=None,
+        runtime=site_file.RuntimeSettings(), emulate_scale=1.0,
+    )  # fmt: skip
+    profile = device_profile(said, print)
+    assert profile.downlink_bytes_per_s == record.downlink_bytes_per_s.value
+    assert profile.uplink_bytes_per_s == site.profile.uplink_bytes_per_s
+    said.emulate = "raspberry-pi-5-8gb"
+    assert device_profile(said, print).downlink_bytes_per_s != record.downlink_bytes_per_s.value
+
+
+def test_a_running_client_is_left_alone(site):
+    run = site.home("site-1") / read_run_id(site)
+    run.mkdir()
+    with served(site), marked_running(run):
+        found = checks(ask(site, "site-1", "--json", code=0))
+    assert found["line"]["answer"] == "unknown"
+    assert "a client of this site is running" in found["line"]["text"]
+    assert (run / "sent.jsonl").read_text() == ""
+
+
+def test_a_greeting_that_is_refused_is_a_no_in_the_aggregators_words(site):
+    path = site.folder / "site-1.toml"
+    path.write_text(path.read_text().replace(read_run_id(site), "another-run"))
+    with served(site):
+        found = checks(ask(site, "site-1", "--json", code=4))
+    assert found["authenticate"]["answer"] == "yes"
+    assert found["line"]["answer"] == "no"
+    assert "joins run 'another-run'" in found["line"]["text"]
 
 
 def test_a_key_that_is_not_enrolled_gets_the_line_for_the_operator(site):
@@ -93,7 +160,7 @@ def test_a_site_without_a_key_is_told_that_join_makes_one_and_gets_none_here(sit
     write_profile(site.home("site-1"), site.profile)
     with served(site):
         found = checks(ask(site, "site-1", "--json", code=0))
-    assert found["authenticate"]["answer"] == "unknown"
+    assert found["authenticate"]["answer"] == found["line"]["answer"] == "unknown"
     assert not (site.home("site-1") / KEY_FILE).exists()
 
 
