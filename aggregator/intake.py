@@ -150,6 +150,7 @@ def asked_for(task: Assignment | Evaluate, measurements: Iterable[Measurement]) 
         for m in measurements
         if m.measure in task.measure
         and m.version == task.state.to_version
+        and m.strength in (task.strengths if isinstance(task, Evaluate) else (1.0,))
         and 0 <= m.num_correct <= m.num_items
         and m.num_tokens >= 0
     )

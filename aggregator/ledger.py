@@ -110,6 +110,24 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     """,
     _SPEED_AS_CALIBRATION,
     "UPDATE rounds SET method_state = json_set(method_state, '$.idle', json('[]')) WHERE method_state NOT NULL;",
+    """
+    CREATE TABLE measured (
+        attempt_id TEXT NOT NULL REFERENCES assignments(attempt_id), client_key TEXT NOT NULL, round INTEGER NOT NULL,
+        measure TEXT NOT NULL, version INTEGER NOT NULL, sums TEXT NOT NULL, strength REAL NOT NULL,
+        PRIMARY KEY (attempt_id, measure, version, strength)
+    );
+    INSERT INTO measured SELECT attempt_id, client_key, round, measure, version,
+        json_set(sums, '$.kl_square_sum', 0.0, '$.strength', 1.0), 1.0 FROM measurements;
+    DROP TABLE measurements;
+    ALTER TABLE measured RENAME TO measurements;
+    CREATE INDEX measurements_by_round ON measurements(round);
+    UPDATE assignments SET message = json_set(message, '$.strengths', json('[1.0]'))
+        WHERE json_extract(message, '$.blocks') IS NULL;
+    UPDATE updates SET message = json_set(message, '$.measurements', (
+        SELECT json_group_array(json(json_set(value, '$.kl_square_sum', 0.0, '$.strength', 1.0)))
+        FROM json_each(message, '$.measurements')
+    ));
+    """,
 )
 
 #: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.
@@ -451,14 +469,15 @@ class Ledger:
     ) -> None:
         for m in measurements:
             self._db.execute(
-                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?)",
-                (attempt_id, key, round, m.measure, m.version, json.dumps(to_plain(m))),
+                "INSERT OR REPLACE INTO measurements VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (attempt_id, key, round, m.measure, m.version, json.dumps(to_plain(m)), m.strength),
             )
 
     def measurements(self, round: int) -> list[tuple[ClientKey, Measurement]]:
         """What was measured in this round, by client key and measure."""
         rows = self._db.execute(
-            "SELECT client_key, sums FROM measurements WHERE round = ? ORDER BY client_key, measure, attempt_id",
+            "SELECT client_key, sums FROM measurements WHERE round = ? "
+            "ORDER BY client_key, measure, attempt_id, strength",
             (round,),
         )
         return [

@@ -35,6 +35,7 @@ from fedblocks.aggregator.methods.fedbe import (
 )
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.run_folder import RunInfo
+from fedblocks.aggregator.strength import choose_strength
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.messages import Assignment, ClientKey, Measurement
@@ -220,8 +221,15 @@ def final_record(
     measured: Sequence[tuple[ClientKey, Measurement]],
     clients: Iterable[KnownClient],
 ) -> dict[str, Any]:
-    """The result of the run, for final.json: what it ended with and what the clients measured of it."""
-    pooled = pool(measured, version=model.version)
+    """The result of the run, for final.json: what it ended with, how strong its blocks may be exported, and what the
+    clients measured of it at that strength."""
+    choice = choose_strength(
+        [m for _, m in measured if m.version == model.version],
+        max_kl=config.forgetting.max_kl,
+        min_retention=config.forgetting.min_retention,
+    )
+    strength = 1.0 if choice is None else choice.strength
+    pooled = pool(measured, version=model.version, strength=strength)
     known = list(clients)
     return {
         "run_id": info.run_id,
@@ -232,6 +240,8 @@ def final_record(
         "stop_reason": stop_reason,
         "rounds": rounds,
         **measured_values(pooled, retention(pooled, method), config.forgetting.max_kl),
+        "strength": strength,
+        "strengths": [] if choice is None else [to_plain(point) for point in choice.points],
         "num_clients_measured": len({key for key, _ in measured}),
         "bytes_up": sum(c.received_bytes for c in known),
         "bytes_down": sum(c.sent_bytes for c in known),
@@ -276,6 +286,12 @@ def round_line(record: Mapping[str, Any], max_rounds: int) -> str:
 def final_line(record: Mapping[str, Any]) -> str:
     """The result in one line."""
     parts = [f"finished after {record['rounds']} rounds ({record['stop_reason']})"]
+    if record["strength"] == 0:
+        refused = next((p["refused"] for p in record["strengths"] if p["refused"]), "no strength scores better")
+        return "  ".join(
+            [*parts, f"nothing could be learnt within the forgetting budget ({refused}): an export is the base"]
+        )
+    parts.append(f"strength {record['strength']:g}")
     if record["accuracy"] is not None:
         parts.append(f"accuracy {record['accuracy']:.3f}")
     if record["nll_per_token"] is not None:

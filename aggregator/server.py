@@ -769,7 +769,8 @@ class Aggregator:
             self._books.note(
                 f"the run diverged; the result is version {best}, the best one within the forgetting budget"
             )
-        deadline_s = max(MIN_FINAL_MEASURE_S, 2 * last.deadline_s)
+        strengths = fedbe.final_strengths(self._config)
+        deadline_s = max(MIN_FINAL_MEASURE_S, 2 * last.deadline_s) * len(strengths)
         start = self._start()
         tasks = {
             key: fedbe.evaluation(
@@ -778,6 +779,7 @@ class Aggregator:
                 start,
                 deadline_s=deadline_s,
                 measure=fedbe.final_measures(self._books.clients[key]),
+                strengths=strengths,
             )
             for key in keys
         }

@@ -49,6 +49,8 @@ class KlSums:
     kl_sum: float = 0.0
     """nats."""
     num_tokens: int = 0
+    square_sum: float = 0.0
+    """Sum over the sequences of the square of each one's sum, nats²; only from :func:`measure_anchor`."""
     num_agree: int = 0
     """Tokens at which both models put the same token first (ties: the lower id); only from :func:`kl_full`."""
 
@@ -94,14 +96,15 @@ def measure_anchor(model: ExpandedModel, teacher: Teacher, indices: Sequence[int
     """KL_K of the model to its own base on these anchor sequences (kl_t of methods.md 5.3)."""
     teacher.fill(indices)
     anchor_loss = stack_losses(model, model.base_cut).anchor
-    kl_sum, num_tokens = 0.0, 0
+    kl_sum, square_sum, num_tokens = 0.0, 0.0, 0
     sequences = teacher.anchors.sequences
-    for part in _batches([len(sequences[i]) for i in indices]):
-        chosen = [indices[i] for i in part]
-        batch = anchor_batch(teacher.records(chosen), prefix.padded([sequences[i] for i in chosen]))
-        kl_sum += anchor_loss(batch, 1.0).item()
+    for i in indices:  # one at a time: how much they differ is wanted too
+        batch = anchor_batch(teacher.records([i]), prefix.padded([sequences[i]]))
+        kl = anchor_loss(batch, 1.0).item()
+        kl_sum += kl
+        square_sum += kl * kl
         num_tokens += len(batch.rows)
-    return KlSums(kl_sum=kl_sum, num_tokens=num_tokens)
+    return KlSums(kl_sum=kl_sum, num_tokens=num_tokens, square_sum=square_sum)
 
 
 @torch.no_grad()

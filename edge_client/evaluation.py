@@ -25,7 +25,7 @@ from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import TextEncoder, tokenise_file
 from fedblocks.edge_client.evaluate import ExampleSums, evaluate_examples, kl_full
 from fedblocks.edge_client.expanded_model import ExpandedModel
-from fedblocks.edge_client.export import export_hf, load_final
+from fedblocks.edge_client.export import export_hf, load_final, load_final_record
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.protocol import run_config
 from fedblocks.protocol.expansion import ExpansionPlan
@@ -209,8 +209,8 @@ def describe(result: Mapping[str, Any]) -> str:
 def prove_run(run: Path, *, model: Path, out: Path, downstream: Path, general: Path | None) -> dict[str, Any]:
     """Export a finished run within its forgetting budget and measure the export and the clients' 4-bit stack.
 
-    The strength is the highest of the grid whose measured KL, with a one-sided 95 % margin, is within the budget on
-    both stacks.
+    The strength is the one that the run chose, or the highest below it whose KL as measured here, with a one-sided 95 %
+    margin, is within the budget on both stacks.
     """
     checkpoint = Checkpoint.open(model)
     config = run_config.load(run / "run.toml")
@@ -224,7 +224,8 @@ def prove_run(run: Path, *, model: Path, out: Path, downstream: Path, general: P
     dense = ExpandedModel(backbone=DenseBackbone(checkpoint), checkpoint=checkpoint, plan=plan, state=state)
     with tempfile.TemporaryDirectory(prefix="fedblocks-") as folder:
         four_bit = four_bit_model(checkpoint, plan, state, Path(folder))
-        strength, four_bit_kl = _strength_within_budget(judge, dense, four_bit, config.forgetting.max_kl)
+        chosen = float(load_final_record(run).get("strength", 1.0))
+        strength, four_bit_kl = _strength_within_budget(judge, dense, four_bit, config.forgetting.max_kl, chosen)
         four_bit.set_strength(strength)
         four_bit_figures = judge.figures(four_bit, reference=four_bit, reference_is_base_of_model=True, kl=four_bit_kl)
         four_bit_logits = _first_logits(four_bit, judge.texts)
@@ -260,10 +261,10 @@ def prove_run(run: Path, *, model: Path, out: Path, downstream: Path, general: P
 
 
 def _strength_within_budget(
-    judge: Judge, dense: ExpandedModel, four_bit: ExpandedModel, max_kl: float
+    judge: Judge, dense: ExpandedModel, four_bit: ExpandedModel, max_kl: float, highest: float
 ) -> tuple[float, tuple[float, float, float]]:
-    """The highest strength at which both stacks hold the budget, and the KL of the 4-bit stack there."""
-    for strength in STRENGTHS:
+    """The highest strength, up to ``highest``, at which both stacks hold the budget, and the KL of the 4-bit one."""
+    for strength in (highest, *(s for s in STRENGTHS if s < highest)):
         four_bit.set_strength(strength)
         on_four_bit = judge.kl(four_bit, four_bit, base_of_model=True)
         if on_four_bit[0] + MARGIN_SE * on_four_bit[1] > max_kl:

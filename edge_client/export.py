@@ -78,6 +78,8 @@ class ExportSummary:
     num_layers: int
     """Of the exported model, L + M."""
     num_blocks: int
+    measured: Mapping[str, float | str]
+    """What the clients measured of the run at this strength."""
     left_out: tuple[int, ...]
     """Expanded blocks of the run that nobody has trained: without them the model computes the same."""
     bytes: int
@@ -234,6 +236,7 @@ def export_hf(
             plan_digest=plan.digest(),
             num_layers=len(plan.stack()),
             num_blocks=len(plan.blocks),
+            measured=dict(measured or {}),
             left_out=(),
             bytes=sum(file.stat().st_size for file in temporary.iterdir()),
             base_files_copied=on_top,
@@ -260,12 +263,13 @@ def export_hf(
     return summary
 
 
-def export_run(run: Path, *, model: str | Path, out: Path, strength: float) -> ExportSummary:
-    """Exports the last published state of a finished run.
+def export_run(run: Path, *, model: str | Path, out: Path, strength: float | None = None) -> ExportSummary:
+    """Exports the last published state of a finished run, with what its clients measured of it in the model card.
 
     Args:
         run: the run folder, or a copy of it.
         model: folder or hub id of the run's base.
+        strength: default: the one that the run chose within its forgetting budget.
 
     Raises:
         ConfigError: the run has not published a final state.
@@ -274,8 +278,40 @@ def export_run(run: Path, *, model: str | Path, out: Path, strength: float) -> E
     plan, state = load_final(run)
     trained = trained_part(plan, state)
     state = {block: state[block] for block in trained.block_ids if block in state}
-    summary = export_hf(checkpoint=Checkpoint.open(model), plan=trained, state=state, strength=strength, out=out)
+    final = load_final_record(run)
+    strength = float(final.get("strength", 1.0)) if strength is None else strength
+    summary = export_hf(
+        checkpoint=Checkpoint.open(model),
+        plan=trained,
+        state=state,
+        strength=strength,
+        out=out,
+        measured=measured_at(final, strength),
+    )
     return replace(summary, left_out=tuple(block for block in plan.block_ids if block not in trained.block_ids))
+
+
+def load_final_record(run: Path) -> dict[str, Any]:
+    """The run's final.json; empty if there is none."""
+    path = run / "state" / "final.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def measured_at(final: Mapping[str, Any], strength: float) -> dict[str, float | str]:
+    """What the clients measured of the final state at this strength, for people; empty if nobody did."""
+    point = next((p for p in final.get("strengths", ()) if p["strength"] == strength), None)
+    if point is None:
+        return {}
+    found: dict[str, float | str] = {}
+    if point["kl"] is not None:
+        found["KL to the base, nats per token"] = f"{point['kl']:.4f} +- {point['kl_error']:.4f}"
+        found["forgetting budget, nats per token"] = final["kl_budget"]
+    for name, key in (("accuracy", "accuracy"), ("NLL per token", "nll"), ("retention", "retention")):
+        if point[key] is not None:
+            found[f"{name} on the clients' validation rows" if key != "retention" else "retention"] = point[key]
+    if point["refused"]:
+        found["not within the budget"] = point["refused"]
+    return found
 
 
 def trained_part(plan: ExpansionPlan, state: State) -> ExpansionPlan:

@@ -216,20 +216,41 @@ class Workbench:
                 self.state = state
         self.model.load_state(self.state)
 
-    def measure(self, wanted: Sequence[Measure], *, seed: int) -> tuple[Measurement, ...]:
-        """The published state on this site's held-out part, on anchor texts, or on the general validation file."""
+    def measure(
+        self, wanted: Sequence[Measure], *, seed: int, strengths: Sequence[float] = (1.0,)
+    ) -> tuple[Measurement, ...]:
+        """The published state on this site's held-out part, on anchor texts, or on the general validation file.
+
+        Args:
+            strengths: factors on the out-tensors of the blocks; all of ``wanted`` is measured with each, and where
+                there are several, on all anchor sequences that are kept for measuring.
+        """
+        found: list[Measurement] = []
+        anchors = self._anchor_share(seed) if len(strengths) == 1 else self._anchors_for_measuring()
+        try:
+            for strength in strengths:
+                if strength != self.model.strength:
+                    self.model.set_strength(strength)
+                found += (replace(m, strength=strength) for m in self._measure(wanted, anchors))
+        finally:
+            if self.model.strength != 1.0:
+                self.model.set_strength(1.0)
+        return tuple(found)
+
+    def _measure(self, wanted: Sequence[Measure], anchors: Sequence[int]) -> list[Measurement]:
+        """At the model's present strength; KL on these anchor sequences."""
         found: list[Measurement] = []
         for measure in wanted:
             if measure == "anchor":
-                indices = self._anchor_share(seed)
-                sums = measure_anchor(self.model, self.teacher, indices, self.prefix)
+                sums = measure_anchor(self.model, self.teacher, anchors, self.prefix)
                 found.append(
                     Measurement(
                         measure="anchor",
                         version=self.held_version,
-                        num_items=len(indices),
+                        num_items=len(anchors),
                         num_tokens=sums.num_tokens,
                         kl_sum=sums.kl_sum,
+                        kl_square_sum=sums.square_sum,
                     )
                 )
                 continue
@@ -248,20 +269,24 @@ class Workbench:
                     num_tokens=scores.num_tokens,
                 )
             )
-        return tuple(found)
+        return found
 
     def _anchor_share(self, seed: int) -> list[int]:
         """The same eight sequences of ``kl_val`` for the same client and task."""
-        share = list(self.teacher.anchors.kl_val_indices) or list(self.teacher.anchors.train_indices)
+        share = self._anchors_for_measuring()
         digest = hashlib.blake2b(f"{self.client} {seed}".encode(), digest_size=8).digest()
         order = Generator(Philox(int.from_bytes(digest, "little"))).permutation(len(share))
         return sorted(share[i] for i in order[:KL_VAL_SEQUENCES])
+
+    def _anchors_for_measuring(self) -> list[int]:
+        """``kl_val``, or all sequences of a set too small to have one."""
+        return list(self.teacher.anchors.kl_val_indices) or list(self.teacher.anchors.train_indices)
 
     def evaluate(self, task: Evaluate, payload: bytes) -> Report:
         """Carry out an evaluation."""
         self.take_state(task.state, payload)
         self.model.hold(residency="suffix", frozen="decoded")
-        measurements = self.measure(task.measure, seed=task.round)
+        measurements = self.measure(task.measure, seed=task.round, strengths=task.strengths)
         self.model.release()
         return Report(attempt_id=task.attempt_id, round=task.round, measurements=measurements)
 

@@ -209,12 +209,28 @@ def probe(
     ] = None,
     budget_s: Annotated[float, typer.Option(help="seconds to spend, beside the imports")] = 12.0,
     folder: Annotated[Path, typer.Option(help="folder whose disk is measured")] = Path(),
+    site: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="SITE.toml", help="also show what traffic with this site's aggregator has measured so far"
+        ),
+    ] = None,
+    home: Annotated[Path, typer.Option(metavar="DIR", help="with --site: where the client keeps its state")] = Path(
+        "~/.fedblocks"
+    ),
 ) -> None:
-    """Measure this device in under 20 seconds."""
+    """Measure this device in under 20 seconds.
+
+    The line to the aggregator is measured by `fedblocks preflight` and by the traffic of `fedblocks join`.
+    """
+    from fedblocks.edge_client.decode_rate import nf4_decode_run
+    from fedblocks.edge_client.link import read_record
     from fedblocks.profiles.probe import describe, to_json
     from fedblocks.profiles.probe import probe as measure
+    from fedblocks.protocol import site_file
 
-    result = measure(budget_s=budget_s, folder=folder)
+    link = read_record(home.expanduser(), site_file.load(site).address) if site is not None else None
+    result = measure(budget_s=budget_s, folder=folder, link=link, decoder=nf4_decode_run)
     typer.echo(describe(result))
     if json_file:
         json_file.write_text(to_json(result), encoding="utf-8")
@@ -382,7 +398,12 @@ def export(
     model: ModelOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write")],
     to: Annotated[str, typer.Option(help="hf: a Hugging Face folder that loads without fedblocks")] = "hf",
-    strength: Annotated[float, typer.Option(help="0 gives the base model back, 1 what was learnt")] = 1.0,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="0 gives the base model back, 1 all that was learnt; default: the best within the forgetting budget"
+        ),
+    ] = None,
 ) -> None:
     """Write the run's published model as an ordinary checkpoint."""
     if to != "hf":
@@ -393,6 +414,8 @@ def export(
     typer.echo(
         f"wrote {summary.path} at strength {summary.strength:g}; strength 0 equals the base bit for bit: verified"
     )
+    for what, value in summary.measured.items():
+        typer.echo(f"  {what}: {value}")
     if summary.left_out:
         blocks = ", ".join(map(str, summary.left_out))
         typer.echo(f"nobody trained block {blocks}: left out, since the model computes the same without it")

@@ -35,6 +35,8 @@ FailureReason = Literal[
 ]
 #: Bins of a topic histogram.
 MAX_TOPICS: Final = 64
+#: Strengths of one evaluation: 0, 0.1, ..., 1.
+MAX_STRENGTHS: Final = 11
 StateEncoding = Literal["none", "replay", "difference", "snapshot"]
 
 
@@ -84,9 +86,15 @@ class Measurement:
     num_tokens: int = 0
     kl_sum: float = 0.0
     """KL to the base over ``num_tokens`` anchor tokens, nats; rounding may leave it a little below 0."""
+    kl_square_sum: float = 0.0
+    """Sum over the ``num_items`` anchor sequences of the square of each one's KL sum, nats²."""
+    strength: float = 1.0
+    """Factor on the out-tensors of the blocks with which it was measured."""
 
     def __post_init__(self) -> None:
-        _require_not_negative(self, "version", "num_items", "num_correct", "nll_sum", "num_tokens")
+        _require_not_negative(self, "version", "num_items", "num_correct", "nll_sum", "num_tokens", "kl_square_sum")
+        if not 0 <= self.strength <= 1:
+            raise ValueError(f"measurement: strength is {self.strength}, expected a number from 0 to 1")
         if self.num_correct > self.num_items:
             raise ValueError(f"measurement: {self.num_correct} correct of {self.num_items} items")
 
@@ -274,6 +282,19 @@ class Evaluate:
     payload_sha256: str
     measure: tuple[Measure, ...]
     deadline_s: float
+    strengths: tuple[float, ...] = (1.0,)
+    """The factors on the out-tensors of the blocks with which each is measured, ascending, at most 11."""
+
+    def __post_init__(self) -> None:
+        found = self.strengths
+        if (
+            not 0 < len(found) <= MAX_STRENGTHS
+            or list(found) != sorted(set(found))
+            or not 0 <= found[0] <= found[-1] <= 1
+        ):
+            raise ValueError(
+                f"evaluate: strengths are {found}, expected 1 to {MAX_STRENGTHS} ascending numbers from 0 to 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

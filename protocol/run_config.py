@@ -90,6 +90,9 @@ class ForgettingSection:
     """The forgetting budget and its controller (methods.md 5.3)."""
 
     max_kl: float = _key(0.03, "nats per token of KL to the base model that the run may spend")
+    min_retention: float = _key(
+        0.0, "least share of the base's score on the general validation file that an export keeps; 0: no floor"
+    )
     lambda_start: float = _key(1.0, "first weight of the anchor term")
     min_lambda: float = _key(
         1.0, "the controller never goes below this; 0: pure dual ascent, which may drop the anchor"
@@ -200,6 +203,7 @@ class RunConfig:
             self.forgetting.max_kl > 0,
             "a positive number (for no change at all use strength 0, or do not train)",
         )
+        self._require("forgetting.min_retention", 0 <= self.forgetting.min_retention <= 1, "a share from 0 to 1")
         self._require(
             "forgetting.min_lambda",
             self.forgetting.min_lambda <= self.forgetting.lambda_start,

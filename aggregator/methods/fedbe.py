@@ -34,6 +34,7 @@ from fedblocks.aggregator.allocation import (
 )
 from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.registry import KnownClient
+from fedblocks.aggregator.strength import GRID
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol import state as states
@@ -377,9 +378,15 @@ def assignment(
 
 
 def evaluation(
-    client: KnownClient, run: Run, start: Start, *, deadline_s: float, measure: tuple[Measure, ...]
+    client: KnownClient,
+    run: Run,
+    start: Start,
+    *,
+    deadline_s: float,
+    measure: tuple[Measure, ...],
+    strengths: tuple[float, ...] = (1.0,),
 ) -> Evaluate:
-    """A task that measures the state and trains nothing."""
+    """A task that measures the state, at these strengths, and trains nothing."""
     return Evaluate(
         attempt_id=attempt_id(run.run_id, start.round, client.key, 0),
         round=start.round,
@@ -388,7 +395,14 @@ def evaluation(
         payload_sha256=NO_PAYLOAD_SHA256,
         measure=measure,
         deadline_s=deadline_s,
+        strengths=strengths,
     )
+
+
+def final_strengths(config: RunConfig) -> tuple[float, ...]:
+    """At which strengths the final state is measured: all of the grid where there is a budget to keep."""
+    limited = not math.isinf(config.forgetting.max_kl) or config.forgetting.min_retention > 0
+    return GRID if limited else (1.0,)
 
 
 def attempt_id(run_id: str, round: int, key: ClientKey, issue: int) -> AttemptId:
@@ -509,9 +523,9 @@ def _measures(validation: bool, general: bool) -> tuple[Measure, ...]:
     return tuple(found)
 
 
-def pool(measured: Iterable[tuple[ClientKey, Measurement]], *, version: int) -> Pooled:
-    """The reports about ``version`` as one; those about other versions are left out."""
-    of = [(key, m) for key, m in measured if m.version == version]
+def pool(measured: Iterable[tuple[ClientKey, Measurement]], *, version: int, strength: float = 1.0) -> Pooled:
+    """The reports about ``version`` at this strength as one; others are left out."""
+    of = [(key, m) for key, m in measured if m.version == version and m.strength == strength]
     kls = [m.kl_sum / m.num_tokens for _, m in of if m.measure == "anchor" and m.num_tokens > 0]
     accuracy, nll = _accuracy_and_nll([m for _, m in of if m.measure == "validation"])
     general_accuracy, general_nll = _accuracy_and_nll([m for _, m in of if m.measure == "general"])

@@ -355,6 +355,35 @@ def test_a_client_from_before_calibration_keeps_its_one_scale(tmp_path: Path, sc
     assert replace(migrated, covariance=expected.covariance) == expected
 
 
+def test_measurements_from_before_strengths_were_of_whole_strength(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.add_update(ANN, delta("a0"), measurements=delta("a0").measurements, folded_in=0, unix_s=3.0)
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.executescript("""
+        CREATE TABLE old AS SELECT attempt_id, client_key, round, measure, version,
+            json_remove(sums, '$.strength', '$.kl_square_sum') AS sums FROM measurements;
+        DROP TABLE measurements;
+        CREATE TABLE measurements (
+            attempt_id TEXT NOT NULL REFERENCES assignments(attempt_id), client_key TEXT NOT NULL,
+            round INTEGER NOT NULL, measure TEXT NOT NULL, version INTEGER NOT NULL, sums TEXT NOT NULL,
+            PRIMARY KEY (attempt_id, measure, version));
+        INSERT INTO measurements SELECT * FROM old;
+        CREATE INDEX measurements_by_round ON measurements(round);
+        UPDATE assignments SET message = json_remove(message, '$.strengths');
+        UPDATE updates SET message = json_set(message, '$.measurements', (
+            SELECT json_group_array(json(json_remove(value, '$.strength', '$.kl_square_sum')))
+            FROM json_each(message, '$.measurements')));
+    """)
+    db.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+    db.commit()
+    db.close()
+    migrated = opened(tmp_path)
+    assert [m for _, m in migrated.measurements(0)] == list(delta("a0").measurements)
+    assert migrated.updates_of(0)[0].delta == delta("a0")
+    assert {type(a.message) for a in migrated.assignments(0)} >= {Assignment}
+
+
 def test_a_run_from_before_cohorts_and_slim_blocks_goes_on(tmp_path: Path) -> None:
     state = fedbe.MethodState(
         anchor_weight=1.0,

@@ -332,6 +332,28 @@ def test_the_final_state_of_a_run_folder_is_exported(small: Checkpoint, tmp_path
         assert sha256(file) == sha256(tmp_path / "out" / file.name)
 
 
+def test_the_strength_that_the_run_chose_is_exported_with_what_was_measured_of_it(
+    small: Checkpoint, tmp_path: Path
+) -> None:
+    plan = make_plan(small)
+    state = random_state(plan)
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "plan.json").write_text(plan.to_json())
+    flat = {f"{block_id}/{name}": value for block_id, block in state.items() for name, value in block.items()}
+    safetensors.numpy.save_file(flat, run / "state" / "final.safetensors")
+    usual = {"kl_error": 0.001, "accuracy": 0.8, "nll": 1.0, "retention": None, "refused": ""}
+    points = [{"strength": 0.5, "kl": 0.02, **usual}, {"strength": 1.0, "kl": 0.2, **usual, "refused": "KL 0.2"}]
+    record = {"strength": 0.5, "strengths": points, "kl_budget": 0.03}
+    (run / "state" / "final.json").write_text(json.dumps(record))
+    summary = export_run(run, model=small.folder, out=tmp_path / "chosen")
+    assert summary.strength == 0.5
+    assert "KL to the base, nats per token: 0.0200 +- 0.0010" in (tmp_path / "chosen" / "MODEL_CARD.md").read_text()
+    own = export_run(run, model=small.folder, out=tmp_path / "own", strength=1.0)
+    assert (own.strength, own.measured["not within the budget"]) == (1.0, "KL 0.2")
+    assert export_run(run, model=small.folder, out=tmp_path / "other", strength=0.7).measured == {}
+
+
 def test_a_block_that_nobody_trained_is_left_out_and_the_model_computes_the_same(
     small: Checkpoint, tmp_path: Path
 ) -> None:

@@ -108,6 +108,30 @@ def test_the_mode_is_said_once_and_the_update_reports_predicted_and_measured_pea
     assert sum("read by our own decoder" in line for line in made.said) == 1
 
 
+def test_the_state_is_measured_at_every_strength_that_is_asked_for(bench):
+    made = bench()
+    random = np.random.default_rng(0)
+    made.state = {
+        block: {
+            spec.name: 0.3 * random.standard_normal(spec.shape).astype(np.float32)
+            for spec in made.plan.shape.block_tensors()
+        }
+        for block in made.plan.block_ids
+    }
+    made.model.load_state(made.state)
+    wanted = ("anchor", "validation")
+    found = made.measure(wanted, seed=1, strengths=(0.0, 0.5, 1.0))
+    assert [(m.strength, m.measure) for m in found] == [(g, measure) for g in (0.0, 0.5, 1.0) for measure in wanted]
+    anchors = {m.strength: m for m in found if m.measure == "anchor"}
+    assert abs(anchors[0.0].kl_sum) < 1e-4
+    assert 0 < anchors[0.5].kl_sum < anchors[1.0].kl_sum
+    for m in anchors.values():
+        assert m.num_items == len(made.teacher.anchors.kl_val_indices)
+        assert m.kl_square_sum >= m.kl_sum**2 / m.num_items - 1e-6
+    assert made.model.strength == 1.0
+    assert made.measure(("validation",), seed=1) == tuple(m for m in found[-1:])
+
+
 def test_the_leanest_exact_mode_gives_the_same_update(bench, make_assignment, monkeypatch):
     """Recomputing, decoding again and what is held change nothing but memory and time."""
     made = bench()

@@ -27,6 +27,7 @@ from fedblocks.protocol.messages import (
     Ack,
     Assignment,
     DataStatistics,
+    Evaluate,
     Delta,
     Goodbye,
     Heartbeat,
@@ -50,7 +51,14 @@ OWN_RULES = {
         "width": st.sampled_from(WIDTHS),
     },
     Welcome: {"least_width": st.sampled_from(WIDTHS)},
-    Measurement: {"num_items": st.integers(1000, 2000), "num_correct": st.integers(0, 1000)},
+    Evaluate: {
+        "strengths": st.sets(st.floats(0, 1).map(abs), min_size=1, max_size=11).map(lambda s: tuple(sorted(s))),
+    },
+    Measurement: {
+        "num_items": st.integers(1000, 2000),
+        "num_correct": st.integers(0, 1000),
+        "strength": st.floats(0, 1),
+    },
     DataStatistics: {
         "num_examples": st.integers(1000, 2**31),
         "topics": st.lists(st.integers(0, 15), max_size=64).map(tuple),
