@@ -1,7 +1,7 @@
 """What can this machine do? Measured within a time budget, with the spread of every figure.
 
-Each item has a share of the budget and is the median of at least five runs after a warm-up, on random data; what could
-not be measured is recorded with its reason, and the profile then holds a cautious prior.
+Each item has a share of what is left of the budget and is the median of at least five runs after a warm-up, on random
+data; what could not be measured is recorded with its reason, and the profile then holds a cautious prior.
 torch is imported only here, inside functions; without it the matrix rate comes from numpy, and the item says so.
 What may crash or hang (CUDA's first call, a 4-bit library on hardware it was not built for) runs in a child process.
 """
@@ -37,6 +37,8 @@ from fedblocks.profiles.model_shape import ModelShape
 MIN_RUNS: Final = 5
 MIB: Final = 2**20
 COPY_BYTES: Final = 256 * MIB
+#: More than the caches of the processors that clients have.
+LEAST_COPY_BYTES: Final = 64 * MIB
 DISK_BYTES: Final = 64 * MIB
 GEMM_SIZES: Final = (512, 1024, 2048)
 LAUNCHES: Final = 200
@@ -44,6 +46,18 @@ LAUNCHES: Final = 200
 BLOCK_GEMM_ROWS: Final = 512
 #: Share of the budget within which the child process must have imported its libraries and answered.
 CHILD_SHARE: Final = 0.6
+#: In this order; of the time that is left after the child.
+ITEM_SHARES: Final = {
+    "gemm": 0.35,
+    "block": 0.1,
+    "copy": 0.13,
+    "step": 0.13,
+    "disk": 0.25,
+    "decode": 0.1,
+    "launch": 0.04,
+}
+#: With less the medians of a machine that is busy elsewhere would mean nothing.
+MIN_LEFT_S: Final = 1.0
 #: An assumption and said to be one: tier A of methods.md 12.4, until the link to the aggregator is known.
 PRIOR_LINK: Final = (5e6 / 8, 20e6 / 8)
 PRIOR_DISK_BYTES_PER_S: Final = 100e6
@@ -112,7 +126,7 @@ class ProbeResult:
 
 def probe(
     *,
-    budget_s: float = 15.0,
+    budget_s: float = 12.0,
     folder: Path,
     link: LinkRecord | None = None,
     shape: ModelShape | None = None,
@@ -123,7 +137,7 @@ def probe(
     """Measures this machine.
 
     Args:
-        budget_s: seconds to spend once torch is imported. Below about 10, a busy machine leaves items unmeasured.
+        budget_s: seconds to spend once torch is ready. Below about 10, a busy machine leaves items unmeasured.
         folder: a folder on the disk that will hold the client's caches; a 64 MiB file is written and deleted there.
         link: what traffic with the aggregator has shown; priors, which say so, for what it has not.
         shape: the model to be trained; its own matrix sizes then decide the matrix rate instead of large squares.
@@ -159,15 +173,22 @@ def _probe(
     accelerator: Accelerator = "cuda" if torch is not None and _cuda_works(torch) else "cpu"
     items: list[ProbeItem] = [_memory_item(accelerator, torch, root)]
     items += _child_items(accelerator, torch, root, timeout_s=CHILD_SHARE * budget_s)
-    left_s = max(1.0, budget_s - (time.monotonic() - began))
-    items += _gemm_items(accelerator, torch, budget_s=(0.35 if shape is None else 0.25) * left_s)
+    shares = {name: share for name, share in ITEM_SHARES.items() if name != "block" or shape is not None}
+
+    def share_s(name: str) -> float:
+        """Seconds for this item: what took longer than its own leaves less for those after it."""
+        left_s = max(MIN_LEFT_S, budget_s - (time.monotonic() - began))
+        return left_s * shares[name] / sum([shares.pop(name), *shares.values()])
+
+    items += _gemm_items(accelerator, torch, budget_s=share_s("gemm"))
     if shape is not None:
-        items.append(_block_gemm_item(accelerator, torch, shape, budget_s=0.1 * left_s))
-    items.append(_decode_item(accelerator, torch, _faster_dtype(accelerator, items), decoder, budget_s=0.1 * left_s))
-    items.append(_copy_item(accelerator, torch, budget_s=0.13 * left_s))
-    items.append(_launch_item(accelerator, torch, budget_s=0.04 * left_s))
-    items.append(_step_item(accelerator, torch, budget_s=0.13 * left_s))
-    items += _disk_items(folder, budget_s=0.25 * left_s)
+        items.append(_block_gemm_item(accelerator, torch, shape, budget_s=share_s("block")))
+    items.append(_copy_item(accelerator, torch, budget_s=share_s("copy")))
+    items.append(_step_item(accelerator, torch, budget_s=share_s("step")))
+    items += _disk_items(folder, budget_s=share_s("disk"))
+    dtype = _faster_dtype(accelerator, items)
+    items.append(_decode_item(accelerator, torch, dtype, decoder, budget_s=share_s("decode")))
+    items.append(_launch_item(accelerator, torch, budget_s=share_s("launch")))
     items += _link_items(link)
     after = read_state(root)
     items += _state_items(before, after)
@@ -287,11 +308,14 @@ def _profile(accelerator: Accelerator, torch: Any, items: Sequence[ProbeItem], f
 
 
 def _torch() -> Any:
-    """torch, or None where it is not installed or does not load."""
+    """torch with what it imports at its first step, or None where it is not installed or does not load."""
     try:
         import torch
     except (ImportError, OSError):
         return None
+    weight = torch.zeros(1, requires_grad=True)
+    weight.sum().backward()
+    torch.optim.AdamW([weight], fused=True).step()
     return cast("Any", torch)
 
 
@@ -593,8 +617,13 @@ def _launch_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> Pr
 
 
 def _copy_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> ProbeItem:
-    """Bytes read and written per second by a plain copy of 256 MiB (less where memory is short)."""
+    """Bytes read and written per second by a plain copy of 256 MiB (less where memory or time is short)."""
     size = min(COPY_BYTES, int(psutil.virtual_memory().available) // 8)
+    few = np.frombuffer(np.random.default_rng(0).bytes(8 * MIB), dtype=np.uint8)
+    if accelerator == "cpu":
+        # Making and filling both arrays costs about as much as four copies.
+        fits = few.size * budget_s / (_seconds(lambda: few + 1) * (MIN_RUNS + 5))
+        size = max(LEAST_COPY_BYTES, min(size, int(fits) // LEAST_COPY_BYTES * LEAST_COPY_BYTES))
     if accelerator == "cuda":
         source = torch.randint(0, 255, (size,), dtype=torch.uint8, device="cuda")
         target = torch.empty_like(source)
@@ -603,7 +632,7 @@ def _copy_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> Prob
             target.copy_(source)
             torch.cuda.synchronize()
     else:
-        array = np.random.default_rng(0).integers(0, 255, size, dtype=np.uint8)
+        array = np.resize(few, size)
         copy = np.empty_like(array)
 
         def run() -> None:

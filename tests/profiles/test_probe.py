@@ -40,6 +40,41 @@ def test_the_probe_ends_within_twenty_seconds(result):
     assert result.seconds < 20
 
 
+def test_an_item_that_takes_long_leaves_less_to_those_after_it(monkeypatch, tmp_path):
+    clock = SimpleNamespace(now_s=0.0)
+    given = {}
+
+    def item(name, *, takes_s=0.0):
+        def measure(*_args, budget_s):
+            given[name] = budget_s
+            clock.now_s += takes_s
+            return probe_module._missing(name, "not here")
+
+        return measure
+
+    gemm = item("gemm", takes_s=9.0)
+
+    def gemms(*_args, budget_s):
+        gemm(budget_s=budget_s)
+        return [probe_module._missing(f"gemm_{dtype}_flops_per_s", "") for dtype in ("float32", "bfloat16")]
+
+    monkeypatch.setattr(probe_module, "time", SimpleNamespace(monotonic=lambda: clock.now_s, time=time.time))
+    monkeypatch.setattr(probe_module, "_torch", lambda: None)
+    monkeypatch.setattr(probe_module, "_gemm_items", gemms)
+    for name in ("copy", "step", "decode", "launch"):
+        monkeypatch.setattr(probe_module, f"_{name}_item", item(name))
+    monkeypatch.setattr(probe_module, "_disk_items", lambda *_args, budget_s: [item("disk")(budget_s=budget_s)])
+    probe(budget_s=12.0, folder=tmp_path, root=tmp_path)
+    shares = probe_module.ITEM_SHARES
+    assert given["gemm"] == pytest.approx(12.0 * shares["gemm"] / (sum(shares.values()) - shares["block"]))
+    after = sum(shares[name] for name in ("copy", "step", "disk", "decode", "launch"))
+    assert given["copy"] == pytest.approx(3.0 * shares["copy"] / after)
+    assert given["launch"] == pytest.approx(3.0)
+    clock.now_s, given["copy"] = 0.0, None
+    probe(budget_s=0.5, folder=tmp_path, root=tmp_path)
+    assert given["launch"] == probe_module.MIN_LEFT_S
+
+
 def test_rates_are_medians_of_at_least_five_runs_with_their_spread(result):
     for name in (
         "gemm_float32_flops_per_s",
