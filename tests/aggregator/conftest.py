@@ -255,20 +255,35 @@ class Site:
         self.tasks.append(task)
 
     def measurements(self, task: Assignment | Evaluate) -> tuple[Measurement, ...]:
+        """KL and the part of the accuracy that was learnt grow with the strength."""
+        strengths = task.strengths if isinstance(task, Evaluate) else (1.0,)
+        return tuple(m for g in strengths for m in self._measurements(task, g))
+
+    def _measurements(self, task: Assignment | Evaluate, strength: float) -> tuple[Measurement, ...]:
         version = task.state.to_version
         found: list[Measurement] = []
         for measure in task.measure:
             match measure:
                 case "anchor":
-                    m = Measurement(measure=measure, version=version, num_tokens=1000, kl_sum=1000 * self.kl(version))
+                    kl = 1000 * strength * self.kl(version)
+                    m = Measurement(
+                        measure=measure,
+                        version=version,
+                        num_items=10,
+                        num_tokens=1000,
+                        kl_sum=kl,
+                        kl_square_sum=kl**2 / 10,
+                    )
                 case "validation":
-                    right = round(1000 * self.accuracy(version))
+                    right = round(1000 * strength * self.accuracy(version))
                     m = Measurement(
                         measure=measure, version=version, num_items=1000, num_correct=right, num_tokens=1000
                     )
                 case "general":
-                    m = Measurement(measure=measure, version=version, num_items=100, num_correct=90 - version)
-            found.append(m)
+                    m = Measurement(
+                        measure=measure, version=version, num_items=100, num_correct=90 - round(strength * version)
+                    )
+            found.append(replace(m, strength=strength))
         return tuple(found)
 
     def train(self, task: Assignment, **changes: Any) -> tuple[Delta, bytes]:

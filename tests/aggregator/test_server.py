@@ -680,6 +680,31 @@ def test_the_final_measurement_covers_everything_and_is_kept(make_world: Callabl
     assert record["retention"] == pytest.approx(88 / 90)
 
 
+def test_a_run_over_its_budget_is_exported_at_the_strength_that_keeps_it(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "bob", overrides=("run.max_rounds=2", "forgetting.max_kl=0.01"))
+    for site in world.sites.values():
+        site.kl = lambda version: 0.013 if version else 0.0
+    world.join()
+    world.finish()
+    record = final(world)
+    assert world.sites["ann"].tasks[-1].strengths == tuple(i / 10 for i in range(11))
+    assert (record["strength"], record["kl"]) == (0.7, pytest.approx(0.7 * 0.013))
+    assert record["accuracy"] == pytest.approx(0.35)
+    refused = {point["strength"]: point["refused"] for point in record["strengths"]}
+    assert [strength for strength in refused if refused[strength]] == [0.8, 0.9, 1.0]
+
+
+def test_a_run_that_cannot_keep_its_budget_says_that_nothing_was_learnt(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", overrides=("run.max_rounds=1", "forgetting.max_kl=0.01"))
+    world.sites["ann"].kl = lambda version: 1.0 if version else 0.0
+    world.join()
+    world.step(11.0)
+    world.receive()
+    world.finish()
+    assert final(world)["strength"] == 0.0
+    assert "nothing could be learnt within the forgetting budget" in world.lines[-1]
+
+
 def test_a_finished_run_says_goodbye_to_whoever_comes_back(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", overrides=("run.max_rounds=1",))
     world.join()
