@@ -488,7 +488,9 @@ class VirtualClient:
         data = self.site.data.statistics()
         anchors = bench.teacher.anchors
         mean_anchor_tokens = max(1, anchors.num_tokens // len(anchors.sequences))
-        measure_tokens = KL_VAL_SEQUENCES * mean_anchor_tokens if "anchor" in task.measure else 0
+        strengths = len(task.strengths) if isinstance(task, Evaluate) else 1
+        kl_sequences = len(anchors.kl_val_indices) if strengths > 1 else KL_VAL_SEQUENCES
+        measure_tokens = kl_sequences * mean_anchor_tokens if "anchor" in task.measure else 0
         if "validation" in task.measure:
             measure_tokens += sum(len(sample.ids) for sample in self.site.data.validation)
         if "general" in task.measure:
@@ -505,7 +507,7 @@ class VirtualClient:
             anchor_tokens=mean_anchor_tokens,
             anchor_every=training.anchor_every if training else 1,
             dtype_bytes=4 if self.costs.profile.compute_dtype == "float32" else 2,
-            measure_tokens=measure_tokens,
+            measure_tokens=strengths * measure_tokens,
         )
 
     def _new_tokens(self, task: Assignment) -> float:
