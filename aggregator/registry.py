@@ -111,6 +111,7 @@ def client_from_hello(key: ClientKey, hello: Hello, known: KnownClient | None) -
             None if known.calibration is None else calibration.rebased(known.calibration, known.profile, hello.profile)
         ),
         memory_scale=known.memory_scale,
+        last_update_unix_s=known.last_update_unix_s,
         trained_sequences=known.trained_sequences,
         anchored_sequences=known.anchored_sequences,
     )

@@ -510,7 +510,9 @@ def test_out_of_memory_raises_the_predicted_memory_by_a_quarter() -> None:
 
 def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_new_one() -> None:
     two = Calibration.of_scale(2.0)
-    known = client("ann", calibration=two, memory_scale=1.25, received_bytes=7, trained_sequences=50)
+    known = client(
+        "ann", calibration=two, memory_scale=1.25, received_bytes=7, trained_sequences=50, last_update_unix_s=9.0
+    )
     hello = Hello(
         protocol_version=PROTOCOL_VERSION,
         run_id="tiny",
@@ -525,8 +527,10 @@ def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_
     back = client_from_hello(known.key, hello, known)
     assert (back.calibration, back.memory_scale, back.trained_sequences) == (two, 1.25, 50)
     assert (back.held_version, back.received_bytes, back.can_evaluate_general) == (4, 7, True)
+    assert back.last_update_unix_s == 9.0
     moved = client_from_hello(known.key, replace(hello, profile=device(name="other")), known)
     assert (moved.calibration, moved.memory_scale, moved.received_bytes) == (None, 1.0, 7)
+    assert moved.last_update_unix_s == 0.0
     # Probed again, the same device promises twice as much: its steps have shown what it does.
     twice = replace(known.profile, gemm_flops_per_s=2 * known.profile.gemm_flops_per_s)
     promised = client_from_hello(known.key, replace(hello, profile=twice), known)
