@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,28 @@ def test_round_trip_and_downlink_are_measured_kept_and_told_with_the_next_greeti
     assert profile.uplink_bytes_per_s == site.profile.uplink_bytes_per_s
     said.emulate = "raspberry-pi-5-8gb"
     assert device_profile(said, print).downlink_bytes_per_s != record.downlink_bytes_per_s.value
+
+
+class TestUpdatesOfFourHundredKibibytes:
+    @pytest.fixture
+    def tiny_checkpoint(self, tiny_checkpoint):
+        return partial(tiny_checkpoint, hidden=96, intermediate=256)
+
+    @pytest.mark.slow
+    def test_the_traffic_of_a_run_measures_the_line_for_the_next_greeting(self, consortium):
+        c = consortium("expansion.blocks=2", "delta.format=fp32", "run.max_rounds=3", clients=1)
+        c.serve()
+        c.join("site-1")
+        assert c.wait("site-1") == 0, c.text("site-1")
+        assert c.wait("aggregator") == 0, c.text("aggregator")
+        record = read_record(c.home("site-1"), f"tcp://127.0.0.1:{c.port}")
+        assert record.round_trip_s.runs >= 1
+        assert record.uplink_bytes_per_s is not None, c.text("site-1")
+        assert record.uplink_bytes_per_s.runs == 3
+        assert 1e4 < record.uplink_bytes_per_s.low < record.uplink_bytes_per_s.high < 1e9
+        arguments = ["join", str(c.folder / "site-1.toml"), "--data", str(c.folder / "site-1.jsonl"), "--dry-run"]
+        said = CliRunner().invoke(cli.app, [*arguments, "--model", str(c.model), "--home", str(c.home("site-1"))])
+        assert f'"uplink_bytes_per_s": {record.uplink_bytes_per_s.value!r}' in said.output
 
 
 def test_a_running_client_is_left_alone(site):
