@@ -156,3 +156,24 @@ def test_where_nobody_trains_more_than_a_width_nothing_beyond_it_ever_changes(
         assert cut(values, spec.shape).any()
         cut(values, spec.shape)[...] = 0
         assert not values.any()
+
+
+def test_what_the_steps_still_owe_waits_while_nobody_trains_it(make_world: Callable[..., Any], by_hand: Any) -> None:
+    """Round 1 trains all and publishes a quarter of the rows; round 2 trains an eighth; the last version owes nothing."""
+    by_hand({"ann": (1.0, 0.125, 0.125), "bob": (1.0, 0.125, 0.125)})
+    world = make_world("ann", "bob", overrides=THREE_ROUNDS)
+    world.join()
+    world.finish()
+    first, second, last = (state_at(world.folder, version).published for version in (1, 2, 3))
+    differs = {"beyond": 0, "within": 0, "at the end": 0}
+    for block, spec in itertools.product(first, world.plan.shape.block_tensors(0.125)):
+        beyond = np.ones(first[block][spec.name].shape, dtype=bool)
+        cut(beyond, spec.shape)[...] = False
+        one, two, three = (state[block][spec.name] for state in (first, second, last))
+        differs["beyond"] += np.count_nonzero(one[beyond] != two[beyond])
+        differs["within"] += np.count_nonzero(one[~beyond] != two[~beyond])
+        differs["at the end"] += np.count_nonzero(two[beyond] != three[beyond])
+    assert differs["beyond"] == 0
+    assert differs["within"] > 0
+    assert differs["at the end"] > 0
+    assert all(r.equal for r in replay(world.path))
