@@ -215,9 +215,10 @@ def probe(
             metavar="SITE.toml", help="also show what traffic with this site's aggregator has measured so far"
         ),
     ] = None,
-    home: Annotated[Path, typer.Option(metavar="DIR", help="with --site: where the client keeps its state")] = Path(
-        "~/.fedblocks"
-    ),
+    home: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="keep the profile in this client's folder, where `join` takes it from"),
+    ] = None,
 ) -> None:
     """Measure this device in under 20 seconds.
 
@@ -229,8 +230,14 @@ def probe(
     from fedblocks.profiles.probe import probe as measure
     from fedblocks.protocol import site_file
 
-    link = read_record(home.expanduser(), site_file.load(site).address) if site is not None else None
+    kept = (home or Path("~/.fedblocks")).expanduser()
+    link = read_record(kept, site_file.load(site).address) if site is not None else None
     result = measure(budget_s=budget_s, folder=folder, link=link, decoder=nf4_decode_run)
+    if home is not None:
+        from fedblocks.edge_client.client import write_profile
+
+        kept.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_profile(kept, result.profile, result.before)
     typer.echo(describe(result))
     if json_file:
         json_file.write_text(to_json(result), encoding="utf-8")
@@ -289,7 +296,8 @@ def preflight(
 ) -> None:
     """Ask everything that `join` needs: data, model, 4-bit kernel, memory, disk, connection, key; with what to do.
 
-    Trains nothing; only a handshake leaves this machine. The exit code is that of the first no.
+    It also times the line. Trains nothing; what leaves this machine is what `join` says first, and no text of the data.
+    The exit code is that of the first no.
     """
     from fedblocks.edge_client.client import JoinOptions
     from fedblocks.edge_client.preflight import preflight as ask

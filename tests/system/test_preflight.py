@@ -20,9 +20,10 @@ from fedblocks.aggregator.allocation import MAX_SPEED_AGE_S
 from fedblocks.aggregator.server import serve
 from fedblocks.edge_client import preflight as asked
 from fedblocks.edge_client.checkpoint import Checkpoint
-from fedblocks.edge_client.client import PROFILE_MAX_AGE_S, device_profile, marked_running, write_profile
+from fedblocks.edge_client.client import PROFILE_FILE, PROFILE_MAX_AGE_S, device_profile, marked_running, write_profile
 from fedblocks.edge_client.identity import KEY_FILE, load_or_create_identity
-from fedblocks.edge_client.link import read_record
+from fedblocks.edge_client.link import read_record, write_record
+from fedblocks.profiles.link import LinkRecord
 from fedblocks.protocol import site_file
 
 
@@ -120,6 +121,24 @@ def test_round_trip_and_downlink_are_measured_kept_and_told_with_the_next_greeti
     assert profile.uplink_bytes_per_s == site.profile.uplink_bytes_per_s
     said.emulate = "raspberry-pi-5-8gb"
     assert device_profile(said, print).downlink_bytes_per_s != record.downlink_bytes_per_s.value
+
+
+def test_a_probe_by_hand_is_kept_for_the_client_and_shows_its_line(site, monkeypatch, tmp_path):
+    monkeypatch.setattr("fedblocks.profiles.probe._torch", lambda: None)
+    home = tmp_path / "new" / "home"
+    address = f"tcp://127.0.0.1:{site.port}"
+    write_record(site.home("site-1"), address, LinkRecord().with_figure("uplink_bytes_per_s", 3.25e6))
+    common = ["probe", "--budget-s", "0.1", "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    common += ["--site", str(site.folder / "site-1.toml")]
+    done = CliRunner().invoke(cli.app, [*common, "--home", str(site.home("site-1"))])
+    assert done.exit_code == 0, done.output
+    assert "link               3.25 MB/s up, 2.50 MB/s down" in done.output
+    out = json.loads((tmp_path / "out.json").read_text())
+    stored = json.loads((site.home("site-1") / PROFILE_FILE).read_text())
+    assert stored == {"profile": out["profile"], "state": out["state"]["before"]}
+    done = CliRunner().invoke(cli.app, [*common, "--home", str(home)])
+    assert (done.exit_code, (home / PROFILE_FILE).exists()) == (0, True)
+    assert "0.62 MB/s up" in done.output
 
 
 class TestUpdatesOfFourHundredKibibytes:
