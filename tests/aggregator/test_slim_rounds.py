@@ -159,7 +159,7 @@ def test_where_nobody_trains_more_than_a_width_nothing_beyond_it_ever_changes(
 
 
 def test_what_the_steps_still_owe_waits_while_nobody_trains_it(make_world: Callable[..., Any], by_hand: Any) -> None:
-    """Round 1 trains all and publishes a quarter of the rows; round 2 trains an eighth; the last version owes nothing."""
+    """Round 1 trains all and publishes a quarter of the rows, round 2 trains an eighth, the last version is whole."""
     by_hand({"ann": (1.0, 0.125, 0.125), "bob": (1.0, 0.125, 0.125)})
     world = make_world("ann", "bob", overrides=THREE_ROUNDS)
     world.join()
