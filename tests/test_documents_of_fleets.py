@@ -1,11 +1,15 @@
-"""The figures in docs/allocation.md are those of benchmarks/results/fleet.json."""
+"""The figures in docs/allocation.md and docs/results.md are those of benchmarks/results/fleet.json."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 REPO = Path(__file__).parents[1]
+sys.path.insert(0, str(REPO / "benchmarks"))
+
+import fleet_document  # noqa: E402
 
 
 def percent(share: float, digits: int = 1) -> str:
@@ -28,3 +32,10 @@ def test_the_page_says_what_was_measured():
         f"recur: {found['plan_1000x8_alike_s']:.1f} s",
     ):
         assert text in page, text
+
+
+def test_the_fleets_part_of_the_results_is_written_from_what_was_measured():
+    content = json.loads((REPO / "benchmarks" / "results" / "fleet.json").read_text())
+    page = (REPO / "docs" / "results.md").read_text()
+    for part in fleet_document.parts_of(content):
+        assert part in page, part
