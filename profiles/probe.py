@@ -594,14 +594,14 @@ def _launch_item(accelerator: Accelerator, torch: Any, *, budget_s: float) -> Pr
     name = "launch_s"
     if accelerator == "cpu":
         return _missing(name, "a CPU launches no kernels")
-    number = torch.zeros(1, device="cuda")
-
-    def run() -> None:
-        for _ in range(LAUNCHES):
-            number.add_(1)
-        torch.cuda.synchronize()
-
     try:
+        number = torch.zeros(1, device="cuda")
+
+        def run() -> None:
+            for _ in range(LAUNCHES):
+                number.add_(1)
+            torch.cuda.synchronize()
+
         run()
         times = [seconds / LAUNCHES for seconds in _times(run, budget_s=budget_s)]
     except RuntimeError as error:

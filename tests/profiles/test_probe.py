@@ -154,6 +154,32 @@ def test_a_decoder_that_cannot_serve_is_a_reason_not_an_error():
     assert 1000 / 0.1 < item.value < 1000 / 0.001
 
 
+def test_a_launch_is_the_time_of_many_over_their_number(monkeypatch):
+    clock = SimpleNamespace(now_s=0.0)
+    waits = []
+
+    class Number:
+        def add_(self, _one):
+            clock.now_s += 5e-6
+
+    def synchronize():
+        waits.append(clock.now_s)
+
+    times = SimpleNamespace(perf_counter=lambda: clock.now_s, monotonic=lambda: clock.now_s)
+    monkeypatch.setattr(probe_module, "time", times)
+    torch = SimpleNamespace(zeros=lambda *_, **__: Number(), cuda=SimpleNamespace(synchronize=synchronize))
+    item = probe_module._launch_item("cuda", torch, budget_s=0.0)
+    assert item.value == pytest.approx(5e-6)
+    assert item.runs == len(waits) - 1 == probe_module.MIN_RUNS
+    assert "additions to one number" in item.note
+
+    def refuse(*_args, **_options):
+        raise RuntimeError("CUDA error: no kernel image is available")
+
+    torch.zeros = refuse
+    assert probe_module._launch_item("cuda", torch, budget_s=0.0).note == "CUDA error: no kernel image is available"
+
+
 def test_what_is_decoded_for_the_rate_is_a_weight():
     run = nf4_decode_run("cpu", "float32")
     out = run.run()
