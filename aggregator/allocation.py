@@ -270,6 +270,9 @@ class Refused:
     reason: Limit
     excess: float
     """Seconds (deadline) or bytes (memory) above the limit."""
+    fits_with_more_time: bool
+    """A later deadline, or fewer steps, would let it fit: true of every deadline, and where memory forbids only the
+    modes that are fast enough."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -755,7 +758,7 @@ class _Problem:
             if fitting:
                 best = self._drawn(client, fitting) if self.settings.policy == "random" else _best(fitting, candidate)
                 return self._training(candidate, best, fitting, worth, tuple(refused))
-            if steps // 2 < MIN_STEPS or not _deadline_is_in_the_way(refused, steps):
+            if steps // 2 < MIN_STEPS or not any(r.fits_with_more_time for r in refused if r.steps == steps):
                 break
             steps //= 2
         return self._not_training(client, limits, tuple(refused))
@@ -1007,7 +1010,8 @@ class _Candidate:
         """
         reason: Limit = "memory"
         _, least = self._search.least_memory(blocks, width)
-        if least <= self._budget_bytes:
+        fits_slowly = least <= self._budget_bytes
+        if fits_slowly:
             max_seconds = self._compute_limit_s(blocks, width)
             fast_enough = self._search.least_bytes_in_time(blocks, max_seconds, width)
             if fast_enough is None:
@@ -1018,7 +1022,14 @@ class _Candidate:
             excess = self._total_s(blocks, width, self._search.fastest_s(blocks, width)) - self.limits.deadline_s
         else:
             excess = float(_scaled_memory(self.client, least) - self.limits.memory_bytes)
-        return Refused(blocks=blocks, width=width, steps=self.steps, reason=reason, excess=excess)
+        return Refused(
+            blocks=blocks,
+            width=width,
+            steps=self.steps,
+            reason=reason,
+            excess=excess,
+            fits_with_more_time=fits_slowly,
+        )
 
     def prediction(self, blocks: tuple[int, ...], mode: ExecutionMode, width: float) -> Prediction:
         """Seconds, bytes and memory of these blocks in this mode."""
@@ -1090,11 +1101,14 @@ def _refusal(part: _Part, predicted: Prediction, limits: Limits) -> Refused | No
         reason, excess = "deadline", predicted.seconds - limits.deadline_s
     else:
         return None
-    return Refused(blocks=part.blocks, width=part.width, steps=part.steps, reason=reason, excess=excess)
-
-
-def _deadline_is_in_the_way(refused: Iterable[Refused], steps: int) -> bool:
-    return any(refusal.reason == "deadline" for refusal in refused if refusal.steps == steps)
+    return Refused(
+        blocks=part.blocks,
+        width=part.width,
+        steps=part.steps,
+        reason=reason,
+        excess=excess,
+        fits_with_more_time=reason == "deadline",
+    )
 
 
 def _relative_excess(refusal: Refused, limits: Limits) -> float:

@@ -755,3 +755,13 @@ def test_a_device_that_was_measured_long_ago_is_given_nothing_to_train():
     assert choices["old"].role == "evaluate"
     assert "its device was last measured 9 days ago, expected at most 7" in choices["old"].reason
     assert "9 days ago" in plan([old]).no_client_fits
+
+
+def test_steps_are_halved_where_only_slow_modes_fit_the_memory():
+    """What forbids the fast modes is memory; fewer steps let the slow ones meet the deadline."""
+    small = client("a", memory_mib=_mib_for((1,)), flops=1e11)
+    [slow] = plan([small], shape=WIDE, deadline_s=1e5).choices
+    assert (slow.role, slow.steps) == ("train", 16)
+    [tight] = plan([small], shape=WIDE, deadline_s=0.98 * slow.predicted.seconds).choices
+    assert (tight.role, tight.steps) == ("train", 8)
+    assert {(r.reason, r.fits_with_more_time) for r in tight.refused if r.steps == 16} == {("memory", True)}
