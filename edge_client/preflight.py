@@ -32,6 +32,7 @@ from fedblocks.profiles.cost import (
 )
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.link import ENOUGH_BYTES, LinkRecord
+from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.expansion import ExpansionError, plan_expansion
 from fedblocks.protocol.keys import KeyFileError, KeyPair
 from fedblocks.protocol.messages import (
@@ -224,6 +225,12 @@ def _fits(
         what = "the top block" if count == 1 else f"the top {count} blocks"
         name = f"fit {count} block{'s' if count > 1 else ''}"
         if isinstance(chosen, NoFit):
+            least = choose_mode(profile, plan.shape, layout, by_height[:1], work, budget_bytes=budget, width=WIDTHS[0])
+            if count == 1 and not isinstance(least, NoFit):
+                part, peak = f"1/{round(1 / WIDTHS[0])} of it", least.memory.peak / 2**20
+                enough = f"{part} takes {peak:.0f} MiB: enough for a run with slim blocks (allocation.slim)"
+                yield Check(name=name, answer="unknown", text=f"{what}: {chosen.text}; {enough}")
+                return
             # One block is all that a run asks of a device; that more do not fit is no obstacle.
             answer: Answer = "no" if count == 1 else "unknown"
             remedy = "free memory, raise runtime.memory_gb, or shorten the texts (max_tokens)" if count == 1 else ""
