@@ -164,10 +164,8 @@ def evaluate_target(
     """
     checkpoint = Checkpoint.open(base)
     is_run = (target / "run.json").is_file()
-    data_format = _data_format(target if is_run else None, overrides)
-    judge = Judge(
-        base=checkpoint, encoder=TextEncoder(checkpoint.folder, data_format), downstream=downstream, general=general
-    )
+    encoder = TextEncoder(checkpoint.folder, data_format(target if is_run else None, overrides))
+    judge = Judge(base=checkpoint, encoder=encoder, downstream=downstream, general=general)
     base_figures = judge.base_figures()
     if is_run:
         plan, state = load_final(target)
@@ -216,7 +214,7 @@ def prove_run(run: Path, *, model: Path, out: Path, downstream: Path, general: P
     config = run_config.load(run / "run.toml")
     judge = Judge(
         base=checkpoint,
-        encoder=TextEncoder(checkpoint.folder, _data_format(run)),
+        encoder=TextEncoder(checkpoint.folder, data_format(run)),
         downstream=downstream,
         general=general,
     )
@@ -295,7 +293,8 @@ def four_bit_model(
     return ExpandedModel(backbone=backbone, checkpoint=checkpoint, plan=plan, state=state)
 
 
-def _data_format(run: Path | None, overrides: tuple[str, ...] = ()) -> DataFormat:
+def data_format(run: Path | None, overrides: tuple[str, ...] = ()) -> DataFormat:
+    """How rows become tokens: as the run folder says, else by default."""
     config = run_config.load(run / "run.toml", overrides) if run else run_config.from_mapping({}, overrides)
     section = config.data
     return DataFormat(max_tokens=section.max_tokens, append_eos=section.append_eos, join=section.join)
