@@ -405,23 +405,42 @@ def export(
     run: RunArgument,
     model: ModelOption,
     out: Annotated[Path, typer.Option(metavar="DIR", help="the folder to write")],
-    to: Annotated[str, typer.Option(help="hf: a Hugging Face folder that loads without fedblocks")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="hf: a Hugging Face folder that loads without fedblocks; onnx: a graph for ONNX Runtime")
+    ] = "hf",
     strength: Annotated[
         float | None,
         typer.Option(
             help="0 gives the base model back, 1 all that was learnt; default: the best within the forgetting budget"
         ),
     ] = None,
+    int4: Annotated[
+        bool, typer.Option("--int4", help="with --to onnx: weights in 4 bits; what that costs is measured and said")
+    ] = False,
 ) -> None:
-    """Write the run's published model as an ordinary checkpoint."""
-    if to != "hf":
-        raise typer.BadParameter(f"{to!r} is not supported, expected hf", param_hint="--to")
-    from fedblocks.edge_client.export import export_run
+    """Write the run's published model as an ordinary checkpoint, or as an ONNX graph."""
+    if to not in ("hf", "onnx"):
+        raise typer.BadParameter(f"{to!r} is not supported, expected hf or onnx", param_hint="--to")
+    if int4 and to != "onnx":
+        raise typer.BadParameter("weights in 4 bits need --to onnx", param_hint="--int4")
+    if to == "onnx":
+        from fedblocks.edge_client.onnx_export import MODEL_FILE, export_run_onnx
 
-    summary = export_run(run, model=model, out=out, strength=strength)
-    typer.echo(
-        f"wrote {summary.path} at strength {summary.strength:g}; strength 0 equals the base bit for bit: verified"
-    )
+        graph = export_run_onnx(run, model=model, out=out, strength=strength, int4=int4)
+        summary = graph.checkpoint
+        typer.echo(
+            f"wrote {graph.path / MODEL_FILE} at strength {summary.strength:g}; "
+            f"in fp32 ONNX Runtime's logits differ from torch's by at most {graph.max_abs_logit_difference:.2g}"
+        )
+        for line in graph.int4.lines if graph.int4 else ():
+            typer.echo(f"  4-bit weights, {line}")
+    else:
+        from fedblocks.edge_client.export import export_run
+
+        summary = export_run(run, model=model, out=out, strength=strength)
+        typer.echo(
+            f"wrote {summary.path} at strength {summary.strength:g}; strength 0 equals the base bit for bit: verified"
+        )
     for what, value in summary.measured.items():
         typer.echo(f"  {what}: {value}")
     if summary.left_out:

@@ -66,7 +66,7 @@ def resolved(requirement: str, python: str, folder: Path, *also: str) -> dict[st
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.12"])
-@pytest.mark.parametrize("extras", ["client", "client,test"])
+@pytest.mark.parametrize("extras", ["client", "client,test", "client,onnx"])
 def test_the_client_installs_on_aarch64_without_torch_bitsandbytes_triton_or_any_cuda_library(
     wheel, index, python, extras, tmp_path
 ):
