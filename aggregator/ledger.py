@@ -111,6 +111,11 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     _SPEED_AS_CALIBRATION,
     "UPDATE rounds SET method_state = json_set(method_state, '$.idle', json('[]')) WHERE method_state NOT NULL;",
     """
+    UPDATE rounds SET settings = json_set(
+        settings, '$.rule', json_object('optimizer', 'avg', 'learning_rate', 0.0, 'steps', 1)
+    ) WHERE settings NOT NULL;
+    """,
+    """
     CREATE TABLE measured (
         attempt_id TEXT NOT NULL REFERENCES assignments(attempt_id), client_key TEXT NOT NULL, round INTEGER NOT NULL,
         measure TEXT NOT NULL, version INTEGER NOT NULL, sums TEXT NOT NULL, strength REAL NOT NULL,

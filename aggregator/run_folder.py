@@ -9,6 +9,7 @@
     RUN/state/v00007.qdown                       the step from version 6 to version 7 (``protocol/state.py``)
     RUN/state/v00007.safetensors                 the published state at version 7
     RUN/state/v00007.residual.safetensors        what the published steps still owe
+    RUN/state/v00007.moments.safetensors         of the server's optimizer, where it has any
     RUN/state/final.safetensors final.json       the result
     RUN/metrics.jsonl                            one line per round
 
@@ -139,21 +140,30 @@ class RunFolder:
         except FileNotFoundError as error:
             raise RunFolderError(f"{path} is missing; restore the run folder from a backup") from error
 
-    def save_version(self, version: int, *, step: bytes, published: State, residual: State) -> None:
+    def save_version(
+        self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
+    ) -> None:
         """All files of a new version, durable; the ledger's row comes after."""
         write_durably(self.step_path(version), step)
         write_durably(self._state_path(version), _to_safetensors(published))
         write_durably(self._residual_path(version), _to_safetensors(residual))
+        if moments:
+            write_durably(self._moments_path(version), _to_safetensors(moments))
 
-    def load_version(self, version: int) -> tuple[State, State]:
-        """Published state and residual at ``version``; both empty at version 0.
+    def load_version(self, version: int) -> tuple[State, State, State]:
+        """Published state, residual and the server optimizer's moments at ``version``; all empty at version 0.
 
         Raises:
             RunFolderError: a file is missing or damaged.
         """
         if version == 0:
-            return {}, {}
-        return _from_safetensors(self._state_path(version)), _from_safetensors(self._residual_path(version))
+            return {}, {}, {}
+        moments = self._moments_path(version)
+        return (
+            _from_safetensors(self._state_path(version)),
+            _from_safetensors(self._residual_path(version)),
+            _from_safetensors(moments) if moments.exists() else {},
+        )
 
     def drop_old_states(self, version: int) -> None:
         """Keep the newest :data:`KEPT_STATES` states up to ``version``; steps are never dropped."""
@@ -163,6 +173,7 @@ class RunFolder:
                 break
             path.unlink()
             self._residual_path(old).unlink(missing_ok=True)
+            self._moments_path(old).unlink(missing_ok=True)
 
     def save_final(self, published: State, record: Mapping[str, Any]) -> None:
         """The result of the run."""
@@ -174,6 +185,9 @@ class RunFolder:
 
     def _residual_path(self, version: int) -> Path:
         return self.path / "state" / f"v{version:05d}.residual.safetensors"
+
+    def _moments_path(self, version: int) -> Path:
+        return self.path / "state" / f"v{version:05d}.moments.safetensors"
 
     # metrics
 

@@ -230,14 +230,16 @@ class Aggregator:
             else from_plain(fedbe.MethodState, newest.method_state, where="ledger.rounds")
         )
         version: int = newest.new_version or 0 if newest is not None else 0
-        published, residual = self._folder.load_version(version)
+        published, residual, moments = self._folder.load_version(version)
         sha256 = state_sha256(self._shape, published)
         if newest is not None and sha256 != newest.state_sha256:
             raise RunFolderError(
                 f"{self._folder.path}: the state of version {version} has hash {sha256}, the ledger says "
                 f"{newest.state_sha256}; restore the folder from a backup"
             )
-        self._model = fedbe.GlobalState(version=version, published=published, residual=residual, sha256=sha256)
+        self._model = fedbe.GlobalState(
+            version=version, published=published, residual=residual, sha256=sha256, moments=moments
+        )
         self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
         self._folder.drop_parts()
         self._folder.write_metrics([r.metrics for r in folded])
@@ -710,7 +712,11 @@ class Aggregator:
         model = closed.model
         if closed.step is not None:
             self._folder.save_version(
-                model.version, step=closed.step, published=model.published, residual=model.residual
+                model.version,
+                step=closed.step,
+                published=model.published,
+                residual=model.residual,
+                moments=model.moments,
             )
         self._books.count_bytes(self._endpoint.bytes_by_key)
         metrics = progress.round_record(

@@ -25,6 +25,7 @@ else:
     import tomli as tomllib
 
 Placement = Literal["thirds", "top", "interleaved"]
+ServerOptimizer = Literal["avg", "avgm", "adam"]
 Policy = Literal["fitted", "uniform", "weakest", "random"]
 """fitted: by hardware and need. The others are for comparisons. uniform: all blocks for everybody, whatever the
 deadline; weakest: for everybody what the weakest client that can train trains; random: for each client one of its
@@ -71,6 +72,9 @@ class TrainingSection:
     anchor_every: int = _key(1, "use the anchor in every n-th step, n times as strong")
     weight_decay: float = _key(0.01, "on the output projections only: it pulls to the identity")
     clip_norm: float = _key(1.0, "global gradient norm")
+    server_optimizer: ServerOptimizer = _key(
+        "avg", "what the aggregator does with a round's mean update: avg adds it; avgm, adam (docs/methods.md)"
+    )
     adam_beta1: float = _key(0.9, "AdamW")
     adam_beta2: float = _key(0.99, "AdamW")
     adam_eps: float = _key(1e-8, "AdamW")

@@ -15,7 +15,7 @@ import hashlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from fedblocks.aggregator import aggregation
@@ -34,6 +34,7 @@ from fedblocks.aggregator.allocation import (
 )
 from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.registry import KnownClient
+from fedblocks.aggregator.server_optimizer import ServerRule, server_step
 from fedblocks.aggregator.strength import GRID
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS, ModelShape
@@ -51,7 +52,7 @@ from fedblocks.protocol.messages import (
     TrainReport,
 )
 from fedblocks.protocol.run_config import ForgettingSection, RunConfig
-from fedblocks.protocol.tensors import State
+from fedblocks.protocol.tensors import FloatArray, State
 
 NO_PAYLOAD_SHA256: Final = hashlib.sha256(b"").hexdigest()
 StopReason = Literal["max_rounds", "target_score", "no_improvement", "diverged"]
@@ -685,6 +686,7 @@ class PublishSettings:
     """The last version of a run, so that nothing waits at export (methods.md 7.2)."""
     format: DeltaFormat
     density: float
+    rule: ServerRule = ServerRule()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -696,6 +698,8 @@ class GlobalState:
     residual: State
     sha256: str
     """Of ``published``."""
+    moments: State = field(default_factory=dict[int, dict[str, FloatArray]])
+    """Of the server's optimizer; empty for ``avg``."""
 
     @classmethod
     def zero(cls, shape: ModelShape) -> GlobalState:
@@ -707,15 +711,15 @@ def publish(
     model: GlobalState, folded: FoldResult, *, shape: ModelShape, settings: PublishSettings
 ) -> tuple[GlobalState, bytes] | None:
     """The next version and the step to it; None if nothing was learnt, and the version stays."""
-    aggregate = folded.aggregate
-    if not aggregate and not (settings.dense and model.residual):
+    if not folded.aggregate and not (settings.dense and model.residual):
         return None
+    change, moments = server_step(folded.aggregate, model.moments, settings.rule, shape=shape, widths=folded.widths)
     if settings.dense:
-        made = states.publish_dense(model.published, aggregate, model.residual, shape=shape)
+        made = states.publish_dense(model.published, change, model.residual, shape=shape)
     else:
         made = states.publish(
             model.published,
-            aggregate,
+            change,
             model.residual,
             shape=shape,
             format=settings.format,
@@ -727,6 +731,7 @@ def publish(
         published=made.published,
         residual=made.residual,
         sha256=states.state_sha256(shape, made.published),
+        moments=moments,
     )
     return after, made.step
 
@@ -768,7 +773,16 @@ def close(
     folded = aggregate(updates, shape=shape, state=state)
     state = after_fold(state, updates, folded, topics, blocks)
     reason = stop_reason(state, config, round=round)
-    settings = PublishSettings(dense=reason is not None, format=config.delta.format, density=config.delta.down_density)
+    settings = PublishSettings(
+        dense=reason is not None,
+        format=config.delta.format,
+        density=config.delta.down_density,
+        rule=ServerRule(
+            optimizer=config.training.server_optimizer,
+            learning_rate=learning_rate(config, round),
+            steps=config.training.steps,
+        ),
+    )
     published = publish(model, folded, shape=shape, settings=settings)
     after, step = (model, None) if published is None else published
     return ClosedRound(

@@ -21,9 +21,10 @@ def state(value: float) -> dict[int, dict[str, Any]]:
 
 def test_a_version_comes_back_bit_for_bit_and_version_0_is_nothing(make_world: Callable[..., Any]) -> None:
     folder = make_world("ann").folder
-    assert folder.load_version(0) == ({}, {})
+    assert folder.load_version(0) == ({}, {}, {})
     folder.save_version(1, step=b"step", published=state(1.5), residual=state(-0.25))
-    published, residual = folder.load_version(1)
+    published, residual, moments = folder.load_version(1)
+    assert moments == {}
     assert published[0]["a.weight"].tobytes() == state(1.5)[0]["a.weight"].tobytes()
     assert residual[0]["a.weight"].tobytes() == state(-0.25)[0]["a.weight"].tobytes()
     assert sorted(published) == [0, 2]

@@ -61,6 +61,30 @@ def test_three_rounds_of_two_clients_end_in_a_final_state_that_a_replay_confirms
     assert replayed[-1].state_sha256 == final(world)["state_sha256"]
 
 
+@pytest.mark.parametrize("optimizer", ["avgm", "adam"])
+def test_the_servers_optimizer_goes_on_after_a_kill_and_a_replay_confirms_it(
+    make_world: Callable[..., Any], optimizer: str
+) -> None:
+    overrides = (*THREE_ROUNDS, f"training.server_optimizer={optimizer}")
+    hashes = {final_of_three_rounds(make_world("ann", "bob", folder="undisturbed", overrides=THREE_ROUNDS), kill=False)}
+    for kill in (False, True):
+        world = make_world("ann", "bob", folder=f"{optimizer}-{kill}", overrides=overrides)
+        hashes.add(final_of_three_rounds(world, kill=kill))
+        assert all(r.equal for r in replay(world.path))
+    assert len(hashes) == 2  # avg's, and this one's twice
+
+
+def final_of_three_rounds(world: Any, *, kill: bool) -> str:
+    world.join()
+    world.round("ann", "bob")
+    if kill:
+        world.kill()
+        world.start()
+        world.join()
+    world.finish()
+    return final(world)["state_sha256"]
+
+
 def test_the_published_steps_alone_lead_to_the_final_state(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "bob", overrides=THREE_ROUNDS)
     world.join()
@@ -661,7 +685,7 @@ def test_a_lone_client_in_fp32_gives_its_delta_exactly(make_world: Callable[...,
     task = ann.tasks[-1]
     _, payload = ann.train(task)
     world.round()
-    published, _ = world.folder.load_version(1)
+    published, _, _ = world.folder.load_version(1)
     shape = world.plan.shape
     flat = np.concatenate([published[b][s.name].ravel() for b in task.blocks for s in shape.block_tensors()])
     assert flat.tobytes() == payload
