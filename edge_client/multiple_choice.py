@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
 
+from fedblocks.edge_client.checkpoint import Checkpoint
 from fedblocks.edge_client.data import DataError, TextEncoder
 from fedblocks.edge_client.evaluate import score_examples
 from fedblocks.edge_client.expanded_model import ExpandedModel
@@ -36,6 +37,10 @@ FORMS: Final = (
 
 MAX_WINDOW_TOKENS: Final = 2048
 """Longest input, where the model would take longer ones: measuring must not need the memory of a long context."""
+
+
+class CompletionTooLongError(DataError):
+    """An answer does not fit into the window, whatever is cut from its question."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +68,8 @@ class Task:
     path: Path
     items: tuple[Item, ...] = ()
     texts: tuple[str, ...] = ()
+    num_left_out: int = 0
+    """Items taken out by :func:`fitting`."""
 
     @property
     def chance(self) -> float:
@@ -195,9 +202,9 @@ def _text(where: str, row: Mapping[str, Any], key: str, *, may_be_empty: bool = 
     return value
 
 
-def window_tokens(model: ExpandedModel) -> int:
+def window_tokens(checkpoint: Checkpoint) -> int:
     """The longest input that is measured: the model's positions, at most :data:`MAX_WINDOW_TOKENS`."""
-    return min(int(model.checkpoint.config.get("max_position_embeddings", MAX_WINDOW_TOKENS)), MAX_WINDOW_TOKENS)
+    return min(int(checkpoint.config.get("max_position_embeddings", MAX_WINDOW_TOKENS)), MAX_WINDOW_TOKENS)
 
 
 def start_ids(encoder: TextEncoder) -> list[int]:
@@ -210,11 +217,13 @@ def completion_sample(
 ) -> TokenisedSample:
     """The tokens of context and completion, those of the completion being the targets.
 
-    The run's ``join`` stands between the two where neither brings white space. A context that is too long loses its
-    beginning. An empty one is bos, or eos where the tokenizer names no bos.
+    The run's ``join`` stands between the two where neither brings white space. There are at most ``window`` tokens
+    before the last one: a context that is too long loses its beginning. An empty context is bos, or eos where the
+    tokenizer names no bos.
 
     Raises:
-        DataError: the completion alone is too long, or nothing can precede its first token.
+        CompletionTooLongError: the completion alone does not fit into the window.
+        DataError: nothing can precede its first token.
     """
     between = encoder.format.join if context and not context[-1].isspace() and not completion[0].isspace() else ""
     before = context.rstrip()
@@ -228,10 +237,27 @@ def completion_sample(
                 f"{where}: a text without a context, and the tokenizer names neither bos nor eos to begin it"
             )
         start = [encoder.eos_id]
-    if num_targets >= window:
-        raise DataError(f"{where}: the answer has {num_targets} tokens, expected fewer than the window's {window}")
-    ids = [*start, *whole][-window:]
+    if num_targets > window:
+        raise CompletionTooLongError(f"{where}: the answer has {num_targets} tokens, expected at most {window}")
+    ids = [*start, *whole][-(window + 1) :]  # the last one is a target only
     return TokenisedSample(ids=np.array(ids, dtype=np.int32), label_mask=np.arange(len(ids)) >= len(ids) - num_targets)
+
+
+def fitting(task: Task, encoder: TextEncoder, window: int) -> Task:
+    """The task without the items of which an answer alone does not fit into the window."""
+
+    def fits(item: Item) -> bool:
+        try:
+            for completion in item.completions:
+                completion_sample(item.context, completion, encoder, window, where="")
+        except CompletionTooLongError:
+            return False
+        return True
+
+    items = tuple(item for item in task.items if fits(item))
+    if task.items and not items:
+        raise CompletionTooLongError(f"{task.path}: no item's answers have at most the window's {window} tokens")
+    return replace(task, items=items, num_left_out=task.num_left_out + len(task.items) - len(items))
 
 
 def _ids(text: str, encoder: TextEncoder) -> list[int]:
@@ -246,7 +272,7 @@ def score_items(model: ExpandedModel, task: Task, encoder: TextEncoder, window: 
     Args:
         window: the longest input in tokens; default :func:`window_tokens`.
     """
-    longest = window_tokens(model) if window is None else window
+    longest = window_tokens(model.checkpoint) if window is None else window
     samples = [
         completion_sample(item.context, completion, encoder, longest, where=f"{task.path}, line {item.line}")
         for item in task.items

@@ -55,7 +55,7 @@ def score_texts(
         packed: as one text; see above.
         window: tokens of a window, bos included; default :func:`~fedblocks.edge_client.multiple_choice.window_tokens`.
     """
-    longest = window_tokens(model) if window is None else window
+    longest = window_tokens(model.checkpoint) if window is None else window
     start = start_ids(encoder)
     ids = [list(encoder.tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
     if packed:

@@ -25,7 +25,14 @@ from fedblocks.edge_client.evaluate import KlSums, kl_full
 from fedblocks.edge_client.evaluation import KL_SEED, KL_TOKENS, data_format, four_bit_model
 from fedblocks.edge_client.expanded_model import ExpandedModel
 from fedblocks.edge_client.export import load_final
-from fedblocks.edge_client.multiple_choice import ItemScore, Task, read_tasks, score_items, window_tokens
+from fedblocks.edge_client.multiple_choice import (
+    ItemScore,
+    Task,
+    fitting,
+    read_tasks,
+    score_items,
+    window_tokens,
+)
 from fedblocks.edge_client.perplexity import TextScores, score_texts
 from fedblocks.edge_client.retention import DRAWS, Interval, Rights, mean_interval, perplexity_ratio, retention
 
@@ -76,15 +83,13 @@ def read_suite(folder: Path, limit: int | None = None) -> list[Task]:
 
 
 def score_suite(
-    model: ExpandedModel, tasks: Sequence[Task], encoder: TextEncoder, options: SuiteOptions | None = None
+    model: ExpandedModel, tasks: Sequence[Task], encoder: TextEncoder, *, window: int, packed: bool = False
 ) -> SuiteScores:
     """What the model says to every item and text."""
-    chosen = options or SuiteOptions()
-    window = window_tokens(model) if chosen.window is None else min(chosen.window, window_tokens(model))
     return SuiteScores(
         items={task.name: score_items(model, task, encoder, window) for task in tasks if task.items},
         texts={
-            task.name: score_texts(model, task.texts, encoder, packed=chosen.packed, window=window)
+            task.name: score_texts(model, task.texts, encoder, packed=packed, window=window)
             for task in tasks
             if task.texts
         },
@@ -115,9 +120,11 @@ def evaluate_suite(
     if len(kinds) != 1:
         raise DataError(f"evaluate: {len(targets)} targets, expected models only or runs only")
     (is_run,) = kinds
-    tasks = read_suite(suite, chosen.limit)
     checkpoint = Checkpoint.open(base)
     encoder = TextEncoder(checkpoint.folder, data_format(targets[0] if is_run else None, overrides))
+    longest = window_tokens(checkpoint)
+    window = longest if chosen.window is None else min(chosen.window, longest)
+    tasks = [fitting(task, encoder, window) for task in read_suite(suite, chosen.limit)]
     written = sample_anchor(checkpoint, num_sequences=chosen.kl_sequences, num_tokens=KL_TOKENS, seed=KL_SEED).sequences
     before: SuiteScores | None = None
     after: list[SuiteScores] = []
@@ -127,10 +134,10 @@ def evaluate_suite(
             if before is None:
                 if is_run:
                     model.set_strength(0.0)
-                before = score_suite(reference, tasks, encoder, chosen)
+                before = score_suite(reference, tasks, encoder, window=window, packed=chosen.packed)
                 if is_run:
                     model.set_strength(strength)
-            after.append(score_suite(model, tasks, encoder, chosen))
+            after.append(score_suite(model, tasks, encoder, window=window, packed=chosen.packed))
             distances.append([kl_full(reference, model, [text], p_is_base=is_run) for text in written])
     assert before is not None
     result = compare(tasks, before, after, draws=chosen.draws)
@@ -141,6 +148,7 @@ def evaluate_suite(
         "stack": "4-bit" if is_run else "as stored",
         "strength": strength if is_run else None,
         **asdict(chosen),
+        "window": window,
         **result,
         "items": [row for task in tasks if task.items for row in _item_rows(task, before, after)],
     }
@@ -194,6 +202,7 @@ def _task_row(task: Task, before: SuiteScores, after: Sequence[SuiteScores], *, 
     return {
         "task": task.name,
         "num_items": len(task.items),
+        "num_left_out": task.num_left_out,
         "chance": task.chance,
         "in_retention": in_retention,
         "base_acc": _accuracy(base, per_byte=False),
@@ -274,6 +283,8 @@ def describe_suite(result: Mapping[str, Any]) -> str:
         )
     if left := len(result["tasks"]) - len(listed):
         lines.append(f"{left} more tasks, at which the base is not above chance by three standard errors (--json)")
+    if too_long := sum(row["num_left_out"] for row in result["tasks"]):
+        lines.append(f"{too_long} items left out: an answer alone has more than {result['window']} tokens")
     for row in result["texts"]:
         mean = float(np.exp(np.mean(np.log(row["perplexity_by_run"]))))
         kept = _described(row["perplexity_retention"])
