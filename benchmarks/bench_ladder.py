@@ -67,6 +67,8 @@ class Comparison:
     arms: Mapping[str, Arm]
     fleet: Mapping[str, Any] = field(default_factory=dict)
     run: Mapping[str, Any] = field(default_factory=dict)
+    own_deadlines: bool = False
+    """Every arm has the deadline that it computes itself: where that is a part of what is compared."""
 
 
 POLICIES: Final = {
@@ -83,6 +85,7 @@ COMPARISONS: Final[Mapping[str, Comparison]] = {
         arms={"slim": Arm(run={"allocation.slim": True}), "whole": Arm()},
         fleet={**LARGE, "alpha": 0.5},
         run=LARGE_RUN,
+        own_deadlines=True,  # the deadline follows from the smallest piece of work that a run may hand out
     ),
     "data_term": Comparison(
         arms={
@@ -208,16 +211,16 @@ class Book:
 def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> list[dict[str, Any]]:
     """All runs of a comparison: seed by seed, so that an interrupted one has whole seeds.
 
-    All arms of a seed have the deadline that the first arm computes from its own measured speeds.
+    All arms of a seed have the deadline that the first arm computes from its own measured speeds, or each its own.
     """
     comparison = COMPARISONS[name]
     rows: list[dict[str, Any]] = []
     first = next(iter(comparison.arms.values()))
     for seed in seeds:
-        plain = fleet_of(comparison, first, seed)
-        short = replace(plain, run={**plain.run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
-        deadline_s = book.row(name, "deadline", short, workers=workers)["deadline_s"]
         for arm_name, arm in comparison.arms.items():
+            plain = fleet_of(comparison, arm if comparison.own_deadlines else first, seed)
+            short = replace(plain, run={**plain.run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
+            deadline_s = book.row(name, "deadline", short, workers=workers)["deadline_s"]
             fleet = fleet_of(comparison, arm, seed)
             fleet = replace(fleet, run={**fleet.run, "allocation.deadline_s": deadline_s})
             rows.append(book.row(name, arm_name, fleet, workers=workers))
