@@ -178,6 +178,10 @@ def _write(written: Path, made: ExportSummary, *, out: Path, texts: Sequence[Ids
         small, count = _to_int4(plain)
         _save(small, written / MODEL_FILE)
         loss = _int4_loss(_session(plain), _session(written / MODEL_FILE), texts[:LOSS_TEXTS], count)
+        if not math.isfinite(loss.kl_nats_per_token):
+            raise ExportError(
+                f"{out}: with 4-bit weights the logits are not finite. Nothing was written; leave out --int4"
+            )
     for file in made.path.iterdir():
         if file.suffix != ".safetensors" and file.name not in _OWN_FILES:
             shutil.copyfile(file, written / file.name)
@@ -301,7 +305,7 @@ def _record(checkpoint: Checkpoint, inputs: Inputs, path: Path) -> list[Array]:
     except Exception as e:
         raise ExportError(
             f"{checkpoint.shape.family} model of {checkpoint.shape.num_layers} layers: torch {torch.__version__} "
-            f"cannot write it as ONNX ({type(e).__name__}: {str(e).strip().partition(chr(10))[0][:300]}). "
+            f"cannot write it as ONNX ({_first_line(e)}). "
             f"Nothing was written; {_WHAT_WORKS}"
         ) from e
     return wanted
@@ -315,9 +319,9 @@ def _load(path: Path) -> ModelProto:
     model = onnx.load(str(path))
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
-    lookup = next(node for node in graph.node if node.op_type == "Gather" and "input_ids" in node.input)
+    tables = [stored.get(n.input[0]) for n in graph.node if n.op_type == "Gather" and n.input[1] == "input_ids"]
     index, last = next((i, node) for i, node in enumerate(graph.node) if "logits" in node.output)
-    table, projection = stored.get(lookup.input[0]), stored.get(last.input[1])
+    table, projection = tables[0] if tables else None, stored.get(last.input[-1])
     if table is None or projection is None or list(table.dims) != list(projection.dims)[::-1]:
         return model
     if np.array_equal(numpy_helper.to_array(table).T, numpy_helper.to_array(projection)):
@@ -380,7 +384,17 @@ def _session(path: Path) -> InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the graph that torch {torch.__version__} wrote "
+            f"({_first_line(e)}). Nothing was written; {_WHAT_WORKS}"
+        ) from e
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:300]}"
 
 
 def _logits(session: InferenceSession, ids: Array, mask: Array) -> Array:

@@ -269,6 +269,31 @@ def test_what_torch_cannot_record_is_told_in_one_line_with_what_works(
 
 
 @needs_onnx
+def test_what_onnx_runtime_cannot_load_is_told_in_one_line_with_what_works(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ExportError, match=r"cannot load the graph .* --to hf") as e:
+        module._session(tmp_path / "model.onnx")
+    assert "\n" not in str(e.value)
+
+
+@needs_onnx
+def test_4_bit_weights_that_give_no_numbers_are_not_written(
+    small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module._logits
+
+    def spoilt(session: Any, ids: Any, mask: Any) -> Any:
+        found = real(session, ids, mask)
+        return found if Path(session._model_path).parent.name == "fp32" else found * np.float32(np.nan)
+
+    monkeypatch.setattr(module, "_logits", spoilt)
+    out = tmp_path / "sub" / "out"
+    with pytest.raises(ExportError, match="with 4-bit weights the logits are not finite"):
+        export_run_onnx(make_run(tmp_path, small), model=small.folder, out=out, int4=True)
+    assert list(out.parent.iterdir()) == []
+
+
+@needs_onnx
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_rotary_scaling_that_changes_with_the_length_is_refused(
     kind: str, tmp_path: Path, tiny_checkpoint: Factory
