@@ -15,8 +15,8 @@ plain functions.
     allocation.plan_1000x8_s         CPU seconds of planning a round of 1,000 clients and 8 blocks, no two alike
     allocation.plan_1000x8_alike_s   the same where ten kinds of data and whole devices of the catalog recur
 
-``cost_model`` (predicted against measured steps) is written by ``bench_cost_model.py``, ``ladder`` (the tiers of methods.md
-12.4) by ``bench_ladder.py``. A run keeps what other runs have written under other names.
+``cost_model`` (predicted against measured steps) is written by ``bench_cost_model.py``, ``ladder`` (the tiers of
+methods.md 12.4) by ``bench_ladder.py``. A run keeps what other runs have written under other names.
 """
 
 from __future__ import annotations
