@@ -30,10 +30,12 @@ FORMS: Final = (
     ("query", "choices", "gold"),
     ("ctx", "endings", "label"),
     ("context", "continuation"),
+    ("prompt", "completion"),
     ("good", "bad"),
     ("text",),
 )
-"""Keys of a row: MosaicML's layout, HellaSwag's, LAMBADA's, BLiMP's (with ``uid``: a task for each), plain texts."""
+"""Keys of a row: MosaicML's layout, HellaSwag's, LAMBADA's, our own, BLiMP's (with ``uid``: a task for each), plain
+texts."""
 
 MAX_WINDOW_TOKENS: Final = 2048
 """Longest input, where the model would take longer ones: measuring must not need the memory of a long context."""
@@ -176,9 +178,9 @@ def _form(path: Path, line: int, row: Mapping[str, Any]) -> tuple[str, ...]:
 def _item(where: str, line: int, form: tuple[str, ...], row: Mapping[str, Any]) -> Item:
     if form == ("good", "bad"):
         return Item(line=line, context="", completions=(_text(where, row, "good"), _text(where, row, "bad")), gold=0)
-    if form == ("context", "continuation"):
-        completions = (_text(where, row, "continuation"),)
-        return Item(line=line, context=_text(where, row, "context", may_be_empty=True), completions=completions, gold=0)
+    if len(form) == 2:
+        context, completion = (_text(where, row, form[0], may_be_empty=True), _text(where, row, form[1]))
+        return Item(line=line, context=context, completions=(completion,), gold=0)
     question, answers, right = form
     choices = row[answers]
     if not isinstance(choices, list) or len(choices) < 2:

@@ -450,24 +450,69 @@ def export(
 
 @app.command(
     epilog="Example: fedblocks evaluate ./clinic-model --base ./Qwen2.5-0.5B --downstream test.jsonl "
-    "--general general.jsonl"
+    "--general general.jsonl --suite tasks/"
 )
 def evaluate(
     target: Annotated[Path, typer.Argument(help="a model folder, or a run folder (its 4-bit stack)")],
     base: Annotated[Path, typer.Option(metavar="DIR", help="the base model")],
     downstream: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of the task that was learnt")] = None,
     general: Annotated[Path | None, typer.Option(metavar="FILE", help="JSONL of general ability")] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="general tasks: every *.jsonl of the folder is one")
+    ] = None,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="TARGET", help="with --suite: the same experiment with another seed; repeatable"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="with --suite: the first rows of each task only")] = None,
+    packed: Annotated[
+        bool, typer.Option("--packed", help="with --suite: plain texts as one text, in full windows")
+    ] = False,
+    window: Annotated[
+        int | None,
+        typer.Option(min=2, help="with --suite: longest input in tokens; default: the model's, at most 2048"),
+    ] = None,
+    kl_sequences: Annotated[
+        int, typer.Option(min=1, help="with --suite: texts of 256 tokens that the base writes to measure the KL on")
+    ] = 256,
+    items_file: Annotated[
+        Path | None, typer.Option("--items", metavar="FILE", help="with --suite: write a JSON line for each item here")
+    ] = None,
     strength: Annotated[float, typer.Option(help="for a run folder: strength of the expanded blocks")] = 1.0,
     overrides: SetOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the result here")] = None,
 ) -> None:
-    """Measure what was learnt and what was kept: downstream score, general retention, KL to the base."""
-    from fedblocks.edge_client.evaluation import describe, evaluate_target
+    """Measure what was learnt and what was kept: downstream score, retention over a suite, KL to the base."""
+    from fedblocks.api import evaluate as measure
 
-    result = evaluate_target(
-        target, base=base, downstream=downstream, general=general, strength=strength, overrides=tuple(overrides or ())
+    if suite is None and (also or limit or packed or window or items_file):
+        raise typer.BadParameter(
+            "--also, --limit, --packed, --window and --items need a folder of tasks", param_hint="--suite"
+        )
+    result = measure(
+        [target, *(also or ())],
+        base=base,
+        suite=suite,
+        downstream=downstream,
+        general=general,
+        strength=strength,
+        overrides=tuple(overrides or ()),
+        limit=limit,
+        packed=packed,
+        window=window,
+        kl_sequences=kl_sequences,
     )
-    typer.echo(describe(result))
+    if "target" in result:
+        from fedblocks.edge_client.evaluation import describe
+
+        typer.echo(describe(result))
+    if suite is not None:
+        from fedblocks.edge_client.suite import describe_suite
+
+        typer.echo(describe_suite(result["suite"]))
+        items = result["suite"].pop("items")
+        if items_file:
+            items_file.write_text("".join(json.dumps(row) + "\n" for row in items), encoding="utf-8")
     if json_file:
         json_file.write_text(json.dumps(result, indent=2), encoding="utf-8")
 

@@ -172,6 +172,7 @@ def test_a_text_needs_something_to_begin_with(make_model):
         ({"query": "q\n", "choices": ["a", "b"], "gold": 1}, "q\n", ("a", "b"), 1),
         ({"ctx": "c", "endings": ["a", "b", "d"], "label": "2", "ctx_a": "x"}, "c", ("a", "b", "d"), 2),
         ({"context": "c", "continuation": "d"}, "c", ("d",), 0),
+        ({"prompt": "", "completion": "d"}, "", ("d",), 0),
         ({"good": "g", "bad": "b", "field": "x"}, "", ("g", "b"), 0),
     ],
 )
@@ -201,7 +202,7 @@ GOOD_ROW = {"query": "q", "choices": ["a", "b"], "gold": 0}
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "p", "completion": "c"}, r"line 2: has the keys \['completion', 'prompt'\], expected query and"),
+        ({"question": "p", "answer": "c"}, r"line 2: has the keys \['answer', 'question'\], expected query and"),
         ({"text": "t"}, "line 2: has the keys text, expected query, choices, gold as in the first row"),
         (GOOD_ROW | {"gold": 2}, "line 2: 'gold' is '2', expected an index into 2 choices"),
         (GOOD_ROW | {"gold": -1}, "line 2: 'gold' is '-1'"),
