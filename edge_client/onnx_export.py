@@ -12,6 +12,7 @@ Weights in 4 bits are made from that graph, and what they cost is measured again
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -65,6 +66,7 @@ _RECORDED: Final = (2, 9)
 """Batch and length of the input whose path is recorded."""
 _LONGEST_COMPARED: Final = 4_104
 """Tokens: one window of the usual size and a little more; attention takes the square of it in memory."""
+_OLDEST_TRANSFORMERS: Final = 5
 _LENGTH_DEPENDENT_ROTARY: Final = ("dynamic", "longrope")
 _ROWS: Final = 256
 """Rows of logits that are looked at together in double precision."""
@@ -213,6 +215,12 @@ def _require_packages(int4: bool) -> None:
     if missing:
         raise ExportError(
             f"--to onnx needs packages that are not installed: {', '.join(missing)}; pip install 'fedblocks[onnx]'"
+        )
+    transformers = importlib.metadata.version("transformers")
+    if int(transformers.partition(".")[0]) < _OLDEST_TRANSFORMERS:
+        raise ExportError(
+            f"--to onnx needs transformers {_OLDEST_TRANSFORMERS} or newer, found {transformers}, whose masks "
+            "torch cannot record; pip install 'fedblocks[onnx]'"
         )
 
 

@@ -345,6 +345,13 @@ def test_without_the_extra_the_line_to_install_it_is_told(tmp_path: Path, monkey
     assert e.value.exit_code == 2
 
 
+@needs_onnx
+def test_a_transformers_that_cannot_be_recorded_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.metadata, "version", lambda name: "4.57.6")
+    with pytest.raises(ExportError, match=r"needs transformers 5 or newer, found 4\.57\.6.*fedblocks\[onnx\]"):
+        export_run_onnx(tmp_path / "run", model=tmp_path, out=tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("words", "told"), [(("--to", "gguf"), "expected hf or onnx"), (("--to", "hf", "--int4"), "need --to onnx")]
 )
