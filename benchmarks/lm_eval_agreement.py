@@ -105,17 +105,23 @@ def ours(model: Path, tasks: Mapping[str, Task], encoder: TextEncoder) -> dict[s
     return {name: score_items(expanded, task, encoder) for name, task in tasks.items()}
 
 
-def compared(scores: list[ItemScore], other: dict[str, Any]) -> dict[str, Any]:
+def compared(task: Task, scores: list[ItemScore], other: dict[str, Any]) -> dict[str, Any]:
     """One task's row."""
+    per_character = [
+        int(np.argmax(np.divide(score.loglikelihoods, [len(text) for text in item.completions]))) == item.gold
+        for score, item in zip(scores, task.items, strict=True)
+    ]
     own = np.array([value for score in scores for value in score.loglikelihoods])
     harness = np.array([value for item in other["loglikelihoods"] for value in item])
     predictions = [int(np.argmax(item)) for item in other["loglikelihoods"]]
     return {
         "num_items": len(scores),
+        "num_left_out": task.num_left_out,
         "num_answers": len(own),
         "acc": float(np.mean([score.is_right for score in scores])),
         "acc_lm_eval": other["acc"],
         "acc_norm": float(np.mean([score.is_right_per_byte for score in scores])),
+        "acc_norm_per_character": float(np.mean(per_character)),
         "acc_norm_lm_eval": other["acc_norm"],
         "same_predictions": int(sum(s.prediction == p for s, p in zip(scores, predictions, strict=True))),
         "max_abs_loglikelihood_difference_nats": float(np.abs(own - harness).max()),
@@ -140,7 +146,7 @@ def main() -> int:
     tasks = read(arguments.model, encoder, arguments.limit)
     harness = theirs(arguments.model, tasks)
     rows = {
-        name: {"num_left_out": tasks[name].num_left_out, **compared(scores, harness[name])}
+        name: compared(tasks[name], scores, harness[name])
         for name, scores in ours(arguments.model, tasks, encoder).items()
     }
     result = {

@@ -9,6 +9,7 @@ Source: methods.md 12.1, 12.3.
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -264,8 +265,11 @@ def _accuracy(scores: Sequence[ItemScore], *, per_byte: bool) -> float:
     return float(np.mean([score.is_right_per_byte if per_byte else score.is_right for score in scores]))
 
 
-def _plain(interval: Interval | None) -> dict[str, float] | None:
-    return asdict(interval) if interval is not None else None
+def _plain(interval: Interval | None) -> dict[str, float | None] | None:
+    """For JSON; an end that is infinite is null."""
+    if interval is None:
+        return None
+    return {name: value if math.isfinite(value) else None for name, value in asdict(interval).items()}
 
 
 def describe_suite(result: Mapping[str, Any]) -> str:
@@ -303,5 +307,8 @@ def describe_suite(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _described(interval: Mapping[str, float]) -> str:
-    return f"{interval['value']:.4f} (95 %: {interval['low']:.4f} to {interval['high']:.4f})"
+def _described(interval: Mapping[str, float | None]) -> str:
+    value, low, high = (
+        "no bound" if x is None else f"{x:.4f}" for x in (interval[k] for k in ("value", "low", "high"))
+    )
+    return f"{value} (95 %: {low} to {high})"

@@ -48,6 +48,12 @@ def test_a_suite_at_chance_has_no_retention_and_one_without_a_right_answer_no_ra
     assert retention([], draws=100).raw_retention is None
 
 
+def test_a_base_that_is_hardly_ever_right_leaves_the_ratio_without_an_upper_end():
+    found = retention([rights("a", 1, 3)], draws=2000).raw_retention  # 37 % of the draws hold none of its right answers
+    assert found is not None
+    assert (found.value, found.high) == (pytest.approx(3.0), math.inf)
+
+
 def test_the_same_answers_are_kept_for_certain():
     found = retention([rights("a", 80, 80), rights("b", 70, 70)], draws=500)
     assert found.retention == Interval(value=1.0, low=1.0, high=1.0)

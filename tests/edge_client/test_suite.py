@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from fedblocks.edge_client import suite as suite_module
 from fedblocks.edge_client.data import DataError
 from fedblocks.edge_client.init_run import init_run
+from fedblocks.edge_client.retention import Interval, Retention
 from fedblocks.edge_client.suite import SuiteOptions, describe_suite, evaluate_suite, read_suite
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.tensors import flatten
@@ -125,6 +127,17 @@ def test_the_table_says_what_counts(suite, tiny_checkpoint, tmp_path):
     ):
         assert told in text
     assert "KL to the base, nats per token" in text
+
+
+def test_a_bound_that_does_not_exist_is_null_and_the_json_stays_valid(suite, tiny_checkpoint, tmp_path, monkeypatch):
+    base = tiny_checkpoint(tmp_path)
+    infinite = Interval(value=1.0, low=-math.inf, high=math.inf)
+    monkeypatch.setattr(suite_module, "retention", lambda *_args, **_named: Retention(
+        retention=None, tasks=(), raw_retention=infinite, forget_percent=infinite))  # fmt: skip
+    found = evaluate_suite([base], base=base, suite=suite, options=SuiteOptions(kl_sequences=2, draws=100, limit=2))
+    assert found["raw_retention"] == {"value": 1.0, "low": None, "high": None}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert "raw retention: 1.0000 (95 %: no bound to no bound)" in describe_suite(found)
 
 
 @pytest.mark.parametrize("changes", [{"limit": 0}, {"window": 1}, {"kl_sequences": 0}, {"draws": 99}])
