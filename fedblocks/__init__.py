@@ -7,7 +7,6 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "evaluate", "load_results", "simulate"]
 
 _API = ("evaluate", "load_results", "simulate")
 

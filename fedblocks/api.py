@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from fedblocks.fleet_file import Fleet
@@ -156,14 +156,18 @@ def load_results(path: Path | str) -> list[dict[str, Any]]:
         return [_object(where, _parsed(where, line)) for where, line in lines]
     content = _parsed(str(file), text)
     if isinstance(content, dict):
-        suite = content.get("suite")
-        if isinstance(suite, dict):
-            content = suite.get("tasks")
-        else:
-            content = next((content[key] for key in _ROWS if content.get(key)), [content])
+        content = _rows_of(cast("dict[str, Any]", content))
     if not isinstance(content, list):
         raise DataError(f"{file}: a JSON {type(content).__name__}, expected an object or a list of rows")
-    return [_object(f"{file}, row {i}", row) for i, row in enumerate(content, start=1)]
+    rows = cast("list[Any]", content)
+    return [_object(f"{file}, row {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def _rows_of(result: dict[str, Any]) -> Any:
+    """The rows of a result that is one object; itself as the only row where it has none."""
+    if "suite" in result and isinstance(result["suite"], dict):
+        return cast("dict[str, Any]", result["suite"]).get("tasks")
+    return next((result[key] for key in _ROWS if result.get(key)), [result])
 
 
 def _parsed(where: str, text: str) -> Any:
@@ -180,7 +184,7 @@ def _object(where: str, row: Any) -> dict[str, Any]:
 
     if not isinstance(row, dict):
         raise DataError(f"{where}: a JSON {type(row).__name__}, expected an object")
-    return row
+    return cast("dict[str, Any]", row)
 
 
 def _path(value: Path | str | None) -> Path | None:
