@@ -800,11 +800,15 @@ class _Problem:
     def _fitting(self, candidate: _Candidate, worth: _Worth, refused: list[Refused]) -> list[_Option]:
         """Every option of the enumeration that fits; what ends a branch is noted in ``refused``.
 
-        Where a block alone does not fit, no set with a lower one does: those are not looked at.
+        Where a block alone does not fit, no set with a lower one does: those are not looked at. Nor is a width at which
+        all blocks together are worth less than what a wider one has given (``random`` draws from all of them).
         """
         found: list[_Option] = []
-        for width in self.settings.widths:
+        best = 0.0
+        for width in reversed(self.settings.widths):
             of_block = {block: worth.of_block(block, width) for block in self.layout.blocks}
+            if math.fsum(of_block.values()) < best and self.settings.policy != "random":
+                break
             fitting = len(self.layout.blocks)
             for branch in self._branches(of_block):
                 # A neighbouring branch usually ends at the same size; every miss costs a look at all modes.
@@ -824,6 +828,7 @@ class _Problem:
                     )
                     for blocks in branch[:fitting]
                 ]
+            best = max((option.value for option in found), default=0.0)
         return found
 
     def _branches(self, worth: Mapping[int, float]) -> Iterator[list[tuple[int, ...]]]:

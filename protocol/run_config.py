@@ -131,7 +131,7 @@ class AllocationSection:
     rarity_weight: float = _key(
         0.0, "gamma: how much clients with rare topics are preferred; sites must share topics (docs/allocation.md)"
     )
-    slim: bool = _key(False, "let devices that cannot train a whole block train 1/2, 1/4 or 1/8 of it")
+    slim: bool = _key(True, "let devices that cannot train a whole block train 1/2, 1/4 or 1/8 of it")
     policy: Policy = _key(
         "fitted", "fitted: by hardware and need; uniform, weakest, random: for comparisons (docs/allocation.md)"
     )
