@@ -285,6 +285,19 @@ def test_the_story_model_answers_64_of_100_copa_questions():
 
 @pytest.mark.shared
 @pytest.mark.slow
+def test_the_story_model_knows_twelve_of_the_blimp_paradigms():
+    model, encoder = story_model()
+    tasks = read_tasks(DATA / "general/blimp/all.jsonl", limit=100)
+    accuracies = [
+        sum(score.is_right for score in score_items(model, task, encoder)) / len(task.items) for task in tasks
+    ]
+    assert len(accuracies) == 67
+    assert sum(accuracies) / 67 == pytest.approx(0.53, abs=0.005)
+    assert sum(accuracy >= 0.72 for accuracy in accuracies) == 12
+
+
+@pytest.mark.shared
+@pytest.mark.slow
 def test_the_story_models_perplexity_on_tinystories_packed():
     model, encoder = story_model()
     (task,) = read_tasks(DATA / "general/tinystories/sample1000.jsonl", limit=160)
