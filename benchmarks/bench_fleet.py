@@ -232,7 +232,7 @@ def predict(instance: Instance, client: AllocationClient, choice: Choice) -> tup
         work,
         choice.mode,
         upload_num_bytes=upload_bytes(
-            instance.shape, len(choice.blocks), settings.delta_format, settings.delta_density
+            instance.shape, len(choice.blocks), settings.delta_format, settings.delta_density, choice.width
         ),
         download_num_bytes=download_bytes(
             instance.shape,
@@ -242,9 +242,17 @@ def predict(instance: Instance, client: AllocationClient, choice: Choice) -> tup
             client.versions_behind,
         ),
         scale=client.time_scale,
+        width=choice.width,
     ).total_s
-    accelerator = client.profile.accelerator
-    peak = peak_memory(instance.shape, instance.layout, choice.blocks, work, choice.mode, accelerator=accelerator).peak
+    peak = peak_memory(
+        instance.shape,
+        instance.layout,
+        choice.blocks,
+        work,
+        choice.mode,
+        accelerator=client.profile.accelerator,
+        width=choice.width,
+    ).peak
     return TIME_SAFETY * seconds, client.profile.runtime_memory_bytes + math.ceil(client.memory_scale * peak)
 
 
@@ -254,13 +262,17 @@ def over_budget(count: int, seed: int = 1) -> dict[str, Any]:
     broken: list[str] = []
     by_binding = {"memory": 0, "deadline": 0, "none": 0}
     others = 0
-    for _ in range(count):
+    narrower = 0
+    for number in range(count):
         instance = random_instance(rng, clients=(1, 6), blocks=(1, 8))
+        if number % 2:  # every other run allows slim blocks
+            instance = replace(instance, settings=replace(instance.settings, widths=WIDTHS))
         for choice in instance.plan().choices:
             if choice.role != "train":
                 others += 1
                 continue
             by_binding[choice.binding] += 1
+            narrower += choice.width < 1
             if text := breaks(instance, choice):
                 broken.append(text)
     for text in broken[:5]:
@@ -270,6 +282,7 @@ def over_budget(count: int, seed: int = 1) -> dict[str, Any]:
         "instances": count,
         "choices": sum(by_binding.values()),
         "choices_by_binding_limit": by_binding,
+        "choices_of_slim_blocks": narrower,
         "choices_without_training": others,
     }
 
@@ -433,7 +446,7 @@ def fleet(clients: int, blocks: int, *, alike: bool = False, seed: int = 3) -> I
             num_entries=entries, positions={index: (index + 1) * entries // blocks - 1 for index in ids}
         ),
         shape=LLAMA_1B,
-        settings=AllocationSettings(),
+        settings=AllocationSettings(widths=WIDTHS),
         coverage=Coverage(seen={block: (rng.uniform(0, 5000),) * len(WIDTHS) for block in ids}),
     )
 
