@@ -96,6 +96,16 @@ def test_a_suite_is_evaluated_by_the_call_and_by_the_verb(tmp_path, tiny_checkpo
     assert fedblocks.load_results(tmp_path / "items.jsonl") == found["suite"]["items"]
 
 
+def test_files_and_a_suite_are_measured_side_by_side(tmp_path, tiny_checkpoint, suite):
+    base = tiny_checkpoint(tmp_path)
+    task = tmp_path / "task.jsonl"
+    task.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "ab"}) + "\n" for i in range(4)))
+    found = fedblocks.evaluate(base, base=base, downstream=task, suite=suite, kl_sequences=2, draws=100)
+    assert found["model"]["downstream_nll"] == pytest.approx(found["base"]["downstream_nll"])
+    assert found["suite"]["tasks"][0]["num_items"] == 4
+    assert "suite" not in fedblocks.evaluate(base, base=base, downstream=task)
+
+
 def test_several_models_need_a_suite(tmp_path):
     with pytest.raises(ConfigError, match="evaluate: 2 models, expected one"):
         fedblocks.evaluate([tmp_path, tmp_path], base=tmp_path)
