@@ -1,4 +1,4 @@
-"""The comparison with lm-evaluation-harness: what a row says, what is published, and what is said without the harness."""
+"""The comparison with lm-evaluation-harness: what a row says, what is published, what is said without the harness."""
 
 from __future__ import annotations
 
