@@ -47,6 +47,7 @@ COMMON: Final[Mapping[str, Any]] = {
     "run.max_rounds": 24,
     "run.target_score": TARGET,
     "allocation.cohort_fraction": 0.4,
+    "allocation.slim": False,
 }
 
 
@@ -81,6 +82,12 @@ LARGE: Final[Mapping[str, Any]] = {"costs_of": "qwen2.5-0.5b", "tick_s": 5.0}
 LARGE_RUN: Final[Mapping[str, Any]] = {"server.heartbeat_interval_s": 60.0}
 COMPARISONS: Final[Mapping[str, Comparison]] = {
     "ladder": Comparison(arms=POLICIES, fleet={**LARGE, "alpha": 0.5}, run=LARGE_RUN),
+    "ladder_default": Comparison(  # ours as it comes, against the others with the deadlines that they come with
+        arms={**POLICIES, "fitted": Arm(run={"allocation.slim": True})},
+        fleet={**LARGE, "alpha": 0.5},
+        run=LARGE_RUN,
+        own_deadlines=True,
+    ),
     "slim": Comparison(
         arms={"slim": Arm(run={"allocation.slim": True}), "whole": Arm()},
         fleet={**LARGE, "alpha": 0.5},
@@ -219,7 +226,8 @@ def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> lis
     for seed in seeds:
         for arm_name, arm in comparison.arms.items():
             plain = fleet_of(comparison, arm if comparison.own_deadlines else first, seed)
-            short = replace(plain, run={**plain.run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
+            run = {key: value for key, value in plain.run.items() if key != "allocation.policy"}
+            short = replace(plain, run={**run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
             deadline_s = book.row(name, "deadline", short, workers=workers)["deadline_s"]
             fleet = fleet_of(comparison, arm, seed)
             fleet = replace(fleet, run={**fleet.run, "allocation.deadline_s": deadline_s})

@@ -12,16 +12,17 @@ from starter_runs import RESULTS
 
 MARK: Final = "benchmarks/fleet_document.py"
 SETS: Final = {
-    "ladder": "Who gets what: by hardware and need, or the same for all",
+    "ladder_default": "Who gets what: ours as it comes, each arm with the deadline that it computes itself",
+    "ladder": "The same with one deadline for all, and whole blocks only",
     "slim": "Slim blocks",
     "data_term": "The data term",
 }
 ARMS: Final = {
-    "fitted": "fitted (the default)",
+    "fitted": "fitted: by hardware and need (ours)",
     "uniform": "uniform: all blocks for everybody",
     "weakest": "weakest: everybody what the weakest can",
-    "slim": "slim blocks allowed",
-    "whole": "whole blocks only (the default)",
+    "slim": "slim blocks allowed (the default)",
+    "whole": "whole blocks only",
     "weighed": "rare topics weighed, gamma 0.5",
     "unweighed": "not weighed (the default)",
     "random": "random: any option that fits",
@@ -113,7 +114,7 @@ def parts_of(content: Mapping[str, Any]) -> list[str]:
 
 `python benchmarks/bench_ladder.py`, `bench_cost_model.py` and `bench_fleet.py`; every number in benchmarks/results/fleet.json. Twenty
 clients on the four tiers of the ladder (docs/simulate.md), 40 % of them in each round, non-IID rows (Dirichlet 0.5; 0.1 for the
-data term), the bundled model's frozen task; all arms of a seed have the same cohorts, deadline and straggler rule. Times are
+data term), the bundled model's frozen task; all arms of a seed have the same cohorts and straggler rule. Times are
 virtual: the learning curve is the small model's, seconds and bytes are those of Qwen2.5-0.5B on those devices. The target is a
 mean over three rounds of the pooled accuracy on held-out rows; not reaching it is said, never imputed."""
     ]
