@@ -56,7 +56,7 @@ def test_every_command_of_the_section_does_what_it_says(desk, consortium_at):
     assert c.wait("site") == 0, c.text("site")
 
     assert "finished" in run(line_with("fedblocks status"))
-    assert "trains block" in run(line_with("fedblocks plan"))
+    assert re.search(r"site-a trains .*block", run(line_with("fedblocks plan")))
     assert "bit for bit" in run(line_with("fedblocks export"))
     assert "KL to the base" in run(line_with("fedblocks evaluate"))
 
