@@ -19,7 +19,7 @@ ERRORS: Final = 1.64
 #: Scores this near to the best, in standard errors of the best, are equal: the smaller strength is taken, if its NLL
 #: per token, which tells more where few rows are right or wrong, is no more than this above the least (nats).
 TIE_ERRORS: Final = 0.2
-TIE_NLL: Final = 0.02
+TIE_NLL: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
