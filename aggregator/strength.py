@@ -16,10 +16,9 @@ from fedblocks.protocol.messages import Measurement
 GRID: Final = tuple(step / 10 for step in range(11))
 #: One-sided 95 %: a budget is kept if the estimate keeps it by so many standard errors.
 ERRORS: Final = 1.64
-#: Scores this near to the best, in standard errors of the best, are equal: the smaller strength is taken, if its NLL
-#: per token, which tells more where few rows are right or wrong, is no more than this above the least (nats).
+#: Scores this near to the best, in standard errors of the best, are equal: then the NLL per token decides, which tells
+#: more where few rows are right or wrong; of equal ones the smallest strength is taken.
 TIE_ERRORS: Final = 0.2
-TIE_NLL: Final = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,9 +90,8 @@ def choose_strength(measured: Iterable[Measurement], *, max_kl: float, min_reten
     best_score, best = max(scored, key=lambda pair: pair[0])
     enough = best_score - TIE_ERRORS * best.score_error
     equal = [point for score, point in scored if score >= enough]
-    least_nll = min((point.nll for point in equal if point.nll is not None), default=0.0)
-    near = [point for point in equal if point.nll is None or point.nll <= least_nll + TIE_NLL]
-    return StrengthChoice(strength=min(point.strength for point in near), points=points)
+    chosen = min(equal, key=lambda point: (0.0 if point.nll is None else point.nll, point.strength))
+    return StrengthChoice(strength=chosen.strength, points=points)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -99,7 +99,7 @@ def test_of_equal_scores_the_smallest_strength_is_taken() -> None:
 def test_where_as_many_rows_are_right_the_likelier_answers_win() -> None:
     weak, strong = {"accuracy": 0.9, "nll": 1.2}, {"accuracy": 0.9, "nll": 0.7}
     assert choose(s5=weak, s10=strong).strength == 1.0
-    assert choose(s5={**weak, "nll": 0.704}, s10=strong).strength == 0.5
+    assert choose(s5={**weak, "nll": 0.7}, s10=strong).strength == 0.5
     # Neither may a likelier answer make up for rows that are wrong.
     assert choose(s5={"accuracy": 0.95, "nll": 1.2}, s10=strong).strength == 0.5
 
