@@ -49,7 +49,7 @@ STARTER_OVERRIDES = (
     "delta.density=1.0",
     "delta.down_density=1.0",
     "forgetting.max_kl=0.02",
-    "allocation.deadline_s=8",
+    "allocation.deadline_s=12",
     "server.heartbeat_interval_s=1.0",
 )
 QUICK_OVERRIDES = ("run.max_rounds=3", "training.steps=8", "expansion.blocks=2", "allocation.deadline_s=4")
