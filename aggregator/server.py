@@ -175,7 +175,8 @@ class Aggregator:
         self._updates_to: dict[int, tuple[StateUpdate, bytes]] = {}
         self._told: dict[ClientKey, object] = {}
         """The gist of the last plan that the operator was told of each client."""
-        self._open_s = 0.0
+        self._opened: RoundsState | None = None
+        """The newest state in which a round was open: how long, until when, and whether it was extended."""
         self._actions: deque[rounds.Action] = deque()
         self._after_commit: list[Callable[[], object]] = []
         self._housekept_s = clock()
@@ -268,7 +269,6 @@ class Aggregator:
             self._tasks[a.client_key] = a.message
             if a.outcome == "open":
                 self._unanswered.add(a.client_key)
-        self._open_s = last.elapsed_s
         if last.kind == "final":
             self._use_final_state(last.version)
         else:
@@ -284,6 +284,7 @@ class Aggregator:
             deadline_s=last.deadline_s,
             extended=last.extended,
         )
+        self._opened = state
         if last.phase == "closing":
             self._actions.append(rounds.CloseRound(round=last.round))
             return replace(state, phase="closing")
@@ -567,7 +568,7 @@ class Aggregator:
     def _feed(self, event: rounds.Event) -> None:
         self._state, actions = rounds.handle(self._state, event, self._rules)
         if self._state.phase in ("open", "measuring"):
-            self._open_s = self._state.elapsed_s
+            self._opened = self._state
         self._actions.extend(actions)
 
     def _must_act(self) -> bool:
@@ -607,26 +608,27 @@ class Aggregator:
             return
         self._method = replace(self._method, deadline=planned.deadline)
         deadline_s = planned.plan.deadline.seconds
-        self._ledger.open_round(
-            round=start.round,
-            kind="train",
-            version=start.version,
-            deadline_s=deadline_s,
-            plan={
-                "deadline": to_plain(planned.plan.deadline),
-                "keep_deadline": planned.deadline is not None,
-                "choices": [explain.record(choice) for choice in planned.plan.choices],
-                "not_in_cohort": [client.name for client in clients if client.key not in planned.cohort],
-            },
-            tasks=planned.tasks.items(),
-            unix_s=self._books.now_unix_s,
-        )
-        for client in clients:
-            if client.key in planned.cohort:
-                self._books.save(replace(client, last_chosen_round=start.round))
+        with self._ledger.transaction():
+            self._ledger.open_round(
+                round=start.round,
+                kind="train",
+                version=start.version,
+                deadline_s=deadline_s,
+                plan={
+                    "deadline": to_plain(planned.plan.deadline),
+                    "keep_deadline": planned.deadline is not None,
+                    "choices": [explain.record(choice) for choice in planned.plan.choices],
+                    "not_in_cohort": [client.name for client in clients if client.key not in planned.cohort],
+                },
+                tasks=planned.tasks.items(),
+                unix_s=self._books.now_unix_s,
+            )
+            for client in clients:
+                if client.key in planned.cohort:
+                    self._books.save(replace(client, last_chosen_round=start.round))
         for choice in planned.plan.choices:
             said = explain.sentence(choice)
-            gist = (choice.role, choice.blocks, choice.steps, choice.micro_batch_size)
+            gist = (choice.role, choice.blocks, choice.width, choice.steps, choice.micro_batch_size)
             if self._told.get(choice.client) != gist:
                 self._told[choice.client] = gist
                 self._books.say(said)
@@ -691,8 +693,10 @@ class Aggregator:
     def _close_round(self) -> None:
         began_s = self._clock()
         number = self._state.round
+        opened = self._opened
+        assert opened is not None
         self._ledger.save_elapsed(
-            number, elapsed_s=self._open_s, deadline_s=self._state.deadline_s, extended=self._state.extended
+            number, elapsed_s=opened.elapsed_s, deadline_s=opened.deadline_s, extended=opened.extended
         )
         self._ledger.start_closing(number)
         record = self._ledger.get_round(number)
@@ -730,7 +734,7 @@ class Aggregator:
             clients=self._books.clients,
             bytes_by_key=self._books.take_round_bytes(),
             earlier_s=self._durations_s,
-            open_s=self._open_s,
+            open_s=opened.elapsed_s,
             fold_s=self._clock() - began_s,
         )
         with self._ledger.transaction():

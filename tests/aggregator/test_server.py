@@ -704,6 +704,29 @@ def test_the_final_measurement_covers_everything_and_is_kept(make_world: Callabl
     assert record["retention"] == pytest.approx(88 / 90)
 
 
+def test_the_books_keep_until_when_a_round_was_open_and_that_it_was_extended(make_world: Callable[..., Any]) -> None:
+    overrides = ("run.max_rounds=2", "allocation.deadline_s=60", "allocation.rejoin_grace_s=30", "allocation.quorum=1")
+    world = make_world("ann", "bob", overrides=overrides)
+    world.join()
+    world.round("ann")
+    world.step(61.0)
+    assert world.aggregator.state.extended
+    world.kill()
+    world.start()
+    world.join("ann")
+    world.step(31.0)
+    world.join()
+    world.round()
+    kept = [(m["deadline_s"], m["extended"]) for m in metrics(world)]
+    assert kept == [(90.0, True), (60.0, False)]
+    assert [(r.deadline_s, r.extended) for r in world.ledger.rounds()][:2] == kept
+    world.receive()
+    # Each strength has twice the time of the last round.
+    final_task = world.sites["ann"].tasks[-1]
+    assert isinstance(final_task, Evaluate)
+    assert final_task.deadline_s == 11 * 2 * 60.0
+
+
 def test_a_run_over_its_budget_is_exported_at_the_strength_that_keeps_it(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "bob", overrides=("run.max_rounds=2", "forgetting.max_kl=0.01"))
     for site in world.sites.values():
