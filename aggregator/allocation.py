@@ -23,9 +23,10 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations, zip_longest
+from itertools import combinations
 from typing import Final, Literal, TypeVar
 
+from fedblocks.aggregator.coverage import Coverage, Segments
 from fedblocks.profiles.cost import (
     AS_PROFILED,
     MEMORY_SAFETY,
@@ -57,8 +58,6 @@ Binding = Literal["deadline", "memory", "none"]
 TIME_SAFETY: Final = 1.15
 #: Steps below which halving is given up (methods.md 6.4).
 MIN_STEPS: Final = 4
-#: Per round, what was covered counts this much less (methods.md 6.3).
-COVERAGE_DECAY: Final = 0.95
 #: Weight of the newest value in a running mean (methods.md 6.1, 6.3).
 EMA: Final = 0.3
 #: The deadline is this times the quantile of the clients' times for the top block (methods.md 6.5).
@@ -69,8 +68,6 @@ DEADLINE_EVERY_ROUNDS: Final = 5
 DEADLINE_MAX_CHANGE: Final = 0.2
 #: A device whose speed was last measured longer ago is given nothing to train (methods.md 6.7).
 MAX_SPEED_AGE_S: Final = 7 * 86400.0
-#: Coverage of a block that nobody has trained.
-UNSEEN: Final = (0.0,) * len(WIDTHS)
 #: Mode searches that are kept during a plan: devices with the same rates and the same work share one.
 KEPT_SEARCHES: Final = 256
 
@@ -146,75 +143,6 @@ class AllocationClient:
     """The site measures the general validation file."""
     speed_age_s: float = 0.0
     """Seconds since its device was last measured, by the probe or by a task."""
-
-
-Segments = tuple[float, ...]
-"""A number for each segment of a block, the narrowest width's first (``model_shape.WIDTHS``): what a width trains
-beyond the next narrower one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Coverage:
-    """How much each part of each block has been trained so far, and on what; older rounds count less."""
-
-    seen: Mapping[int, Segments]
-    """Block id -> sum of accepted n_k, of each segment."""
-    topics: Mapping[int, tuple[float, ...]] = field(default_factory=dict[int, tuple[float, ...]])
-    """Block id -> sum of the accepted clients' topic histograms; absent where nobody shared one."""
-
-    @classmethod
-    def of(cls, blocks: Iterable[int]) -> Coverage:
-        """Nothing covered yet."""
-        return cls(seen=dict.fromkeys(blocks, UNSEEN))
-
-    def debts(self, block: int) -> Segments:
-        """``1 - seen / largest seen`` of each segment, 1 where nothing has been covered at all: in [0, 1]."""
-        most = max((max(segments) for segments in self.seen.values()), default=0.0)
-        if most <= 0:
-            return (1.0,) * len(WIDTHS)
-        return tuple(1.0 - weight / most for weight in self.seen.get(block, UNSEEN))
-
-    def rarity(self, block: int, topics: tuple[int, ...]) -> float:
-        """How unlike what the block has seen these topics are, in [0, 1]; 0 where either is unknown."""
-        return topic_divergence(topics, self.topics.get(block, ()))
-
-    def adding(
-        self, blocks: Iterable[int], num_examples: int, topics: tuple[int, ...] = (), width: float = 1.0
-    ) -> Coverage:
-        """With one more client's examples, and the topics among them, on these blocks up to this width."""
-        seen, seen_topics = dict(self.seen), dict(self.topics)
-        trained = tuple(num_examples if segment <= width else 0.0 for segment in WIDTHS)
-        for block in blocks:
-            seen[block] = _sum_of(seen.get(block, UNSEEN), trained)
-            if topics:
-                seen_topics[block] = _sum_of(seen_topics.get(block, ()), topics)
-        return Coverage(seen=seen, topics=seen_topics)
-
-    def after_round(self, accepted: Iterable[Trained]) -> Coverage:
-        """After a closed round: what there was decays, what was accepted is added, in any order."""
-        total = Coverage(seen={})
-        for update in accepted:
-            total = total.adding(update.blocks, update.num_examples, update.topics, update.width)
-        return Coverage(
-            seen={
-                block: _sum_of(_decayed(self.seen.get(block, UNSEEN)), total.seen.get(block, UNSEEN))
-                for block in sorted({*self.seen, *total.seen})
-            },
-            topics={
-                block: _sum_of(_decayed(self.topics.get(block, ())), total.topics.get(block, ()))
-                for block in sorted({*self.topics, *total.topics})
-            },
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """What an accepted update adds to the coverage."""
-
-    blocks: tuple[int, ...]
-    num_examples: int
-    topics: tuple[int, ...] = ()
-    width: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -427,30 +355,6 @@ def profiled_seconds(
     )
 
 
-def topic_divergence(first: Sequence[float], second: Sequence[float]) -> float:
-    """Jensen-Shannon divergence of two histograms, base 2: 0 for equal shares, 1 for none in common (methods.md 6.3).
-
-    Bins that only the longer one has are empty in the other; a histogram without a count is unlike nothing: 0.
-    """
-    total_first, total_second = math.fsum(first), math.fsum(second)
-    if not (total_first > 0 and total_second > 0):
-        return 0.0
-    terms: list[float] = []
-    for a, b in zip_longest(first, second, fillvalue=0.0):
-        p, q = a / total_first, b / total_second
-        middle = (p + q) / 2
-        terms += [0.5 * share * math.log2(share / middle) for share in (p, q) if share > 0]
-    return min(1.0, max(0.0, math.fsum(terms)))
-
-
-def _decayed(numbers: Sequence[float]) -> tuple[float, ...]:
-    return tuple(COVERAGE_DECAY * number for number in numbers)
-
-
-def _sum_of(first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
-    return tuple(a + b for a, b in zip_longest(first, second, fillvalue=0.0))
-
-
 def objective(
     blocks_of: Mapping[ClientKey, Iterable[int]],
     clients: Sequence[AllocationClient],
@@ -570,7 +474,7 @@ def relative_gains(clients: Sequence[AllocationClient], blocks: Sequence[int]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What the comparison policies hand out."""
+    """A piece of work, whoever does it."""
 
     blocks: tuple[int, ...]
     width: float = 1.0
@@ -780,21 +684,22 @@ class _Problem:
         candidate = _Candidate(self, client, part.steps, asked)
         if not candidate.fits(part.blocks, part.width):
             return self._not_training(client, limits, (candidate.refusal(part.blocks, part.width),))
-        option = self._option(part.blocks, part.width, part.steps, worth)
+        of_block = {block: worth.of_block(block, part.width) for block in part.blocks}
+        option = self._option(part, of_block)
         return replace(self._training(candidate, option, [option], worth, ()), limits=limits)
 
     def _drawn(self, client: AllocationClient, fitting: Sequence[_Option]) -> _Option:
         digest = hashlib.sha256(f"{self.settings.seed}/{self.round}/{client.key}".encode()).digest()
         return fitting[int.from_bytes(digest[:8], "big") % len(fitting)]
 
-    def _option(self, blocks: tuple[int, ...], width: float, steps: int, worth: _Worth) -> _Option:
+    def _option(self, part: _Part, of_block: Mapping[int, float]) -> _Option:
         return _Option(
-            blocks=blocks,
-            width=width,
-            steps=steps,
-            value=math.fsum(worth.of_block(block, width) for block in blocks),
-            upload_bytes=self.upload_bytes(len(blocks), width),
-            low=min(self.layout.positions[block] for block in blocks),
+            blocks=part.blocks,
+            width=part.width,
+            steps=part.steps,
+            value=math.fsum(of_block[block] for block in part.blocks),
+            upload_bytes=self.upload_bytes(len(part.blocks), part.width),
+            low=min(self.layout.positions[block] for block in part.blocks),
         )
 
     def _fitting(self, candidate: _Candidate, worth: _Worth, refused: list[Refused]) -> list[_Option]:
@@ -817,17 +722,8 @@ class _Problem:
                     refused.append(candidate.refusal(branch[fitting], width))
                 if fitting == 0 and len(branch[0]) == 1:
                     break
-                found += [
-                    _Option(
-                        blocks=blocks,
-                        width=width,
-                        steps=candidate.steps,
-                        value=math.fsum(of_block[block] for block in blocks),
-                        upload_bytes=self.upload_bytes(len(blocks), width),
-                        low=min(self.layout.positions[block] for block in blocks),
-                    )
-                    for blocks in branch[:fitting]
-                ]
+                parts = (_Part(blocks=blocks, width=width, steps=candidate.steps) for blocks in branch[:fitting])
+                found += [self._option(part, of_block) for part in parts]
             best = max((option.value for option in found), default=0.0)
         return found
 

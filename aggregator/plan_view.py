@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedblocks.aggregator import explain
-from fedblocks.aggregator.allocation import AllocationClient, Coverage, plan_round
+from fedblocks.aggregator.allocation import AllocationClient, plan_round
+from fedblocks.aggregator.coverage import Coverage
 from fedblocks.aggregator.ledger import is_made, open_read_only
 from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.run_folder import read_run_folder

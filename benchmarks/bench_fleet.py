@@ -44,13 +44,13 @@ from fedblocks.aggregator.allocation import (
     AllocationClient,
     AllocationSettings,
     Choice,
-    Coverage,
     RoundPlan,
     feasible_sets,
     objective,
     plan_round,
     relative_gains,
 )
+from fedblocks.aggregator.coverage import Coverage
 from fedblocks.profiles.catalog_files import QWEN2_5_0_5B, load, names
 from fedblocks.profiles.cost import (
     StackLayout,

@@ -1294,8 +1294,6 @@ class ModeSearch:
             return None
         if first_s <= min(max_seconds, (1 + SAME_TIME) * fastest_s) and self._peak(of, self._modes[0]) <= budget_bytes:
             return self._modes[0]
-        if self._fits_nowhere(of, budget_bytes):
-            return None
         too_much: dict[tuple[int, bool], list[_Demand]] = {}
         fastest = chosen = None  # (seconds, place among equals, mode)
         enough_s = max_seconds
@@ -1341,14 +1339,6 @@ class ModeSearch:
                 some_fit = True
         best = self.best(blocks, width=width, budget_bytes=budget_bytes, max_seconds=max_seconds) if some_fit else None
         return best is not None
-
-    def _fits_nowhere(self, of: _Set, budget_bytes: float) -> bool:
-        """Not even a mode that takes the least memory is within the budget."""
-        found = self._least.get(of)
-        if found is not None:
-            return found[1] > budget_bytes
-        # Usually the one that recomputes and takes one sequence at a time is the one.
-        return not any(self._peak(of, mode) <= budget_bytes for mode in reversed(self._sparing.values()))
 
     def _is_too_much(
         self,

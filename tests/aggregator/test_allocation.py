@@ -17,17 +17,15 @@ from fedblocks.aggregator.allocation import (
     MIN_STEPS,
     AllocationClient,
     AllocationSettings,
-    Coverage,
     Deadline,
-    Trained,
     feasible_sets,
     next_deadline,
     plan_round,
     quantile,
     relative_gains,
     running_mean,
-    topic_divergence,
 )
+from fedblocks.aggregator.coverage import Coverage, Trained, topic_divergence
 from fedblocks.aggregator.explain import record, sentence
 from fedblocks.profiles.catalog_files import load, scale_factor, scaled
 from fedblocks.profiles.cost import (

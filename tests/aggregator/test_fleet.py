@@ -17,7 +17,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import bench_fleet
 
-from fedblocks.aggregator.allocation import Coverage, feasible_sets, objective, plan_round
+from fedblocks.aggregator.allocation import feasible_sets, objective, plan_round
+from fedblocks.aggregator.coverage import Coverage
 from fedblocks.profiles.catalog_files import QWEN2_5_0_5B, load, names
 from fedblocks.profiles.cost import StackLayout
 
