@@ -49,6 +49,7 @@ from typing import Any, Final
 from random_models import MODELS, RandomModel, write_random_model
 from rivals import Assigned, Data, false_hash, layout_of, quantised
 from starter_runs import RESULTS, machine, write_results
+from timed_assignment import assignment
 
 from fedblocks.edge_client.checkpoint import Checkpoint
 from fedblocks.profiles.calibration import EMA, Calibration, observe, with_prefix
@@ -209,7 +210,14 @@ def measured_steps(work: Path) -> Iterator[dict[str, Any]]:
                 ends: list[float] = []
                 result = train(
                     model=model,
-                    task=_assignment(item, item.assigned.trained(plan)),
+                    task=assignment(
+                        item.assigned.trained(plan),
+                        mode=item.mode,
+                        steps=STEPS,
+                        batch_size=item.batch_size,
+                        anchor_batch_size=item.anchor_batch_size,
+                        learning_rate=1e-5,
+                    ),
                     mode=item.mode,
                     data=samples,
                     teacher=teacher,
@@ -232,42 +240,6 @@ def measured_steps(work: Path) -> Iterator[dict[str, Any]]:
                     "train_s": result.train_s,
                     "prefix_s": result.prefix_s,
                 }
-
-
-def _assignment(item: Configuration, blocks: tuple[int, ...]) -> Any:
-    from fedblocks.protocol.messages import Assignment, AttemptId, StateUpdate
-
-    return Assignment(
-        attempt_id=AttemptId("bench"),
-        round=1,
-        state=StateUpdate(encoding="none", from_version=0, to_version=0, state_sha256=""),
-        payload_bytes=0,
-        payload_sha256="",
-        blocks=blocks,
-        steps=STEPS,
-        batch_size=item.batch_size,
-        anchor_batch_size=item.anchor_batch_size,
-        anchor_every=1,
-        anchor_weight=1.0 if item.anchor_batch_size else 0.0,
-        learning_rate=1e-5,
-        warmup_steps=1,
-        weight_decay=0.01,
-        clip_norm=1.0,
-        adam_beta1=0.9,
-        adam_beta2=0.99,
-        adam_eps=1e-8,
-        optimizer_mode=item.mode.optimizer,
-        micro_batch_size=item.mode.micro_batch_size,
-        checkpoint_activations=item.mode.checkpoint,
-        delta_format="int8",
-        delta_density=0.25,
-        seed=0,
-        deadline_s=1e6,
-        memory_budget_bytes=0,
-        predicted_peak_bytes=0,
-        predicted_seconds=0.0,
-        measure=(),
-    )
 
 
 def worker(work: Path) -> None:

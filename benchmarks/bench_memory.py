@@ -38,6 +38,7 @@ from bench_runtime import merge_results
 from random_models import MODELS, RandomModel, write_random_model
 from rivals import DTYPES, Assigned, Data, false_hash, layout_of, quantised
 from starter_runs import RESULTS, machine, write_results
+from timed_assignment import assignment
 
 from fedblocks.edge_client.checkpoint import Checkpoint
 from fedblocks.profiles.cost import ExecutionMode, MemoryBreakdown, Workload, peak_memory
@@ -202,7 +203,14 @@ def carry_out(point: Point, folder: Path, work: Path) -> dict[str, Any]:
     generator = np.random.default_rng(7)
     texts = generator.integers(3, data.vocab, (8 + STEPS * point.anchor_batch_size, point.anchor_tokens))
     anchors = AnchorSet(sequences=tuple(texts.astype(np.int32)), seed=0)
-    task = _assignment(point, point.assigned.trained(plan))
+    task = assignment(
+        point.assigned.trained(plan),
+        mode=point.mode,
+        steps=STEPS,
+        batch_size=point.batch_size,
+        anchor_batch_size=point.anchor_batch_size,
+        learning_rate=1e-4,
+    )
     give_back_freed_memory()
     zero = anonymous_bytes()
     highest: list[tuple[str, int]] = []
@@ -262,42 +270,6 @@ def carry_out(point: Point, folder: Path, work: Path) -> dict[str, Any]:
 
 def _plain(found: MemoryBreakdown) -> dict[str, Any]:
     return dataclasses.asdict(found)
-
-
-def _assignment(point: Point, blocks: tuple[int, ...]) -> Any:
-    from fedblocks.protocol.messages import Assignment, AttemptId, StateUpdate
-
-    return Assignment(
-        attempt_id=AttemptId("bench"),
-        round=1,
-        state=StateUpdate(encoding="none", from_version=0, to_version=0, state_sha256=""),
-        payload_bytes=0,
-        payload_sha256="",
-        blocks=blocks,
-        steps=STEPS,
-        batch_size=point.batch_size,
-        anchor_batch_size=point.anchor_batch_size,
-        anchor_every=1,
-        anchor_weight=1.0 if point.anchor_batch_size else 0.0,
-        learning_rate=1e-4,
-        warmup_steps=1,
-        weight_decay=0.01,
-        clip_norm=1.0,
-        adam_beta1=0.9,
-        adam_beta2=0.99,
-        adam_eps=1e-8,
-        optimizer_mode=point.mode.optimizer,
-        micro_batch_size=point.mode.micro_batch_size,
-        checkpoint_activations=point.mode.checkpoint,
-        delta_format="int8",
-        delta_density=0.25,
-        seed=0,
-        deadline_s=1e6,
-        memory_budget_bytes=0,
-        predicted_peak_bytes=0,
-        predicted_seconds=0.0,
-        measure=(),
-    )
 
 
 def worker(index: int, folder: Path, work: Path, threads: int) -> None:
