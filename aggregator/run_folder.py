@@ -39,10 +39,11 @@ from fedblocks.protocol.durable import sync_folder, write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId, ResourceInfo
-from fedblocks.protocol.run_config import RunConfig
+from fedblocks.protocol.run_config import ConfigError, RunConfig
 from fedblocks.protocol.tensors import FloatArray, State, flatten, unflatten
 
 KEPT_STATES: Final = 2
+GENERAL_FILE: Final = "general.jsonl"
 #: The anchor set of methods.md 5.2, for a run.json that does not say.
 DEFAULT_ANCHOR: Final = {"anchor_sequences": 512, "anchor_tokens": 256}
 _ATTEMPT: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -223,9 +224,15 @@ def open_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
 
     Raises:
         RunFolderError: a file of ``fedblocks init`` is missing or does not match its hash.
-        ConfigError: ``run.toml`` or an override cannot be used.
+        ConfigError: ``run.toml`` or an override cannot be used, or asks for what the run's files cannot show.
     """
     folder = read_run_folder(path, overrides)
+    if folder.config.forgetting.min_retention > 0 and folder.resource(GENERAL_FILE) is None:
+        raise ConfigError(
+            f"{path}: forgetting.min_retention is {folder.config.forgetting.min_retention:g}, but the run has no "
+            f"{GENERAL_FILE} to measure it on, so nothing but the base could be exported; make the run with "
+            "fedblocks init --general FILE, or set it to 0"
+        )
     for info in folder.info.resources:
         resource = folder.resource_path(info)
         if not resource.is_file():

@@ -84,6 +84,13 @@ def test_overrides_take_part_in_the_effective_configuration(make_world: Callable
         open_run_folder(world.path, ("run.max_round=7",))
 
 
+def test_a_floor_of_retention_needs_the_file_that_it_is_measured_on(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann")
+    with pytest.raises(ConfigError, match=r"min_retention is 0\.97, but the run has no general\.jsonl .* --general"):
+        open_run_folder(world.path, ("forgetting.min_retention=0.97",))
+    assert read_run_folder(world.path, ("forgetting.min_retention=0.97",)).config.forgetting.min_retention == 0.97
+
+
 def test_only_one_process_serves_a_folder(make_world: Callable[..., Any]) -> None:
     folder = make_world("ann").folder
     held = folder.lock()
