@@ -11,11 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from fedblocks.protocol.messages import Measurement
+from fedblocks.protocol.messages import BUDGET_ERRORS, Measurement
 
-GRID: Final = tuple(step / 10 for step in range(11))
-#: One-sided 95 %: a budget is kept if the estimate keeps it by so many standard errors.
-ERRORS: Final = 1.64
 #: Scores this near to the best, in standard errors of the best, are equal: then the NLL per token decides, which tells
 #: more where few rows are right or wrong; of equal ones the smallest strength is taken.
 TIE_ERRORS: Final = 0.2
@@ -177,8 +174,8 @@ def _refused(kl: float | None, error: float | None, max_kl: float) -> str:
         return ""
     if kl is None or error is None:
         return "nobody measured its KL to the base"
-    if not kl + ERRORS * error <= max_kl:
-        return f"KL {kl:.4f} + {ERRORS:g} x {error:.4f} is above the budget of {max_kl:g}"
+    if not kl + BUDGET_ERRORS * error <= max_kl:
+        return f"KL {kl:.4f} + {BUDGET_ERRORS:g} x {error:.4f} is above the budget of {max_kl:g}"
     return ""
 
 
@@ -187,6 +184,6 @@ def _too_little(kept: float | None, error: float, least: float) -> str:
         return ""
     if kept is None:
         return "nobody measured the general validation file"
-    if not kept - ERRORS * error >= least:
-        return f"retention {kept:.4f} - {ERRORS:g} x {error:.4f} is below the floor of {least:g}"
+    if not kept - BUDGET_ERRORS * error >= least:
+        return f"retention {kept:.4f} - {BUDGET_ERRORS:g} x {error:.4f} is below the floor of {least:g}"
     return ""

@@ -25,20 +25,16 @@ from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import TextEncoder, tokenise_file
 from fedblocks.edge_client.evaluate import ExampleSums, evaluate_examples, kl_full
 from fedblocks.edge_client.expanded_model import ExpandedModel
-from fedblocks.edge_client.export import export_hf, load_final, load_final_record
+from fedblocks.edge_client.export import export_hf, load_final, strength_of
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.protocol import run_config
 from fedblocks.protocol.expansion import ExpansionPlan
-from fedblocks.protocol.messages import DataFormat
+from fedblocks.protocol.messages import BUDGET_ERRORS, STRENGTHS, DataFormat
 
 #: Texts that the base writes for the final KL: another seed than any anchor set, so no client ever trained on them.
 KL_SEED = 90_001
 KL_SEQUENCES = 64
 KL_TOKENS = 256
-#: Strengths tried, highest first, when the KL at full strength is above the budget (methods.md 9).
-STRENGTHS = tuple(i / 10 for i in range(10, -1, -1))
-#: One-sided 95 % margin in standard errors.
-MARGIN_SE = 1.64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,12 +146,13 @@ def evaluate_target(
     base: Path,
     downstream: Path | None,
     general: Path | None,
-    strength: float,
+    strength: float | None = None,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Measure a model folder, or a run folder's published state on the 4-bit stack, beside the base.
 
     Args:
+        strength: of a run's blocks; default: the one that the run chose within its forgetting budget.
         overrides: ``data.key=value``: how rows become tokens, where it is not that of the run folder or the default.
 
     Raises:
@@ -167,11 +164,13 @@ def evaluate_target(
     encoder = TextEncoder(checkpoint.folder, data_format(target if is_run else None, overrides))
     judge = Judge(base=checkpoint, encoder=encoder, downstream=downstream, general=general)
     base_figures = judge.base_figures()
+    wanted: float | None = None
     if is_run:
         plan, state = load_final(target)
+        wanted = strength_of(target, strength)
         with tempfile.TemporaryDirectory(prefix="fedblocks-") as folder:
             model = four_bit_model(checkpoint, plan, state, Path(folder))
-            model.set_strength(strength)
+            model.set_strength(wanted)
             figures = judge.figures(model, reference=model, reference_is_base_of_model=True)
     else:
         grown = Checkpoint.open(target)
@@ -180,7 +179,7 @@ def evaluate_target(
     return {
         "target": str(target),
         "stack": "4-bit" if is_run else "as stored",
-        "strength": strength if is_run else None,
+        "strength": wanted,
         "base": asdict(base_figures),
         "model": asdict(figures),
     }
@@ -222,8 +221,8 @@ def prove_run(run: Path, *, model: Path, out: Path, downstream: Path, general: P
     dense = ExpandedModel(backbone=DenseBackbone(checkpoint), checkpoint=checkpoint, plan=plan, state=state)
     with tempfile.TemporaryDirectory(prefix="fedblocks-") as folder:
         four_bit = four_bit_model(checkpoint, plan, state, Path(folder))
-        chosen = float(load_final_record(run).get("strength", 1.0))
-        strength, four_bit_kl = _strength_within_budget(judge, dense, four_bit, config.forgetting.max_kl, chosen)
+        highest = strength_of(run)
+        strength, four_bit_kl = _strength_within_budget(judge, dense, four_bit, config.forgetting.max_kl, highest)
         four_bit.set_strength(strength)
         four_bit_figures = judge.figures(four_bit, reference=four_bit, reference_is_base_of_model=True, kl=four_bit_kl)
         four_bit_logits = _first_logits(four_bit, judge.texts)
@@ -262,14 +261,14 @@ def _strength_within_budget(
     judge: Judge, dense: ExpandedModel, four_bit: ExpandedModel, max_kl: float, highest: float
 ) -> tuple[float, tuple[float, float, float]]:
     """The highest strength, up to ``highest``, at which both stacks hold the budget, and the KL of the 4-bit one."""
-    for strength in (highest, *(s for s in STRENGTHS if s < highest)):
+    for strength in (highest, *(s for s in reversed(STRENGTHS) if s < highest)):
         four_bit.set_strength(strength)
         on_four_bit = judge.kl(four_bit, four_bit, base_of_model=True)
-        if on_four_bit[0] + MARGIN_SE * on_four_bit[1] > max_kl:
+        if on_four_bit[0] + BUDGET_ERRORS * on_four_bit[1] > max_kl:
             continue
         dense.set_strength(strength)
         kl, se, _ = judge.kl(dense, dense, base_of_model=True)
-        if kl + MARGIN_SE * se <= max_kl:
+        if kl + BUDGET_ERRORS * se <= max_kl:
             return strength, on_four_bit
     raise AssertionError("strength 0 is the base: its KL is 0")
 

@@ -279,7 +279,7 @@ def export_run(run: Path, *, model: str | Path, out: Path, strength: float | Non
     trained = trained_part(plan, state)
     state = {block: state[block] for block in trained.block_ids if block in state}
     final = load_final_record(run)
-    strength = float(final.get("strength", 1.0)) if strength is None else strength
+    strength = strength_of(run, strength)
     summary = export_hf(
         checkpoint=Checkpoint.open(model),
         plan=trained,
@@ -295,6 +295,11 @@ def load_final_record(run: Path) -> dict[str, Any]:
     """The run's final.json; empty if there is none."""
     path = run / "state" / "final.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def strength_of(run: Path, strength: float | None = None) -> float:
+    """The strength that is wanted of a run: as given, else the one that it chose within its forgetting budget."""
+    return float(load_final_record(run).get("strength", 1.0)) if strength is None else strength
 
 
 def measured_at(final: Mapping[str, Any], strength: float) -> dict[str, float | str]:

@@ -25,7 +25,7 @@ from fedblocks.edge_client.data import DataError, TextEncoder
 from fedblocks.edge_client.evaluate import KlSums, kl_full
 from fedblocks.edge_client.evaluation import KL_SEED, KL_TOKENS, data_format, four_bit_model
 from fedblocks.edge_client.expanded_model import ExpandedModel
-from fedblocks.edge_client.export import load_final
+from fedblocks.edge_client.export import load_final, strength_of
 from fedblocks.edge_client.multiple_choice import (
     ItemScore,
     Task,
@@ -102,7 +102,7 @@ def evaluate_suite(
     *,
     base: Path,
     suite: Path,
-    strength: float = 1.0,
+    strength: float | None = None,
     overrides: tuple[str, ...] = (),
     options: SuiteOptions | None = None,
 ) -> dict[str, Any]:
@@ -110,6 +110,7 @@ def evaluate_suite(
 
     Args:
         targets: one, or several seeds of the same experiment.
+        strength: of a run's blocks; default: for each run the one that it chose within its forgetting budget.
         overrides: ``data.key=value``, as ``data.join``.
 
     Raises:
@@ -130,14 +131,15 @@ def evaluate_suite(
     before: SuiteScores | None = None
     after: list[SuiteScores] = []
     distances: list[list[KlSums]] = []
-    for target in targets:
-        with _opened(target, checkpoint, strength) as (model, reference):
+    strengths = [strength_of(target, strength) for target in targets] if is_run else [1.0] * len(targets)
+    for target, own_strength in zip(targets, strengths, strict=True):
+        with _opened(target, checkpoint, own_strength) as (model, reference):
             if before is None:
                 if is_run:
                     model.set_strength(0.0)
                 before = score_suite(reference, tasks, encoder, window=window, packed=chosen.packed)
                 if is_run:
-                    model.set_strength(strength)
+                    model.set_strength(own_strength)
             after.append(score_suite(model, tasks, encoder, window=window, packed=chosen.packed))
             distances.append([kl_full(reference, model, [text], p_is_base=is_run) for text in written])
     assert before is not None
@@ -147,7 +149,7 @@ def evaluate_suite(
         "targets": [str(target) for target in targets],
         "base": str(base),
         "stack": "4-bit" if is_run else "as stored",
-        "strength": strength if is_run else None,
+        "strengths": strengths if is_run else None,
         **asdict(chosen),
         "window": window,
         **result,

@@ -61,7 +61,7 @@ def evaluate(
     suite: Path | str | None = None,
     downstream: Path | str | None = None,
     general: Path | str | None = None,
-    strength: float = 1.0,
+    strength: float | None = None,
     overrides: Sequence[str] = (),
     limit: int | None = None,
     packed: bool = False,
@@ -77,7 +77,7 @@ def evaluate(
         suite: folder whose ``*.jsonl`` are tasks (docs/evaluation.md).
         downstream: JSONL of the task that was learnt.
         general: JSONL of general ability.
-        strength: for a run folder, of the expanded blocks.
+        strength: for a run folder, of the expanded blocks; default: the one that the run chose within its budget.
         overrides: ``data.key=value``.
         limit: of the suite: first rows of each task only.
         packed: of the suite: plain texts as one text, in full windows.

@@ -478,7 +478,10 @@ def evaluate(
     items_file: Annotated[
         Path | None, typer.Option("--items", metavar="FILE", help="with --suite: write a JSON line for each item here")
     ] = None,
-    strength: Annotated[float, typer.Option(help="for a run folder: strength of the expanded blocks")] = 1.0,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="for a run folder: strength of the expanded blocks; default: the one that an export takes"),
+    ] = None,
     overrides: SetOption = None,
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="also write the result here")] = None,
 ) -> None:

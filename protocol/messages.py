@@ -35,8 +35,11 @@ FailureReason = Literal[
 ]
 #: Bins of a topic histogram.
 MAX_TOPICS: Final = 64
-#: Strengths of one evaluation: 0, 0.1, ..., 1.
-MAX_STRENGTHS: Final = 11
+#: Strengths at which a finished run is measured (methods.md 9), and the most of one evaluation.
+STRENGTHS: Final = tuple(step / 10 for step in range(11))
+MAX_STRENGTHS: Final = len(STRENGTHS)
+#: One-sided 95 %: a forgetting budget is kept if the estimate keeps it by so many standard errors (methods.md 9).
+BUDGET_ERRORS: Final = 1.64
 StateEncoding = Literal["none", "replay", "difference", "snapshot"]
 
 

@@ -24,23 +24,22 @@ from fedblocks.aggregator.allocation import (
     AllocationClient,
     AllocationSettings,
     Choice,
-    Coverage,
     Deadline,
     ProfiledSeconds,
     RoundPlan,
-    Trained,
     plan_round,
     profiled_seconds,
 )
 from fedblocks.aggregator.cohort import choose_cohort
+from fedblocks.aggregator.coverage import Coverage, Trained
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.server_optimizer import ServerRule, server_step
-from fedblocks.aggregator.strength import GRID
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS, ModelShape
 from fedblocks.protocol import state as states
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
+    STRENGTHS,
     Assignment,
     AttemptId,
     ClientKey,
@@ -403,7 +402,7 @@ def evaluation(
 def final_strengths(config: RunConfig) -> tuple[float, ...]:
     """At which strengths the final state is measured: all of the grid where there is a budget to keep."""
     limited = not math.isinf(config.forgetting.max_kl) or config.forgetting.min_retention > 0
-    return GRID if limited else (1.0,)
+    return STRENGTHS if limited else (1.0,)
 
 
 def attempt_id(run_id: str, round: int, key: ClientKey, issue: int) -> AttemptId:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fedblocks.aggregator.strength import GRID, StrengthChoice, choose_strength
+from fedblocks.aggregator.strength import StrengthChoice, choose_strength
 from fedblocks.protocol.messages import Measurement
 
 TOKENS = 100
@@ -130,5 +130,3 @@ def test_without_a_budget_only_the_score_decides() -> None:
 
 def test_where_one_strength_was_measured_there_is_nothing_to_choose() -> None:
     assert choose_strength(measured(strength=1.0), max_kl=0.1, min_retention=0.0) is None
-    assert len(GRID) == 11
-    assert (GRID[0], GRID[-1]) == (0.0, 1.0)

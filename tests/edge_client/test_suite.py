@@ -94,7 +94,7 @@ def test_a_run_is_measured_on_its_four_bit_stack_against_that_stack_at_strength_
     (run / "state").mkdir(exist_ok=True)
     save_file(flatten(state), run / "state" / "final.safetensors")
     moved = evaluate_suite([run], base=base, suite=suite, options=OPTIONS)
-    assert (moved["stack"], moved["strength"]) == ("4-bit", 1.0)
+    assert (moved["stack"], moved["strengths"]) == ("4-bit", [1.0])
     assert moved["kl_nats_per_token"]["value"] > 0.001
     assert moved["texts"][0]["perplexity_retention"]["value"] != 1.0
     still = evaluate_suite([run], base=base, suite=suite, strength=0.0, options=OPTIONS)
