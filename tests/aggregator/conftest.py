@@ -365,6 +365,7 @@ class World:
         self.path = path if (path / "run.json").exists() else write_run_folder(path, *overrides)
         self.plan = tiny_plan()
         self.now_s = 1000.0
+        self.wall_s = 5e8
         self.gather_s = gather_s
         self.lines: list[str] = []
         self.sites = {name: Site(name=name, world=self) for name in names}
@@ -381,7 +382,7 @@ class World:
             self.endpoint,
             roster=[(site.key, site.name) for site in self.sites.values()],
             clock=lambda: self.now_s,
-            wall_clock=lambda: 5e8,
+            wall_clock=lambda: self.wall_s,
             on_event=self.lines.append,
             gather_s=self.gather_s,
         )
@@ -445,4 +446,14 @@ def undisturbed_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
     world = World(tmp_path_factory.mktemp("undisturbed") / "run", "ann", "bob", overrides=("run.max_rounds=3",))
     world.join()
     world.finish()
+    return world.aggregator.published_sha256
+
+
+@pytest.fixture(scope="session")
+def without_eve_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """State after the first round of ann and bob, in which eve had a task and sent nothing."""
+    world = World(tmp_path_factory.mktemp("without-eve") / "run", "ann", "bob", "eve")
+    world.join()
+    world.sites["eve"].fail("internal")
+    world.round("ann", "bob")
     return world.aggregator.published_sha256

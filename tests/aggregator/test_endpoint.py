@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
+import socket
 import time
 import zlib
 from collections import Counter
@@ -621,3 +622,63 @@ def test_one_upload_does_not_grow_the_memory_with_its_size(house, tmp_path):
     house.endpoint.accept_upload(announced.upload_id, tmp_path / "u.part")
     carry_on(house, peer, finished, timeout_s=60)
     assert peak - before < 40_000_000
+
+
+def test_f7_a_thousand_silent_and_trickling_sockets_cost_little_and_their_descriptors_come_back(tmp_path):
+    process = psutil.Process()
+    greeting = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(54, b"\x00")  # of ZMTP 3.1, as a real peer begins
+    with contextlib.closing(House(tmp_path, expected_clients=1200)) as house:
+        peer = house.peer("one")
+        peer.say(HEARTBEAT)
+        house.wait_for(MessageReceived)
+        host, port = house.endpoint.address.removeprefix("tcp://").split(":")
+        before = process.memory_info().rss, process.num_fds()
+        strangers = [socket.create_connection((host, int(port))) for _ in range(1000)]
+        try:
+            assert house.pump(lambda: process.num_fds() - before[1] >= 2000, 10.0), "not all of them are connected"
+            for count in range(40):
+                if count < len(greeting):
+                    for stranger in strangers[:50]:
+                        stranger.send(greeting[count : count + 1])
+                peer.say(HEARTBEAT)
+                house.wait_for(MessageReceived, count=count + 2)
+            grown_bytes = process.memory_info().rss - before[0]
+        finally:
+            for stranger in strangers:
+                stranger.close()
+        assert house.pump(lambda: process.num_fds() <= before[1], 10.0), process.num_fds() - before[1]
+    assert grown_bytes < 50e6
+    assert house.of(PeerRejected) == []
+
+
+def test_f7_an_upload_that_trickles_holds_nobody_up(house, tmp_path):
+    slow, other = house.peer("slow"), house.peer("other")
+    data = bytes(3 * CHUNK_BYTES)
+    announced = start_upload(house, slow, data)
+    house.endpoint.accept_upload(announced.upload_id, tmp_path / "slow.part")
+    began_s = time.monotonic()
+    for count in range(20):
+        other.say(HEARTBEAT)
+        house.wait_for(MessageReceived, count=count + 1)
+    assert time.monotonic() - began_s < 2.0
+    assert house.of(UploadFinished) == []  # still under way, and nothing of it is held in memory
+    carry_on(house, slow, lambda: house.of(UploadFinished))
+
+
+def test_f17_a_hundred_clients_that_come_back_at_once_after_a_restart_are_all_served(tmp_path):
+    with contextlib.closing(House(tmp_path, expected_clients=256)) as house:
+        peers = [house.peer(f"site-{i}") for i in range(100)]
+        for peer in peers:
+            peer.say(HEARTBEAT)
+        house.wait_for(MessageReceived, timeout_s=20.0, count=100)
+        house.endpoint.close()
+        house.events.clear()
+        house.endpoint = RouterEndpoint(
+            "tcp://127.0.0.1:*", keys=house.keys, registry=house.registry, expected_clients=256
+        )
+        again = [house.peer(key_pair=peer.key_pair) for peer in peers]
+        for peer in again:
+            peer.say(HEARTBEAT)
+        house.wait_for(MessageReceived, timeout_s=20.0, count=100)
+        assert {event.key for event in house.of(MessageReceived)} == {peer.key for peer in peers}
+        assert house.of(PeerRejected) == []

@@ -56,3 +56,13 @@ def test_the_readme_names_both_commands_that_do_everything():
     for target in ("demo", "test"):
         assert f"make {target} " in readme
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_every_test_that_the_reliability_page_names_exists_and_every_case_has_a_row():
+    page = (REPO / "docs" / "reliability.md").read_text()
+    written = "\n".join(path.read_text() for path in (REPO / "tests").rglob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", page)
+
+    assert [name for name in named if f"def {name}(" not in written] == []
+    assert re.findall(r"^\| \*\*F(\d+)\*\*", page, re.MULTILINE) == [str(number) for number in range(1, 21)]
+    assert [row for row in page.splitlines() if row.startswith(("| F", "| **F")) and "`test_" not in row] == []
