@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fedblocks.aggregator.aggregation import MAX_STALENESS
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.units import Units, unit_parameters
 from fedblocks.protocol.errors import REFUSAL_CODES, RemoteProtocolError
 from fedblocks.protocol.messages import Assignment, Delta, Refused
 from fedblocks.protocol.tensors import DeltaLayout, TensorSlot, check_tensor, delta_layout
@@ -38,16 +38,16 @@ class Limits:
     """The largest learning rate that the run's method can hand out."""
 
 
-def largest_payload_bytes(shape: ModelShape, num_blocks: int) -> int:
-    """Bytes of ``num_blocks`` blocks in fp32: no assignment of the run can ask for more."""
-    return 4 * num_blocks * shape.block_parameters
+def largest_payload_bytes(shape: Units, blocks: Iterable[int]) -> int:
+    """Bytes of these blocks in fp32: no assignment of the run can ask for more."""
+    return 4 * sum(unit_parameters(shape, block) for block in blocks)
 
 
 def check_announcement(
     delta: Delta,
     *,
     assignment: Assignment | None,
-    shape: ModelShape,
+    shape: Units,
     limits: Limits,
     quota_bytes: int,
     declared_num_examples: int,
@@ -122,7 +122,7 @@ def _check_freshness(delta: Delta, assignment: Assignment, version: int) -> None
         )
 
 
-def _check_content(delta: Delta, assignment: Assignment, shape: ModelShape) -> None:
+def _check_content(delta: Delta, assignment: Assignment, shape: Units) -> None:
     """The tensors are those of the assignment, in its width and format, and the length is theirs."""
     other_width = _width_fault(delta, assignment)
     try:
@@ -143,7 +143,7 @@ def _check_content(delta: Delta, assignment: Assignment, shape: ModelShape) -> N
         )
 
 
-def _layout(delta: Delta, assignment: Assignment, shape: ModelShape) -> DeltaLayout:
+def _layout(delta: Delta, assignment: Assignment, shape: Units) -> DeltaLayout:
     return delta_layout(
         delta.tensors,
         shape=shape,
@@ -186,7 +186,7 @@ def _check_claims(delta: Delta, assignment: Assignment, limits: Limits, declared
 
 
 def check_payload(
-    delta: Delta, assignment: Assignment, payload: memoryview, *, shape: ModelShape, limits: Limits
+    delta: Delta, assignment: Assignment, payload: memoryview, *, shape: Units, limits: Limits
 ) -> Refused | None:
     """None if the bytes are a valid update of ``assignment``, else the refusal; reads one tensor at a time.
 

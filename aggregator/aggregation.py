@@ -22,7 +22,8 @@ from typing import Final
 
 import numpy as np
 
-from fedblocks.profiles.model_shape import WIDTHS, ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import WIDTHS, TensorSpec
+from fedblocks.profiles.units import Units, unit_parameters, unit_tensors, unit_width
 from fedblocks.protocol.messages import AttemptId, ClientKey, Delta, DeltaFormat, TensorHeader
 from fedblocks.protocol.tensors import FloatArray, Rows, State, TensorSlot, delta_layout, read_rows
 
@@ -153,7 +154,7 @@ def map_payload(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def fold(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, history: NormHistory | None = None) -> FoldResult:
+def fold(updates: Sequence[AcceptedUpdate], *, shape: Units, history: NormHistory | None = None) -> FoldResult:
     """The weighted mean update of every block that somebody trained.
 
     Args:
@@ -187,7 +188,7 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, history: NormH
     for block in sorted(members):
         trained = members[block]
         novas = _step_corrections(trained)
-        found = [_norm(member, nova, shape) for member, nova in zip(trained, novas, strict=True)]
+        found = [_norm(member, block, nova, shape) for member, nova in zip(trained, novas, strict=True)]
         clips = _clips(found, norms.get(block, ()))
         norms[block] = (*norms.get(block, ()), tuple(found))[-NORM_ROUNDS:]
         clipped += [
@@ -196,7 +197,11 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, history: NormH
             if clip < 1
         ]
         factors = [m.weight * nova * clip for m, nova, clip in zip(trained, novas, clips, strict=True)]
-        trained_by = {width: math.fsum(m.weight for m in trained if m.update.width >= width) for width in WIDTHS}
+        width_of = [unit_width(shape, block, m.update.width) for m in trained]
+        trained_by = {
+            width: math.fsum(m.weight for m, own in zip(trained, width_of, strict=True) if own >= width)
+            for width in WIDTHS
+        }
         segment_coverage[block] = tuple(weight / accepted_weight for weight in trained_by.values())
         segments = [
             _Segment(
@@ -204,9 +209,11 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: ModelShape, history: NormH
                 weight=trained_by[width],
                 damping=min(1.0, trained_by[width] / accepted_weight / FULL_COVERAGE),
             )
-            for width in sorted({m.update.width for m in trained})
+            for width in sorted(set(width_of))
         ]
-        aggregate[block] = {spec.name: _mean(trained, factors, spec, shape, segments) for spec in shape.block_tensors()}
+        aggregate[block] = {
+            spec.name: _mean(trained, factors, block, spec, shape, segments) for spec in unit_tensors(shape, block)
+        }
     by_client: dict[ClientKey, float] = {}
     for update, weight in zip(ordered, weights, strict=True):
         by_client[update.client] = by_client.get(update.client, 0.0) + weight
@@ -234,11 +241,11 @@ def _step_corrections(members: Sequence[_Member]) -> list[float]:
     return [min(NOVA_MAX, max(NOVA_MIN, mean_steps / m.update.steps)) for m in members]
 
 
-def _norm(member: _Member, nova: float, shape: ModelShape) -> float:
+def _norm(member: _Member, block: int, nova: float, shape: Units) -> float:
     """N_k = |xhat|·nova / sqrt(number of parameters that it trained)."""
     payload = member.update.read_payload()
-    squares = [member.rows(payload, spec.name).sum_of_squares() for spec in shape.block_tensors()]
-    return math.sqrt(math.fsum(squares)) * nova / math.sqrt(shape.slice_parameters(member.update.width))
+    squares = [member.rows(payload, spec.name).sum_of_squares() for spec in unit_tensors(shape, block)]
+    return math.sqrt(math.fsum(squares)) * nova / math.sqrt(unit_parameters(shape, block, member.update.width))
 
 
 def _clips(norms: Sequence[float], earlier: Sequence[Sequence[float]]) -> list[float]:
@@ -257,8 +264,9 @@ def _clips(norms: Sequence[float], earlier: Sequence[Sequence[float]]) -> list[f
 def _mean(
     members: Sequence[_Member],
     factors: Sequence[float],
+    block: int,
     spec: TensorSpec,
-    shape: ModelShape,
+    shape: Units,
     segments: Sequence[_Segment],
 ) -> FloatArray:
     """damp·num/den of one whole tensor: den counts all who trained a value, whether or not they sent its row; what
@@ -271,7 +279,7 @@ def _mean(
             slim[rows.index] += rows.values * coefficients[:, None]
     inner_rows = inner_cols = 0
     for segment in segments:
-        num_rows, num_cols = _rows_cols(shape, segment.width, spec.name)
+        num_rows, num_cols = _rows_cols(shape, block, segment.width, spec.name)
         for part in (numerator[inner_rows:num_rows, :num_cols], numerator[:inner_rows, inner_cols:num_cols]):
             part *= segment.damping
             part /= segment.weight
@@ -279,5 +287,5 @@ def _mean(
     return numerator.astype(np.float32).reshape(spec.shape)
 
 
-def _rows_cols(shape: ModelShape, width: float, name: str) -> tuple[int, int]:
-    return next(spec.rows_cols for spec in shape.block_tensors(width) if spec.name == name)
+def _rows_cols(shape: Units, block: int, width: float, name: str) -> tuple[int, int]:
+    return next(spec.rows_cols for spec in unit_tensors(shape, block, width) if spec.name == name)

@@ -52,9 +52,9 @@ class Intake:
     def __init__(self, folder: RunFolder, ledger: Ledger) -> None:
         self._folder = folder
         self._ledger = ledger
-        self._shape = folder.plan.shape
+        self._shape = folder.plan.units
         self._limits = admission.Limits(
-            max_payload_bytes=admission.largest_payload_bytes(self._shape, len(folder.plan.block_ids)),
+            max_payload_bytes=admission.largest_payload_bytes(self._shape, folder.plan.unit_ids),
             max_num_examples=MAX_NUM_EXAMPLES,
             max_learning_rate=folder.config.training.learning_rate,
         )

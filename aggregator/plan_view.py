@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedblocks.aggregator import explain
+from fedblocks.aggregator import explain, run_rules
 from fedblocks.aggregator.allocation import AllocationClient, plan_round
 from fedblocks.aggregator.coverage import Coverage
 from fedblocks.aggregator.ledger import is_made, open_read_only
-from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.run_folder import read_run_folder
 from fedblocks.profiles import catalog_files
 from fedblocks.protocol.codec import to_plain
@@ -59,7 +58,7 @@ def plan_for_devices(
         RunFolderError, ConfigError: ``run`` is no run folder, or an override cannot be used.
     """
     folder = read_run_folder(run, overrides)
-    of_run = fedbe.Run(
+    of_run = run_rules.Run(
         run_id=folder.info.run_id,
         config=folder.config,
         plan=folder.plan,
@@ -87,7 +86,7 @@ def plan_for_devices(
         layout=of_run.layout,
         shape=folder.plan.shape,
         settings=of_run.allocation_settings(),
-        coverage=Coverage.of(folder.plan.block_ids),
+        coverage=Coverage.of(folder.plan.unit_ids),
         round=0,
     )
     return {

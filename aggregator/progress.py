@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fedblocks.aggregator.ledger import StoredAssignment, StoredRound, StoredUpdate
-from fedblocks.aggregator.methods.fedbe import (
+from fedblocks.aggregator.registry import KnownClient
+from fedblocks.aggregator.run_folder import RunInfo
+from fedblocks.aggregator.run_rules import (
     ClosedRound,
     GlobalState,
     MethodState,
@@ -33,8 +35,6 @@ from fedblocks.aggregator.methods.fedbe import (
     retention,
     score,
 )
-from fedblocks.aggregator.registry import KnownClient
-from fedblocks.aggregator.run_folder import RunInfo
 from fedblocks.aggregator.strength import choose_strength
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.codec import to_plain

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fedblocks.aggregator import methods, run_rules
 from fedblocks.aggregator.aggregation import AcceptedUpdate, map_payload
 from fedblocks.aggregator.ledger import StoredUpdate, open_read_only
-from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, read_run_folder
 from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.state import apply_step, state_sha256
@@ -45,18 +45,19 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
     folder = read_run_folder(run)
     ledger = open_read_only(folder.ledger_path)
     try:
-        shape = folder.plan.shape
-        model = fedbe.GlobalState.zero(shape)
-        method = fedbe.initial_state(folder.config)
+        shape = folder.plan.units
+        rules = methods.of(folder.config.run.method)
+        model = run_rules.GlobalState.zero(shape.published())
+        method = run_rules.initial_state(folder.config)
         found: list[ReplayedVersion] = []
         for record in ledger.rounds():
             if record.kind != "train" or record.phase != "folded":
                 continue
             updates = [accepted_update(folder, u, version=model.version) for u in ledger.updates_of(record.round)]
-            folded = fedbe.aggregate(updates, shape=shape, state=method)
-            method = fedbe.after_fold(method, updates, folded)
-            settings = from_plain(fedbe.PublishSettings, record.settings, where="ledger.rounds")
-            published = fedbe.publish(model, folded, shape=shape, settings=settings)
+            folded = rules.aggregate(updates, shape=shape, state=method, model=model)
+            method = run_rules.after_fold(method, updates, folded)
+            settings = from_plain(run_rules.PublishSettings, record.settings, where="ledger.rounds")
+            published = rules.publish(model, folded, shape=shape, settings=settings)
             model = model if published is None else published[0]
             found.append(
                 ReplayedVersion(
@@ -84,15 +85,17 @@ def accepted_update(folder: RunFolder, stored: StoredUpdate, *, version: int) ->
     return AcceptedUpdate.of(stored.client_key, stored.delta, version=version, read_payload=partial(map_payload, path))
 
 
-def state_at(folder: RunFolder, version: int) -> fedbe.GlobalState:
+def state_at(folder: RunFolder, version: int) -> run_rules.GlobalState:
     """The published state at ``version``, from the steps alone; without a residual.
 
     Raises:
         RunFolderError: a step is missing.
     """
-    shape = folder.plan.shape
+    shape = folder.plan.units.published()
     published: State = {}
     for from_version in range(version):
         step = folder.read_step(from_version)
-        published = apply_step(published, step, shape=shape, blocks=folder.plan.block_ids)
-    return fedbe.GlobalState(version=version, published=published, residual={}, sha256=state_sha256(shape, published))
+        published = apply_step(published, step, shape=shape, blocks=folder.plan.unit_ids)
+    return run_rules.GlobalState(
+        version=version, published=published, residual={}, sha256=state_sha256(shape, published)
+    )

@@ -1,6 +1,7 @@
 """What does the aggregator do all day? Take events from the endpoint, ask the pure parts, write the ledger, answer.
 
-The shell around ``rounds.py`` (when), ``methods/fedbe.py`` (what), ``admission.py`` (whether it counts) and the ledger.
+The shell around ``rounds.py`` (when), ``run_rules.py`` and ``methods/`` (what), ``admission.py`` (whether it counts)
+and the ledger.
 Journal order (field.md F9), each arrow a place at which a kill loses nothing that was promised:
 
     chunks to .part -> verify -> fsync, rename, fsync folder -> ledger row -> Ack -> closing -> fold -> state files
@@ -29,7 +30,7 @@ from typing import Any, Final, Protocol
 
 from typing_extensions import assert_never
 
-from fedblocks.aggregator import explain, progress, registry, rounds
+from fedblocks.aggregator import explain, methods, progress, registry, rounds, run_rules
 from fedblocks.aggregator.allocation import Deadline
 from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
 from fedblocks.aggregator.books import Books
@@ -52,7 +53,6 @@ from fedblocks.aggregator.ledger import (
     StoredRound,
     open_ledger,
 )
-from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
 from fedblocks.aggregator.replay import accepted_update, state_at
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
@@ -147,10 +147,12 @@ class Aggregator:
         self._endpoint = endpoint
         self._clock = clock
         self._config = folder.config
-        self._shape = folder.plan.shape
+        self._units = folder.plan.units
+        self._published_units = self._units.published()
+        self._rules_of_method = methods.of(self._config.run.method)
         self._books = Books(ledger, clock=clock, wall_clock=wall_clock, on_event=on_event or _say_nothing)
         self._intake = Intake(folder, ledger)
-        self._run = fedbe.Run(
+        self._run = run_rules.Run(
             run_id=folder.info.run_id,
             config=self._config,
             plan=folder.plan,
@@ -226,19 +228,19 @@ class Aggregator:
         last = self._ledger.last_round()
         newest = folded[-1] if folded else None
         self._method = (
-            fedbe.initial_state(self._config)
+            run_rules.initial_state(self._config)
             if newest is None
-            else from_plain(fedbe.MethodState, newest.method_state, where="ledger.rounds")
+            else from_plain(run_rules.MethodState, newest.method_state, where="ledger.rounds")
         )
         version: int = newest.new_version or 0 if newest is not None else 0
         published, residual, moments = self._folder.load_version(version)
-        sha256 = state_sha256(self._shape, published)
+        sha256 = state_sha256(self._published_units, published)
         if newest is not None and sha256 != newest.state_sha256:
             raise RunFolderError(
                 f"{self._folder.path}: the state of version {version} has hash {sha256}, the ledger says "
                 f"{newest.state_sha256}; restore the folder from a backup"
             )
-        self._model = fedbe.GlobalState(
+        self._model = run_rules.GlobalState(
             version=version, published=published, residual=residual, sha256=sha256, moments=moments
         )
         self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
@@ -527,7 +529,7 @@ class Aggregator:
     def _counted(self, client: KnownClient, assignment: Assignment, delta: Delta, measured: set[Measure]) -> None:
         """What a counted update teaches about its client."""
         self._answered(client.key, delta.attempt_id)
-        profiled = fedbe.profiled(client, assignment, delta.train, self._run)
+        profiled = run_rules.profiled(client, assignment, delta.train, self._run)
         client, note = registry.after_update(client, assignment, delta, profiled)
         if note:
             self._books.note(note)
@@ -602,7 +604,7 @@ class Aggregator:
             self._feed(rounds.PlanFailed(text=f"every client here was refused too often: {names}"))
             return
         start = self._start()
-        planned = fedbe.plan(clients, self._run, self._method, start, now_unix_s=self._books.now_unix_s)
+        planned = self._rules_of_method.plan(clients, self._run, self._method, start, now_unix_s=self._books.now_unix_s)
         if not planned.tasks:
             self._feed(rounds.PlanFailed(text=planned.plan.no_client_fits))
             return
@@ -644,12 +646,12 @@ class Aggregator:
         self._sent_s.clear()
         self._intake.new_round()
 
-    def _start(self) -> fedbe.Start:
-        return fedbe.Start(round=self._state.round, version=self._model.version, state_sha256=self._model.sha256)
+    def _start(self) -> run_rules.Start:
+        return run_rules.Start(round=self._state.round, version=self._model.version, state_sha256=self._model.sha256)
 
     def _smaller(self, client: KnownClient, failed: Assignment) -> Assignment | None:
         left_s = self._state.deadline_s - self._state.elapsed_s
-        found = fedbe.smaller_assignment(client, failed, self._run, self._method, self._start(), deadline_s=left_s)
+        found = run_rules.smaller_assignment(client, failed, self._run, self._method, self._start(), deadline_s=left_s)
         if found is None:
             return None
         smaller, choice = found
@@ -679,7 +681,7 @@ class Aggregator:
         if found is None:
             found = make_update(
                 self._folder.read_step,
-                shape=self._shape,
+                shape=self._published_units,
                 from_version=held_version,
                 to_version=self._model.version,
                 published=self._model.published,
@@ -702,16 +704,17 @@ class Aggregator:
         record = self._ledger.get_round(number)
         assert record is not None
         stored = self._ledger.updates_of(number)
-        closed = fedbe.close(
+        closed = run_rules.close(
             self._model,
             [accepted_update(self._folder, u, version=self._model.version) for u in stored],
             self._ledger.measurements(number),
             config=self._config,
-            shape=self._shape,
+            shape=self._units,
             state=self._method,
             round=number,
+            method=self._rules_of_method,
             topics={key: client.statistics.topics for key, client in self._books.clients.items()},
-            blocks=self._folder.plan.block_ids,
+            blocks=self._folder.plan.unit_ids,
         )
         model = closed.model
         if closed.step is not None:
@@ -728,7 +731,7 @@ class Aggregator:
             closed,
             before=self._method,
             config=self._config,
-            blocks=self._folder.plan.block_ids,
+            blocks=self._folder.plan.unit_ids,
             assigned=self._ledger.assignments(number),
             updates=stored,
             clients=self._books.clients,
@@ -761,10 +764,10 @@ class Aggregator:
             self._books.note(
                 f"round {number}: the update of {name} to block {clip.block} was scaled by {clip.factor:.3f}"
             )
-        for block, was_trained in (fedbe.new_orphans(closed.state) if stored else {}).items():
+        for block, was_trained in (run_rules.new_orphans(closed.state) if stored else {}).items():
             rest = "it stays as it is" if was_trained else "an export leaves it out"
             self._books.note(
-                f"round {number}: nobody has trained block {block} for {fedbe.ORPHAN_ROUNDS} rounds, {rest}; "
+                f"round {number}: nobody has trained block {block} for {run_rules.ORPHAN_ROUNDS} rounds, {rest}; "
                 "fedblocks plan says what keeps each client from it"
             )
         self._books.say(progress.round_line(metrics, self._config.run.max_rounds))
@@ -779,16 +782,16 @@ class Aggregator:
             self._books.note(
                 f"the run diverged; the result is version {best}, the best one within the forgetting budget"
             )
-        strengths = fedbe.final_strengths(self._config)
+        strengths = run_rules.final_strengths(self._config)
         deadline_s = max(MIN_FINAL_MEASURE_S, 2 * last.deadline_s) * len(strengths)
         start = self._start()
         tasks = {
-            key: fedbe.evaluation(
+            key: run_rules.evaluation(
                 self._books.clients[key],
                 self._run,
                 start,
                 deadline_s=deadline_s,
-                measure=fedbe.final_measures(self._books.clients[key]),
+                measure=run_rules.final_measures(self._books.clients[key]),
                 strengths=strengths,
             )
             for key in keys

@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.units import Units, unit_tensors
 from fedblocks.protocol.run_config import ServerOptimizer
 from fedblocks.protocol.tensors import FloatArray, State, cut
 
@@ -41,7 +41,7 @@ class ServerRule:
 
 
 def server_step(
-    aggregate: State, moments: State, rule: ServerRule, *, shape: ModelShape, widths: Mapping[int, float]
+    aggregate: State, moments: State, rule: ServerRule, *, shape: Units, widths: Mapping[int, float]
 ) -> tuple[State, State]:
     """The change of the model, and the moments afterwards; no argument is changed.
 
@@ -55,10 +55,10 @@ def server_step(
     change: State = {}
     after: State = {block: dict(tensors) for block, tensors in moments.items()}
     for block, tensors in aggregate.items():
-        trained = shape.block_tensors(widths.get(block, 1.0))
+        trained = unit_tensors(shape, block, widths.get(block, 1.0))
         kept = after.setdefault(block, {})
         change[block] = {}
-        for spec, part in zip(shape.block_tensors(), trained, strict=True):
+        for spec, part in zip(unit_tensors(shape, block), trained, strict=True):
             whole = np.zeros(spec.shape, dtype=np.float32)
             change[block][spec.name] = whole
             gradient = cut(tensors[spec.name], part.shape).astype(np.float64)

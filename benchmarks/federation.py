@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, NormHistory, fold
-from fedblocks.aggregator.methods.fedbe import WARMUP_KNOWN, WARMUP_NEW, draw, learning_rate, next_anchor_weight
+from fedblocks.aggregator.run_rules import WARMUP_KNOWN, WARMUP_NEW, draw, learning_rate, next_anchor_weight
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
 from fedblocks.edge_client.backbone import Backbone, DenseBackbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash, initial_block

@@ -23,6 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from fedblocks.edge_client.store import LazyState, LazyTensors, lazy_state, write_tensors
+from fedblocks.profiles.units import unit_tensors
 from fedblocks.protocol.durable import sync_folder
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId
@@ -63,7 +64,9 @@ class ResidualStore:
     def __init__(self, folder: Path, *, plan: ExpansionPlan) -> None:
         self._folder = folder
         self._plan_digest = plan.digest()
-        self._sizes = {spec.name: spec.shape for spec in plan.shape.block_tensors()}
+        self._sizes = {
+            (unit, spec.name): spec.shape for unit in plan.unit_ids for spec in unit_tensors(plan.units, unit)
+        }
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.glob("*.tmp"):  # a kill while staging
             path.unlink()
@@ -85,10 +88,12 @@ class ResidualStore:
                 if block in entry.blocks and (not layers or entry.width > layers[-1].width):
                     layers.append(entry)
             if any(entry.factor(round) for entry in layers):
-                owed[block] = self._laid_over([lazy_state(e.path, e.factor(round))[block] for e in reversed(layers)])
+                owed[block] = self._laid_over(
+                    block, [lazy_state(e.path, e.factor(round))[block] for e in reversed(layers)]
+                )
         return owed
 
-    def _laid_over(self, layers: Sequence[LazyTensors]) -> LazyTensors:
+    def _laid_over(self, block: int, layers: Sequence[LazyTensors]) -> LazyTensors:
         """Whole tensors from slices, each layer over those before it."""
 
         def read(name: str) -> FloatArray:
@@ -98,7 +103,7 @@ class ResidualStore:
                     continue
                 values = layer[name]
                 if whole is None:
-                    whole = pad(values, self._sizes[name])
+                    whole = pad(values, self._sizes[block, name])
                 else:
                     cut(whole, values.shape)[...] = values
             assert whole is not None

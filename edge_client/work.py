@@ -207,7 +207,7 @@ class Workbench:
             RemoteProtocolError: the update does not lead to the announced state; the held state is as before.
         """
         held = self.state if update.from_version == self.held_version else {}
-        self.state = apply_update(held, update, payload, shape=self.plan.shape, blocks=self.plan.block_ids)
+        self.state = apply_update(held, update, payload, shape=self.plan.units.published(), blocks=self.plan.unit_ids)
         if update.to_version != self.held_version:
             self.held_version = update.to_version
             self.store.put_held_state(update.to_version, self.state)
@@ -295,9 +295,9 @@ class Workbench:
 
         On success the new residual is staged under the attempt id; the caller commits or discards it.
         """
-        unknown = [b for b in task.blocks if b not in self.plan.block_ids]
+        unknown = [b for b in task.blocks if b not in self.plan.unit_ids]
         if unknown:
-            return self._failed(task, "internal", f"blocks {unknown} are not in this run's plan {self.plan.block_ids}")
+            return self._failed(task, "internal", f"blocks {unknown} are not in this run's plan {self.plan.unit_ids}")
         limit = self._memory_budget(task)
         chosen = self._choose(task.blocks, self._workload_of(task), limit, task.width)
         if isinstance(chosen, NoFit):
@@ -329,7 +329,7 @@ class Workbench:
                 cap = 3.0 * task.learning_rate * task.steps
                 on_device = task.delta_format == "int8" and self.model.device.type != "cpu"
                 encoded = encode_delta(
-                    self.plan.shape,
+                    self.plan.units,
                     task.blocks,
                     result.deltas,
                     self.residuals.load(task.blocks, round=task.round) if task.delta_format == "int8" else {},

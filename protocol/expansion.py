@@ -23,7 +23,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast, get_args
 
-from fedblocks.profiles.model_shape import ModelShape
+from typing_extensions import assert_never
+
+from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.profiles.units import (
+    EXPANDED_BLOCKS,
+    BaseTensors,
+    ExpandedBlocks,
+    LowRankPairs,
+    MergedLinears,
+    NamedTensors,
+    Trainable,
+    TrainedUnits,
+    trained_unit_ids,
+)
 
 ExpansionCode = Literal[
     "E_EXPAND_POSTNORM",
@@ -475,7 +488,7 @@ class StackEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpansionPlan:
-    """The expanded blocks of a run, ascending by id.
+    """The expanded blocks of a run, ascending by id, or what else it trains in their place.
 
     Ids are given in the order in which blocks are created and are never reused; several blocks in one slot stand in
     the order of their ids, bottom to top.
@@ -485,6 +498,10 @@ class ExpansionPlan:
     shape: ModelShape
     placement: Placement
     blocks: tuple[ExpandedBlock, ...]
+    """None at all where ``trainable`` is something else."""
+    trainable: Trainable = EXPANDED_BLOCKS
+    extra: NamedTensors | None = None
+    """A tensor set that trains beside the units, e.g. a classification head."""
 
     def __post_init__(self) -> None:
         def refuse(what: str) -> None:
@@ -495,7 +512,10 @@ class ExpansionPlan:
         if self.placement not in get_args(Placement):
             refuse(f"placement is {self.placement!r}, expected {_one_of(get_args(Placement))}")
         ids = [block.block_id for block in self.blocks]
-        if not ids or ids != sorted(set(ids)) or ids[0] < 0:
+        if not isinstance(self.trainable, ExpandedBlocks):
+            if ids:
+                refuse(f"it has blocks {ids} and trains {type(self.trainable).__name__}, expected one of both")
+        elif not ids or ids != sorted(set(ids)) or ids[0] < 0:
             refuse(f"block ids are {ids}, expected ascending ids from 0 without repeats, at least one")
         for block in self.blocks:
             for field in ("source_layer", "after_layer"):
@@ -504,6 +524,20 @@ class ExpansionPlan:
                         f"block {block.block_id} has {field} {getattr(block, field)}, "
                         f"expected 0 to {self.shape.num_layers - 1}"
                     )
+        try:
+            self.units.published()
+        except ValueError as error:
+            refuse(str(error))
+
+    @property
+    def units(self) -> TrainedUnits:
+        """What an update consists of; ``units.published()`` is what the published state consists of."""
+        return TrainedUnits(shape=self.shape, trainable=self.trainable, extra=self.extra)
+
+    @property
+    def unit_ids(self) -> tuple[int, ...]:
+        """The numbers of all units, ascending: ids of blocks, or base layers (``profiles/units.py``)."""
+        return trained_unit_ids(self.units, self.block_ids)
 
     def block(self, block_id: int) -> ExpandedBlock:
         """The block with this id.
@@ -548,14 +582,31 @@ class ExpansionPlan:
 
     @property
     def base_cut(self) -> int:
-        """Position of the lowest expanded block: the layers below it never change in this run."""
-        return next(i for i, entry in enumerate(self.stack()) if entry.kind == "block")
+        """Position of the lowest layer that trains: those below it never change in this run."""
+        match self.trainable:
+            case ExpandedBlocks():
+                return next(i for i, entry in enumerate(self.stack()) if entry.kind == "block")
+            case BaseTensors(layers=layers, tables=tables):
+                return 0 if tables else layers[0]
+            case LowRankPairs() | MergedLinears():
+                return 0
+            case _:
+                assert_never(self.trainable)
 
     def to_plain(self) -> dict[str, Any]:
-        """Maps, lists, strings, numbers and booleans only, for JSON and msgpack."""
+        """Maps, lists, strings, numbers and booleans only, for JSON and msgpack.
+
+        What a plan of expanded blocks alone does not need is left out, so that such plans are what they always were.
+        """
         plain = dataclasses.asdict(self)
         plain["blocks"] = list(plain["blocks"])
-        return plain
+        if isinstance(self.trainable, ExpandedBlocks):
+            del plain["trainable"]
+        else:
+            plain["trainable"]["kind"] = _KIND_OF[type(self.trainable)]
+        if self.extra is None:
+            del plain["extra"]
+        return json.loads(json.dumps(plain))
 
     @classmethod
     def from_plain(cls, plain: object) -> ExpansionPlan:
@@ -564,7 +615,7 @@ class ExpansionPlan:
         Raises:
             ExpansionError: this is no plan.
         """
-        fields = _exact_fields("expansion plan", plain, cls)
+        fields = _exact_fields("expansion plan", plain, cls, optional=("trainable", "extra"))
         if not isinstance(fields["base_hash"], str):
             raise ExpansionError("E_EXPAND_PLAN", "expansion plan: base_hash is no text")
         blocks = fields["blocks"]
@@ -588,6 +639,8 @@ class ExpansionPlan:
                 shape=ModelShape(**shape),
                 placement=fields["placement"],
                 blocks=tuple(read),
+                trainable=_trainable_from(fields["trainable"]) if "trainable" in fields else EXPANDED_BLOCKS,
+                extra=_extra_from(fields["extra"]) if "extra" in fields else None,
             )
         except ExpansionError:
             raise
@@ -616,9 +669,48 @@ class ExpansionPlan:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
 
-def _exact_fields(what: str, plain: object, cls: type) -> dict[str, Any]:
+#: Kind in plan.json -> what trains there.
+_TRAINABLES: Final[dict[str, type[LowRankPairs | BaseTensors]]] = {"low_rank": LowRankPairs, "base": BaseTensors}
+_KIND_OF: Final[dict[type, str]] = {cls: kind for kind, cls in _TRAINABLES.items()}
+
+
+def _trainable_from(plain: object) -> Trainable:
+    kind = cast("dict[str, object]", plain).get("kind") if isinstance(plain, dict) else None
+    cls = _TRAINABLES.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        known = _one_of(tuple(_TRAINABLES))
+        raise ExpansionError("E_EXPAND_PLAN", f"expansion plan: it trains {kind!r}, expected {known}")
+    fields = {k: v for k, v in cast("dict[str, Any]", plain).items() if k != "kind"}
+    fields = _typed_fields(f"trainable {kind}", fields, cls)
+    return cls(**fields)
+
+
+def _extra_from(plain: object) -> NamedTensors:
+    fields = _typed_fields("extra tensors", plain, NamedTensors)
+    specs = [_typed_fields("extra tensor", spec, TensorSpec) for spec in fields["tensors"]]
+    for spec in specs:
+        if not spec["shape"] or any(type(size) is not int or size < 1 for size in spec["shape"]):
+            raise ExpansionError("E_EXPAND_PLAN", f"extra tensor {spec['name']!r}: shape is {spec['shape']}")
+    return NamedTensors(name=fields["name"], tensors=tuple(TensorSpec(**spec) for spec in specs))
+
+
+def _typed_fields(what: str, plain: object, cls: type) -> dict[str, Any]:
+    """Exactly the fields of ``cls``; numbers, texts and lists where it has them, and a tuple for each list."""
+    fields = _exact_fields(what, plain, cls)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        value = fields[field.name]
+        kind = str(field.type).split("[")[0]
+        expected = {"int": int, "float": (int, float), "bool": bool, "tuple": list}.get(kind, str)
+        if not isinstance(value, expected) or isinstance(value, bool) != (kind == "bool"):
+            raise ExpansionError("E_EXPAND_PLAN", f"{what}: {field.name} is {value!r}, expected {field.type}")
+        found[field.name] = tuple(cast("list[object]", value)) if isinstance(value, list) else value
+    return found
+
+
+def _exact_fields(what: str, plain: object, cls: type, optional: tuple[str, ...] = ()) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(cls)}
-    if not isinstance(plain, dict) or set(plain) != names:  # pyright: ignore[reportUnknownArgumentType]
+    if not isinstance(plain, dict) or set(plain) | set(optional) != names:  # pyright: ignore[reportUnknownArgumentType]
         raise ExpansionError("E_EXPAND_PLAN", f"{what}: expected a map with exactly the fields {sorted(names)}")
     return plain  # pyright: ignore[reportUnknownVariableType]
 
@@ -638,6 +730,21 @@ def plan_expansion(
         shape=shape,
         placement=placement,
         blocks=tuple(ExpandedBlock(block_id=i, source_layer=slot, after_layer=slot) for i, slot in enumerate(slots)),
+    )
+
+
+def plan_trainable(*, base_hash: str, config: Mapping[str, Any], trainable: Trainable) -> ExpansionPlan:
+    """The plan of a run that adds no blocks and trains something else. A pure function.
+
+    Raises:
+        ExpansionError: the model is of no known family, or the trainable does not fit it.
+    """
+    return ExpansionPlan(
+        base_hash=base_hash,
+        shape=shape_from_config(config),
+        placement="top",
+        blocks=(),
+        trainable=trainable,
     )
 
 

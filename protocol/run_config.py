@@ -24,6 +24,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+MethodName = Literal["fedbe"]
+"""What ``run.method`` may be; each has its file in ``aggregator/methods/``."""
 Placement = Literal["thirds", "top", "interleaved"]
 ServerOptimizer = Literal["avg", "avgm", "adam"]
 Policy = Literal["fitted", "uniform", "weakest", "random"]
@@ -46,7 +48,7 @@ def _key(default: Any, about: str) -> Any:
 class RunSection:
     """How long the run goes on."""
 
-    method: Literal["fedbe"] = _key("fedbe", "the method: expanded blocks, allocated by hardware, anchored to the base")
+    method: MethodName = _key("fedbe", "the method: expanded blocks, allocated by hardware, anchored to the base")
     max_rounds: int = _key(100, "the run ends after this many rounds")
     target_score: float = _key(0.0, "stop once the 3-round mean of the pooled validation score reaches this; 0: never")
     seed: int = _key(1, "seeds data order and anchor shards; a run is repeatable given the same arrivals")

@@ -1,6 +1,7 @@
 """What is the model's published state, and how does a follower get from one version of it to a later one?
 
-The state is the accumulated change D of every expanded block (``State``), zero at version 0.
+The state is the accumulated change D of every unit (an expanded block, a low-rank pair, a base layer:
+``profiles/units.py``), zero at version 0; here all of them are called blocks.
 Version v+1 is version v plus one *step*: the row-masked int8 encoding of the round's aggregate and of what earlier
 steps left out (methods.md 7.2). The aggregator applies its own step like everybody else, so all hold the same bits.
 
@@ -29,7 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import assert_never
 
-from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import TensorSpec
+from fedblocks.profiles.units import Units, unit_tensors
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import DeltaFormat, StateEncoding, StateUpdate, TensorHeader
@@ -100,7 +102,7 @@ class Publication:
     """What the step left out; it joins the next step of its block."""
 
 
-def state_sha256(shape: ModelShape, state: Mapping[int, Mapping[str, FloatArray]]) -> str:
+def state_sha256(shape: Units, state: Mapping[int, Mapping[str, FloatArray]]) -> str:
     """SHA-256 over id and tensors of every block that is not all zero, blocks ascending.
 
     A block that is missing and one that is all zero hash alike.
@@ -110,7 +112,7 @@ def state_sha256(shape: ModelShape, state: Mapping[int, Mapping[str, FloatArray]
     """
     digest = hashlib.sha256(b"fedblocks state 1")
     for block in sorted(state):
-        tensors = [_tensor(state, block, spec) for spec in shape.block_tensors()]
+        tensors = [_tensor(state, block, spec) for spec in unit_tensors(shape, block)]
         if not any(t.any() for t in tensors):
             continue
         digest.update(block.to_bytes(4, "little"))
@@ -135,7 +137,7 @@ def publish(
     aggregate: State,
     residual: State,
     *,
-    shape: ModelShape,
+    shape: Units,
     format: DeltaFormat,
     density: float,
     widths: Mapping[int, float] | None = None,
@@ -156,7 +158,7 @@ def publish(
     )
 
 
-def publish_dense(published: State, aggregate: State, residual: State, *, shape: ModelShape) -> Publication:
+def publish_dense(published: State, aggregate: State, residual: State, *, shape: Units) -> Publication:
     """The last version of a run: fp32 and complete, so that no residual waits at export."""
     blocks = sorted({*aggregate, *residual})
     return _publish(published, aggregate, residual, blocks, shape=shape, format="fp32", density=1.0, widths={})
@@ -168,7 +170,7 @@ def _publish(
     residual: State,
     blocks: list[int],
     *,
-    shape: ModelShape,
+    shape: Units,
     format: DeltaFormat,
     density: float,
     widths: Mapping[int, float],
@@ -177,8 +179,8 @@ def _publish(
     rows_sent: list[int] = []
     parts: list[bytes] = []
     for block in blocks:
-        trained = shape.block_tensors(widths.get(block, 1.0))
-        for spec, part in zip(shape.block_tensors(), trained, strict=True):
+        trained = unit_tensors(shape, block, widths.get(block, 1.0))
+        for spec, part in zip(unit_tensors(shape, block), trained, strict=True):
             owed = _tensor(residual, block, spec)
             waits: FloatArray | None = None
             if part.shape != spec.shape:
@@ -198,7 +200,7 @@ def _publish(
     return Publication(step=step, published=apply_step(published, step, shape=shape, blocks=blocks), residual=rest)
 
 
-def apply_step(state: State, step: bytes | memoryview, *, shape: ModelShape, blocks: Collection[int]) -> State:
+def apply_step(state: State, step: bytes | memoryview, *, shape: Units, blocks: Collection[int]) -> State:
     """A new state: ``state`` plus one step over some of ``blocks``; the argument keeps its values.
 
     Raises:
@@ -212,7 +214,7 @@ def apply_step(state: State, step: bytes | memoryview, *, shape: ModelShape, blo
 
 
 def make_update(
-    read_step: ReadStep, *, shape: ModelShape, from_version: int, to_version: int, published: State, sha256: str
+    read_step: ReadStep, *, shape: Units, from_version: int, to_version: int, published: State, sha256: str
 ) -> tuple[StateUpdate, bytes]:
     """The shortest way from one published version to a later one, and its payload.
 
@@ -246,7 +248,7 @@ def apply_update(
     update: StateUpdate,
     payload: bytes | memoryview,
     *,
-    shape: ModelShape,
+    shape: Units,
     blocks: Collection[int],
 ) -> State:
     """The state at ``update.to_version``, its hash verified; ``state`` (at ``from_version``) keeps its values.
@@ -320,9 +322,9 @@ def _split(data: memoryview, num_bytes: int) -> tuple[memoryview, memoryview]:
     return data[:num_bytes], data[num_bytes:]
 
 
-def _layout(header: StepHeader, shape: ModelShape, blocks: Collection[int]) -> DeltaLayout:
+def _layout(header: StepHeader, shape: Units, blocks: Collection[int]) -> DeltaLayout:
     _check_blocks(header.blocks, blocks)
-    names = [(block, spec.name) for block in header.blocks for spec in shape.block_tensors()]
+    names = [(block, spec.name) for block in header.blocks for spec in unit_tensors(shape, block)]
     if len(names) != len(header.rows_sent):
         raise RemoteProtocolError(f"step: {len(header.rows_sent)} tensors, expected {len(names)}")
     return delta_layout(
@@ -345,7 +347,7 @@ def _check_blocks(found: Collection[int], known: Collection[int]) -> None:
             )
 
 
-def _add_step(after: _Changing, data: memoryview, shape: ModelShape, blocks: Collection[int]) -> memoryview:
+def _add_step(after: _Changing, data: memoryview, shape: Units, blocks: Collection[int]) -> memoryview:
     """Add the step at the start of ``data``; returns what follows it."""
     header, rest = _read_frame(StepHeader, data)
     layout = _layout(header, shape, blocks)
@@ -359,14 +361,14 @@ def _add_step(after: _Changing, data: memoryview, shape: ModelShape, blocks: Col
     return rest
 
 
-def _snapshot_header(published: State, shape: ModelShape) -> StepHeader:
+def _snapshot_header(published: State, shape: Units) -> StepHeader:
     blocks = tuple(b for b in sorted(published) if any(t.any() for t in published[b].values()))
-    rows = tuple(spec.rows_cols[0] for spec in shape.block_tensors())
-    return StepHeader(format="fp32", density=1.0, blocks=blocks, rows_sent=rows * len(blocks))
+    rows = tuple(spec.rows_cols[0] for block in blocks for spec in unit_tensors(shape, block))
+    return StepHeader(format="fp32", density=1.0, blocks=blocks, rows_sent=rows)
 
 
-def _snapshot(header: StepHeader, published: State, shape: ModelShape) -> bytes:
-    tensors = [_tensor(published, block, spec) for block in header.blocks for spec in shape.block_tensors()]
+def _snapshot(header: StepHeader, published: State, shape: Units) -> bytes:
+    tensors = [_tensor(published, block, spec) for block in header.blocks for spec in unit_tensors(shape, block)]
     return b"".join([_frame(header), *(t.astype("<f4", copy=False).tobytes() for t in tensors)])
 
 
@@ -386,7 +388,7 @@ class _Sending:
 class _Difference:
     """Several steps as one: the union of the touched rows, each as its codes in version order or whole."""
 
-    def __init__(self, steps: Sequence[memoryview], shape: ModelShape) -> None:
+    def __init__(self, steps: Sequence[memoryview], shape: Units) -> None:
         self._sendings: dict[tuple[int, TensorSpec], list[_Sending]] = {}
         for step in steps:
             header, payload = _read_frame(StepHeader, step)
@@ -399,7 +401,7 @@ class _Difference:
         self._tags = {
             (block, spec): _count_sendings(spec, self._sendings[block, spec])
             for block in self._header.blocks
-            for spec in shape.block_tensors()
+            for spec in unit_tensors(shape, block)
         }
         self.num_bytes = len(_frame(self._header)) + sum(_tagged_bytes(tags, s) for (_, s), tags in self._tags.items())
 
@@ -460,11 +462,11 @@ def _read_tags(data: memoryview, num_rows: int) -> NDArray[np.uint8]:
     return tags[:num_rows]
 
 
-def _apply_difference(after: _Changing, data: memoryview, shape: ModelShape, blocks: Collection[int]) -> memoryview:
+def _apply_difference(after: _Changing, data: memoryview, shape: Units, blocks: Collection[int]) -> memoryview:
     header, rest = _read_frame(DifferenceHeader, data)
     _check_blocks(header.blocks, blocks)
     for block in header.blocks:
-        for spec in shape.block_tensors():
+        for spec in unit_tensors(shape, block):
             num_rows, num_cols = spec.rows_cols
             planes, rest = _split(rest, TAG_BITS * ((num_rows + 7) // 8))
             tags = _read_tags(planes, num_rows)

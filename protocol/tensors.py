@@ -1,7 +1,7 @@
 """How does a tensor's change become bytes, and back? int8 codes with one scale a row, bf16, or fp32 (methods.md 7.1).
 
 The payload of a Delta is the concatenation of its tensors, blocks ascending, inside a block in the order of
-``ModelShape.block_tensors(width)``; its length follows from the headers before anything is allocated.
+``units.unit_tensors``; its length follows from the headers before anything is allocated.
 A tensor is read as ``[R, C]``; a vector is one row. A slim block has fewer rows or columns: always the first ones of
 the whole block's (:func:`cut`, :func:`pad`).
 
@@ -36,7 +36,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import TensorSpec
+from fedblocks.profiles.units import Units, unit_tensors
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import DeltaFormat, TensorHeader
 
@@ -420,7 +421,7 @@ class DeltaLayout:
 def delta_layout(
     headers: Sequence[TensorHeader],
     *,
-    shape: ModelShape,
+    shape: Units,
     blocks: Sequence[int],
     format: DeltaFormat,
     density: float,
@@ -435,28 +436,31 @@ def delta_layout(
         RemoteProtocolError: ``malformed`` (out of order or twice), ``not_assigned`` (another block), ``incomplete`` (a
             tensor of ``blocks`` is missing) or ``shape_mismatch`` (no such tensor, or not that many rows).
     """
-    specs = {spec.name: (number, spec) for number, spec in enumerate(shape.block_tensors(width))}
-    places = [(h.block, specs[h.name][0]) for h in headers if h.name in specs]
-    if any(later <= earlier for earlier, later in itertools.pairwise(places)):
+    specs = {block: {spec.name: spec for spec in unit_tensors(shape, block, width)} for block in blocks}
+    expected = [(block, name) for block in sorted(specs) for name in specs[block]]
+    number_of = {place: number for number, place in enumerate(expected)}
+    numbers = [number_of[h.block, h.name] for h in headers if (h.block, h.name) in number_of]
+    if any(later.block < earlier.block for earlier, later in itertools.pairwise(headers)) or any(
+        later <= earlier for earlier, later in itertools.pairwise(numbers)
+    ):
         raise RemoteProtocolError("tensors are listed twice or out of order, expected blocks ascending, then by place")
     for header in headers:
         if header.block not in blocks:
             raise RemoteProtocolError(
                 f"block {header.block} is not assigned, expected blocks {list(blocks)}", code="not_assigned"
             )
-    missing = {(block, number) for block in blocks for number in range(len(specs))}.difference(places)
+    missing = set(range(len(expected))).difference(numbers)
     if missing:
-        block, number = min(missing)
-        name = shape.block_tensors()[number].name
+        block, name = expected[min(missing)]
         raise RemoteProtocolError(f"block {block}: tensor {name} is missing", code="incomplete")
     slots: list[TensorSlot] = []
     offset = 0
     for header in headers:
-        if header.name not in specs:
+        spec = specs[header.block].get(header.name)
+        if spec is None:
             raise RemoteProtocolError(
                 f"block {header.block}: there is no tensor {header.name[:60]!r}", code="shape_mismatch"
             )
-        spec = specs[header.name][1]
         num_bytes = payload_length(spec, header.rows_sent, format=format, density=density)
         slots.append(
             TensorSlot(block=header.block, spec=spec, rows_sent=header.rows_sent, offset=offset, num_bytes=num_bytes)
@@ -478,7 +482,7 @@ class EncodedDelta:
 
 
 def encode_delta(
-    shape: ModelShape,
+    shape: Units,
     blocks: Sequence[int],
     deltas: Mapping[int, Mapping[str, FloatArray]],
     residuals: Mapping[int, Mapping[str, FloatArray]],
@@ -492,7 +496,7 @@ def encode_delta(
     """All tensors of ``blocks`` (ascending) encoded in payload order. A residual that is missing is zero.
 
     Args:
-        deltas: of the slim blocks, in the shapes of ``shape.block_tensors(width)``.
+        deltas: of the slim blocks, in the shapes of ``unit_tensors(shape, block, width)``.
         residuals: of the whole blocks; what lies outside the slim ones is not looked at.
         cap: as in :func:`encode_tensor`.
         width: share of each block that was trained, one of ``model_shape.WIDTHS``.
@@ -506,7 +510,7 @@ def encode_delta(
     parts: list[bytes] = []
     rest: State = {}
     for block in blocks:
-        for spec in shape.block_tensors(width):
+        for spec in unit_tensors(shape, block, width):
             owed = residuals.get(block, {}).get(spec.name)
             owed = None if owed is None else cut(owed, spec.shape)
             if encode is not None:

@@ -412,7 +412,7 @@ def test_a_payload_is_checked_in_constant_memory(tmp_path):
 def test_no_assignment_asks_for_more_than_all_blocks_in_fp32():
     delta, _ = update((0, 1, 2), format="fp32", density=1.0)
 
-    assert delta.payload_bytes == largest_payload_bytes(model_shape(), 3)
+    assert delta.payload_bytes == largest_payload_bytes(model_shape(), (0, 1, 2))
 
 
 # A round with bad members (G5).

@@ -396,7 +396,7 @@ def test_a_thousand_clients_and_eight_blocks_are_planned_in_seconds():
 
 
 # Boundary cases (methods.md 6.7). Tested elsewhere: an update that ran out of memory in its round (test_server.py), the
-# refusal to open a round that nobody fits (test_fedbe.py), a client without training data in the run (test_fedbe.py).
+# refusal to open a round that nobody fits (test_run_rules.py), a client without training data in the run (there, too).
 
 
 def test_a_lone_client_trains_what_it_can_and_debt_is_neutral():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from fedblocks.aggregator import run_rules
 from fedblocks.aggregator.ledger import (
     MAX_CONTENT_REFUSALS,
     MAX_NOTES,
@@ -21,7 +22,6 @@ from fedblocks.aggregator.ledger import (
     open_ledger,
     open_read_only,
 )
-from fedblocks.aggregator.methods import fedbe
 from fedblocks.profiles.calibration import Calibration
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.codec import from_plain
@@ -385,9 +385,9 @@ def test_measurements_from_before_strengths_were_of_whole_strength(tmp_path: Pat
 
 
 def test_a_run_from_before_cohorts_and_slim_blocks_goes_on(tmp_path: Path) -> None:
-    state = fedbe.MethodState(
+    state = run_rules.MethodState(
         anchor_weight=1.0,
-        seen=(fedbe.SeenBlock(block=0, weights=(2.5,) * 4), fedbe.SeenBlock(block=2, weights=(0.0,) * 4)),
+        seen=(run_rules.SeenBlock(block=0, weights=(2.5,) * 4), run_rules.SeenBlock(block=2, weights=(0.0,) * 4)),
     )
     ledger = with_open_round(tmp_path)
     ledger.start_closing(0)
@@ -413,7 +413,7 @@ def test_a_run_from_before_cohorts_and_slim_blocks_goes_on(tmp_path: Path) -> No
     db.close()
     migrated = opened(tmp_path)
     [stored] = [r for r in migrated.rounds() if r.round == 0]
-    assert from_plain(fedbe.MethodState, stored.method_state, where="here") == state
+    assert from_plain(run_rules.MethodState, stored.method_state, where="here") == state
     assert all(client.record["last_chosen_round"] == 0 for client in migrated.clients())
 
 

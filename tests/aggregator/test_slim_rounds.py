@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedblocks.aggregator.methods import fedbe
+from fedblocks.aggregator import run_rules
 from fedblocks.aggregator.replay import replay, state_at
 from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.tensors import cut
@@ -25,7 +25,7 @@ MIXED = {"ann": (1.0, 0.125, 0.5), "bob": (0.5, 1.0, 0.25), "cid": (0.125,) * 3,
 @pytest.fixture
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, tuple[float, ...]]], None]:
     """Whatever the planner chooses, a site gets the width that the test wants."""
-    planned = fedbe.assignment
+    planned = run_rules.assignment
 
     def set_widths(widths: dict[str, tuple[float, ...]]) -> None:
         def assignment(client: Any, choice: Any, run: Any, state: Any, start: Any, **kwargs: Any) -> Any:
@@ -33,7 +33,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, tuple[float,
             task = planned(client, choice, run, state, start, **kwargs)
             return replace(task, width=of[(start.round - 1) % len(of)])
 
-        monkeypatch.setattr(fedbe, "assignment", assignment)
+        monkeypatch.setattr(run_rules, "assignment", assignment)
 
     return set_widths
 

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedblocks.profiles.model_shape import TensorSpec
+from fedblocks.profiles.units import BaseTensors, LowRankPairs, NamedTensors
 from fedblocks.protocol.expansion import (
     FAMILIES,
     LATER_FAMILIES,
@@ -25,6 +28,7 @@ from fedblocks.protocol.expansion import (
     grow,
     layer_types,
     plan_expansion,
+    plan_trainable,
     shape_from_config,
 )
 
@@ -465,3 +469,47 @@ def test_the_module_needs_the_standard_library_only() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_plan_of_blocks_is_written_as_it_always_was() -> None:
+    plan = plan_expansion(base_hash="a" * 64, config=make_config(), placement="top", num_blocks=1)
+    assert set(plan.to_plain()) == {"base_hash", "shape", "placement", "blocks"}
+    assert plan.unit_ids == plan.block_ids
+    assert plan.units.published() == plan.units
+
+
+@pytest.mark.parametrize(
+    "trainable",
+    [
+        LowRankPairs(rank=4, targets="qv", seed=9),
+        LowRankPairs(rank=4, merged=True),
+        BaseTensors(layers=(0, 1), tables=True),
+    ],
+)
+def test_a_plan_of_other_trainables_survives_its_file(trainable: LowRankPairs | BaseTensors) -> None:
+    plan = plan_trainable(base_hash="a" * 64, config=make_config(), trainable=trainable)
+    again = ExpansionPlan.from_json(plan.to_json())
+    assert again == plan
+    assert again.units.trainable == trainable
+    assert again.base_cut == 0
+    assert len(again.stack()) == again.shape.num_layers
+    head = NamedTensors(name="head", tensors=(TensorSpec(name="weight", shape=(3, 64)),))
+    with_head = replace(plan, extra=head)
+    assert ExpansionPlan.from_json(with_head.to_json()) == with_head
+
+
+@pytest.mark.parametrize(
+    ("trainable", "message"),
+    [
+        ({"kind": "other"}, "it trains 'other', expected low_rank or base"),
+        (7, "it trains None"),
+        ({"kind": "base", "layers": [0]}, "exactly the fields"),
+        ({"kind": "base", "layers": [99], "tables": False}, "layers are"),
+        ({"kind": "low_rank", "rank": 4.5, "scaling": 2, "targets": "all", "seed": 1, "merged": False}, "rank is 4.5"),
+        ({"kind": "low_rank", "rank": 9999, "scaling": 2, "targets": "all", "seed": 1, "merged": False}, "at most"),
+    ],
+)
+def test_a_plan_with_an_impossible_trainable_is_refused(trainable: object, message: str) -> None:
+    plan = plan_trainable(base_hash="a" * 64, config=make_config(), trainable=LowRankPairs(rank=2)).to_plain()
+    with pytest.raises(ExpansionError, match=message):
+        ExpansionPlan.from_plain({**plan, "trainable": trainable})

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedblocks.aggregator import run_rules
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.allocation import TIME_SAFETY
-from fedblocks.aggregator.methods import fedbe
 from fedblocks.aggregator.registry import KnownClient, after_failure, after_update, client_from_hello
 from fedblocks.profiles.calibration import Calibration
 from fedblocks.profiles.device import DeviceProfile
@@ -51,15 +51,15 @@ PLAN = plan_expansion(
     placement="thirds",
     num_blocks=3,
 )
-START = fedbe.Start(round=1, version=0, state_sha256="0" * 64)
+START = run_rules.Start(round=1, version=0, state_sha256="0" * 64)
 
 
 def config(*overrides: str) -> run_config.RunConfig:
     return run_config.from_mapping({}, overrides)
 
 
-def run_of(*overrides: str) -> fedbe.Run:
-    return fedbe.Run(run_id="tiny", config=config(*overrides), plan=PLAN, anchor_sequences=512, anchor_tokens=256)
+def run_of(*overrides: str) -> run_rules.Run:
+    return run_rules.Run(run_id="tiny", config=config(*overrides), plan=PLAN, anchor_sequences=512, anchor_tokens=256)
 
 
 def device(memory_bytes: int = 1 << 30, flops_per_s: float = 1e9, name: str = "device") -> DeviceProfile:
@@ -95,48 +95,48 @@ def client(name: str, **changes: Any) -> KnownClient:
     return replace(known, **changes)
 
 
-def pooled(version: int, **values: float | None) -> fedbe.Pooled:
+def pooled(version: int, **values: float | None) -> run_rules.Pooled:
     empty = dict.fromkeys(("kl", "accuracy", "nll", "general_accuracy", "general_nll"))
-    return fedbe.Pooled(version=version, **{**empty, **values})
+    return run_rules.Pooled(version=version, **{**empty, **values})
 
 
 def test_lambda_waits_until_the_kl_first_comes_near_the_set_point() -> None:
     forgetting = config("forgetting.max_kl=0.1", "forgetting.min_lambda=0").forgetting
-    assert fedbe.next_anchor_weight(1.0, False, 0.0, forgetting) == (1.0, False)
-    assert fedbe.next_anchor_weight(1.0, False, 0.0719, forgetting) == (1.0, False)
-    weight, armed = fedbe.next_anchor_weight(1.0, False, 0.0721, forgetting)
+    assert run_rules.next_anchor_weight(1.0, False, 0.0, forgetting) == (1.0, False)
+    assert run_rules.next_anchor_weight(1.0, False, 0.0719, forgetting) == (1.0, False)
+    weight, armed = run_rules.next_anchor_weight(1.0, False, 0.0721, forgetting)
     assert armed
     assert weight == pytest.approx(1.0 + 0.25 * (0.0721 / 0.09 - 1))
 
 
 def test_lambda_rises_above_the_set_point_and_falls_below_it_once_armed() -> None:
     forgetting = config("forgetting.max_kl=0.1", "forgetting.min_lambda=0").forgetting
-    assert fedbe.next_anchor_weight(1.0, True, 0.18, forgetting)[0] == pytest.approx(1.25)
-    assert fedbe.next_anchor_weight(1.0, True, 0.045, forgetting)[0] == pytest.approx(0.875)
-    assert fedbe.next_anchor_weight(1.0, True, 9.0, forgetting)[0] == pytest.approx(1.5)
+    assert run_rules.next_anchor_weight(1.0, True, 0.18, forgetting)[0] == pytest.approx(1.25)
+    assert run_rules.next_anchor_weight(1.0, True, 0.045, forgetting)[0] == pytest.approx(0.875)
+    assert run_rules.next_anchor_weight(1.0, True, 9.0, forgetting)[0] == pytest.approx(1.5)
 
 
 def test_lambda_gives_back_what_it_rose_by_and_stops_at_its_floor() -> None:
     forgetting = config("forgetting.max_kl=0.1").forgetting
-    assert fedbe.next_anchor_weight(1.5, True, 0.045, forgetting)[0] == pytest.approx(1.375)
-    assert fedbe.next_anchor_weight(1.1, True, 0.0, forgetting)[0] == 1.0
-    assert fedbe.next_anchor_weight(1.0, True, 0.0, forgetting) == (1.0, True)
-    assert fedbe.next_anchor_weight(1.0, True, 0.18, forgetting)[0] == pytest.approx(1.25)
+    assert run_rules.next_anchor_weight(1.5, True, 0.045, forgetting)[0] == pytest.approx(1.375)
+    assert run_rules.next_anchor_weight(1.1, True, 0.0, forgetting)[0] == 1.0
+    assert run_rules.next_anchor_weight(1.0, True, 0.0, forgetting) == (1.0, True)
+    assert run_rules.next_anchor_weight(1.0, True, 0.18, forgetting)[0] == pytest.approx(1.25)
 
 
 def test_a_floor_of_zero_is_pure_dual_ascent() -> None:
     forgetting = config("forgetting.max_kl=0.1", "forgetting.min_lambda=0").forgetting
     weights = [1.0]
     for _ in range(5):
-        weights.append(fedbe.next_anchor_weight(weights[-1], True, 0.0, forgetting)[0])
+        weights.append(run_rules.next_anchor_weight(weights[-1], True, 0.0, forgetting)[0])
     assert weights == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 def test_a_run_whose_kl_stays_far_below_the_budget_keeps_its_anchor() -> None:
     run = config("forgetting.max_kl=0.1")
-    state = fedbe.initial_state(run)
+    state = run_rules.initial_state(run)
     for version, kl in enumerate((0.08, 0.001, 0.002, 0.001)):
-        state = fedbe.observe(state, pooled(version, kl=kl), run)
+        state = run_rules.observe(state, pooled(version, kl=kl), run)
     assert (state.anchor_weight, state.armed) == (1.0, True)
 
 
@@ -152,7 +152,7 @@ def test_lambda_never_leaves_its_bounds_and_rises_exactly_when_the_kl_is_above_t
 ) -> None:
     forgetting = replace(config().forgetting, max_kl=budget, min_lambda=floor)
     weight = min(20.0, floor + above)
-    after, armed_after = fedbe.next_anchor_weight(weight, armed, kl, forgetting)
+    after, armed_after = run_rules.next_anchor_weight(weight, armed, kl, forgetting)
     assert floor <= after <= 20
     assert armed_after or not armed
     if kl is not None and kl > 0.9 * budget:
@@ -163,28 +163,28 @@ def test_lambda_never_leaves_its_bounds_and_rises_exactly_when_the_kl_is_above_t
 
 
 def test_nobody_measured_so_lambda_stays() -> None:
-    assert fedbe.next_anchor_weight(3.0, True, None, config().forgetting) == (3.0, True)
+    assert run_rules.next_anchor_weight(3.0, True, None, config().forgetting) == (3.0, True)
 
 
 def test_an_infinite_budget_means_no_anchor_at_all() -> None:
     run = run_of("forgetting.max_kl=inf")
-    state = fedbe.initial_state(run.config)
+    state = run_rules.initial_state(run.config)
     assert state.anchor_weight == 0.0
-    planned = fedbe.plan([client("ann")], run, state, START)
+    planned = run_rules.plan([client("ann")], run, state, START)
     (task,) = planned.tasks.values()
     assert isinstance(task, Assignment)
     assert (task.anchor_weight, task.anchor_batch_size) == (0.0, 0)
-    assert fedbe.observe(state, pooled(0, kl=5.0), run.config).anchor_weight == 0.0
+    assert run_rules.observe(state, pooled(0, kl=5.0), run.config).anchor_weight == 0.0
 
 
 def test_the_learning_rate_falls_in_a_line_to_a_tenth_beyond_the_last_round() -> None:
     linear = config("training.learning_rate=1e-3", "run.max_rounds=10")
-    rates = [fedbe.learning_rate(linear, number) for number in range(1, 12)]
+    rates = [run_rules.learning_rate(linear, number) for number in range(1, 12)]
     assert rates[0] == 1e-3
     assert rates[10] == pytest.approx(1e-4)
     assert rates == sorted(rates, reverse=True)
     constant = config("training.learning_rate=1e-3", "training.round_decay=constant")
-    assert fedbe.learning_rate(constant, 99) == 1e-3
+    assert run_rules.learning_rate(constant, 99) == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -194,16 +194,16 @@ def test_the_learning_rate_falls_in_a_line_to_a_tenth_beyond_the_last_round() ->
 def test_a_block_that_nobody_has_trained_gets_the_long_warm_up(
     steps: int, blocks: tuple[int, ...], expected: int
 ) -> None:
-    seen = (fedbe.SeenBlock(block=0, weights=(10.0,) * 4), fedbe.SeenBlock(block=1, weights=(0.0,) * 4))
-    assert fedbe.warmup_steps(steps, blocks, seen) == expected
+    seen = (run_rules.SeenBlock(block=0, weights=(10.0,) * 4), run_rules.SeenBlock(block=1, weights=(0.0,) * 4))
+    assert run_rules.warmup_steps(steps, blocks, seen) == expected
 
 
 def test_a_quarter_of_the_cohort_but_at_least_two_measure_their_validation_part_in_turn() -> None:
     clients = [client(name, last_validation_round=i) for i, name in enumerate("abcdefghijkl")]
-    chosen = fedbe.measures(clients, [], round=20, seed=1)
+    chosen = run_rules.measures(clients, [], round=20, seed=1)
     validating = [c.name for c in clients if "validation" in chosen[c.key]]
     assert validating == ["a", "b", "c"]
-    few = fedbe.measures(clients[:3], [], round=20, seed=1)
+    few = run_rules.measures(clients[:3], [], round=20, seed=1)
     assert sum("validation" in m for m in few.values()) == 2
     assert all("anchor" in m for m in chosen.values())
 
@@ -212,7 +212,7 @@ def test_over_the_rounds_everybody_has_a_turn() -> None:
     clients = [client(name) for name in "abcd"]
     seen: set[str] = set()
     for number in (1, 2):
-        chosen = fedbe.measures(clients, [], round=number, seed=1)
+        chosen = run_rules.measures(clients, [], round=number, seed=1)
         validating = {c.name for c in clients if "validation" in chosen[c.key]}
         clients = [replace(c, last_validation_round=number) if c.name in validating else c for c in clients]
         seen |= validating
@@ -221,10 +221,10 @@ def test_over_the_rounds_everybody_has_a_turn() -> None:
 
 def test_general_ability_is_measured_by_the_evaluators_or_else_by_one_client_that_can() -> None:
     able = [client(name, can_evaluate_general=True) for name in "ab"]
-    chosen = fedbe.measures(able, [], round=1, seed=1)
+    chosen = run_rules.measures(able, [], round=1, seed=1)
     assert sum("general" in m for m in chosen.values()) == 1
     evaluator = client("eve", can_evaluate_general=True)
-    chosen = fedbe.measures(able, [evaluator], round=1, seed=1)
+    chosen = run_rules.measures(able, [evaluator], round=1, seed=1)
     assert [key for key, m in chosen.items() if "general" in m] == [evaluator.key]
     assert chosen[evaluator.key] == ("anchor", "validation", "general")
 
@@ -243,34 +243,38 @@ def test_reports_are_pooled_by_sums_and_the_kl_by_its_median() -> None:
         measured("b", "general", num_items=5, num_correct=4),
         measured("d", "validation", version=0, num_items=1000, num_correct=0),
     ]
-    found = fedbe.pool(reports, version=1)
+    found = run_rules.pool(reports, version=1)
     assert found.kl == pytest.approx(0.02)
     assert found.accuracy == pytest.approx(31 / 40)
     assert found.nll == pytest.approx(1.0)
     assert found.general_accuracy == 0.8
-    two = fedbe.pool(reports[:2], version=1)
+    two = run_rules.pool(reports[:2], version=1)
     assert two.kl == pytest.approx(0.015)
-    assert fedbe.pool([], version=1) == pooled(1)
+    assert run_rules.pool([], version=1) == pooled(1)
 
 
 def test_retention_is_the_ratio_to_version_0_of_accuracies_or_of_perplexities() -> None:
     settings = config()
-    state = fedbe.observe(fedbe.initial_state(settings), pooled(0, general_accuracy=0.8, general_nll=1.0), settings)
-    assert fedbe.retention(pooled(5, general_accuracy=0.76), state) == pytest.approx(0.95)
-    text = fedbe.observe(fedbe.initial_state(settings), pooled(0, general_nll=1.0), settings)
-    assert fedbe.retention(pooled(5, general_nll=1.1), text) == pytest.approx(math.exp(-0.1))
-    hopeless = fedbe.observe(fedbe.initial_state(settings), pooled(0, general_accuracy=0.0, general_nll=5.0), settings)
-    assert fedbe.retention(pooled(5, general_accuracy=0.0, general_nll=5.0), hopeless) == 1.0
-    assert fedbe.retention(pooled(5), state) is None
-    assert fedbe.retention(pooled(5, general_accuracy=0.5), fedbe.initial_state(settings)) is None
+    state = run_rules.observe(
+        run_rules.initial_state(settings), pooled(0, general_accuracy=0.8, general_nll=1.0), settings
+    )
+    assert run_rules.retention(pooled(5, general_accuracy=0.76), state) == pytest.approx(0.95)
+    text = run_rules.observe(run_rules.initial_state(settings), pooled(0, general_nll=1.0), settings)
+    assert run_rules.retention(pooled(5, general_nll=1.1), text) == pytest.approx(math.exp(-0.1))
+    hopeless = run_rules.observe(
+        run_rules.initial_state(settings), pooled(0, general_accuracy=0.0, general_nll=5.0), settings
+    )
+    assert run_rules.retention(pooled(5, general_accuracy=0.0, general_nll=5.0), hopeless) == 1.0
+    assert run_rules.retention(pooled(5), state) is None
+    assert run_rules.retention(pooled(5, general_accuracy=0.5), run_rules.initial_state(settings)) is None
 
 
-def after_scores(settings: run_config.RunConfig, scores: list[fedbe.Pooled]) -> list[str | None]:
+def after_scores(settings: run_config.RunConfig, scores: list[run_rules.Pooled]) -> list[str | None]:
     """The stop reason after each round."""
-    state, reasons = fedbe.initial_state(settings), list[str | None]()
+    state, reasons = run_rules.initial_state(settings), list[str | None]()
     for number, found in enumerate(scores, start=1):
-        state = fedbe.observe(state, found, settings)
-        reasons.append(fedbe.stop_reason(state, settings, round=number))
+        state = run_rules.observe(state, found, settings)
+        reasons.append(run_rules.stop_reason(state, settings, round=number))
     return reasons
 
 
@@ -307,30 +311,30 @@ def test_five_rounds_in_a_row_above_three_budgets_are_a_divergence() -> None:
 
 def test_the_best_version_is_the_best_within_one_and_a_half_budgets() -> None:
     settings = config("forgetting.max_kl=0.01")
-    state = fedbe.initial_state(settings)
+    state = run_rules.initial_state(settings)
     for version, accuracy, kl in ((0, 0.1, 0.0), (1, 0.5, 0.014), (2, 0.9, 0.016), (3, 0.5, 0.01)):
-        state = fedbe.observe(state, pooled(version, accuracy=accuracy, kl=kl), settings)
+        state = run_rules.observe(state, pooled(version, accuracy=accuracy, kl=kl), settings)
     assert state.best_version == 1
 
 
 def test_what_the_method_carries_survives_the_ledger_and_does_not_grow() -> None:
     settings = config()
     state = replace(
-        fedbe.initial_state(settings),
-        seen=(fedbe.SeenBlock(block=1, weights=(2.5,) * 4),),
-        norms=(fedbe.BlockNorms(block=0, rounds=((1.0, 2.0), ())),),
+        run_rules.initial_state(settings),
+        seen=(run_rules.SeenBlock(block=1, weights=(2.5,) * 4),),
+        norms=(run_rules.BlockNorms(block=0, rounds=((1.0, 2.0), ())),),
     )
     for version in range(50):
-        state = fedbe.observe(state, pooled(version, accuracy=0.1, kl=0.02, nll=1.0), settings)
+        state = run_rules.observe(state, pooled(version, accuracy=0.1, kl=0.02, nll=1.0), settings)
     kept = json.loads(json.dumps(to_plain(state)))
-    assert from_plain(fedbe.MethodState, kept, where="test") == state
+    assert from_plain(run_rules.MethodState, kept, where="test") == state
     assert len(state.recent) == 3
 
 
 def test_a_plan_gives_every_fitting_client_a_task_and_leaves_out_the_one_without_data() -> None:
     run = run_of("allocation.deadline_s=60.0")
     nobody = client("nob", statistics=DataStatistics(num_examples=0, num_target_tokens=0, mean_tokens=1, max_tokens=1))
-    planned = fedbe.plan([client("ann"), nobody], run, fedbe.initial_state(run.config), START)
+    planned = run_rules.plan([client("ann"), nobody], run, run_rules.initial_state(run.config), START)
     task = planned.tasks[client("ann").key]
     assert isinstance(task, Assignment)
     assert task.blocks == (0, 1, 2)
@@ -342,14 +346,14 @@ def test_a_plan_gives_every_fitting_client_a_task_and_leaves_out_the_one_without
 def test_the_plan_does_not_depend_on_the_order_of_the_clients() -> None:
     run = run_of()
     clients = [client("ann"), client("bob", profile=device(flops_per_s=1e8)), client("cid")]
-    state = fedbe.initial_state(run.config)
-    assert fedbe.plan(clients, run, state, START) == fedbe.plan(clients[::-1], run, state, START)
+    state = run_rules.initial_state(run.config)
+    assert run_rules.plan(clients, run, state, START) == run_rules.plan(clients[::-1], run, state, START)
 
 
 def test_nobody_fits_so_the_plan_has_no_task_and_says_what_came_nearest() -> None:
     run = run_of()
     tiny = client("ann", profile=device(memory_bytes=1000))
-    planned = fedbe.plan([tiny], run, fedbe.initial_state(run.config), START)
+    planned = run_rules.plan([tiny], run, run_rules.initial_state(run.config), START)
     assert not planned.tasks
     assert "ann" in planned.plan.no_client_fits
 
@@ -359,23 +363,23 @@ SLOW = Calibration.of_scale(30.0)
 
 def test_a_deadline_from_declared_speeds_is_forgotten_and_one_from_measured_speeds_is_kept() -> None:
     run = run_of()
-    state = fedbe.initial_state(run.config)
-    declared = fedbe.plan([client("ann"), client("bob", calibration=SLOW)], run, state, START)
+    state = run_rules.initial_state(run.config)
+    declared = run_rules.plan([client("ann"), client("bob", calibration=SLOW)], run, state, START)
     assert declared.deadline is None
     both = [client("ann", calibration=SLOW), client("bob", calibration=SLOW)]
-    measured_plan = fedbe.plan(both, run, state, START)
+    measured_plan = run_rules.plan(both, run, state, START)
     assert measured_plan.deadline is not None
     assert measured_plan.deadline.seconds > declared.plan.deadline.seconds
     kept = replace(state, deadline=measured_plan.deadline)
-    with_a_newcomer = fedbe.plan([*both, client("cid")], run, kept, replace(START, round=2))
+    with_a_newcomer = run_rules.plan([*both, client("cid")], run, kept, replace(START, round=2))
     assert with_a_newcomer.deadline == measured_plan.deadline
 
 
 def test_a_client_that_is_slower_than_it_said_gets_less_next_time() -> None:
     run = run_of("allocation.deadline_s=3.0", "training.steps=16")
-    state = fedbe.initial_state(run.config)
-    honest = fedbe.plan([client("ann")], run, state, START).tasks[client("ann").key]
-    slow = fedbe.plan([client("ann", calibration=Calibration.of_scale(6.0))], run, state, START).tasks[
+    state = run_rules.initial_state(run.config)
+    honest = run_rules.plan([client("ann")], run, state, START).tasks[client("ann").key]
+    slow = run_rules.plan([client("ann", calibration=Calibration.of_scale(6.0))], run, state, START).tasks[
         client("ann").key
     ]
     assert isinstance(honest, Assignment)
@@ -405,7 +409,7 @@ def test_the_first_measured_speed_replaces_the_declared_one_and_later_ones_are_a
 ) -> None:
     task, delta = trained_task
     ann, run = client("ann"), run_of()
-    profiled = fedbe.profiled(ann, task, delta.train, run)
+    profiled = run_rules.profiled(ann, task, delta.train, run)
     step_s = sum(profiled.step)
     known, note = after_update(ann, task, reporting(delta, step_s=4 * step_s), profiled)
     assert note == ""
@@ -426,10 +430,10 @@ def test_a_report_is_held_against_what_the_planner_predicts_for_the_same_task(
 ) -> None:
     task, delta = trained_task
     ann, run = client("ann"), run_of()
-    [choice] = fedbe.plan([ann], run, fedbe.initial_state(run.config), START).plan.choices
+    [choice] = run_rules.plan([ann], run, run_rules.initial_state(run.config), START).plan.choices
     assert choice.predicted is not None
     done = replace(task, blocks=choice.blocks, steps=choice.steps, width=choice.width)
-    profiled = fedbe.profiled(ann, done, replace(delta.train, mode=choice.predicted.mode), run)
+    profiled = run_rules.profiled(ann, done, replace(delta.train, mode=choice.predicted.mode), run)
     assert sum(profiled.step) == pytest.approx(choice.predicted.step_s)
     transfers_s = choice.predicted.upload_bytes / ann.profile.uplink_bytes_per_s
     transfers_s += choice.predicted.download_bytes / ann.profile.downlink_bytes_per_s
@@ -440,15 +444,15 @@ def test_a_report_is_held_against_what_the_planner_predicts_for_the_same_task(
 def test_after_a_report_the_planner_predicts_what_was_measured(trained_task: tuple[Assignment, Delta]) -> None:
     task, delta = trained_task
     ann, run = client("ann"), run_of("allocation.deadline_s=1000.0")
-    state = fedbe.initial_state(run.config)
-    [choice] = fedbe.plan([ann], run, state, START).plan.choices
+    state = run_rules.initial_state(run.config)
+    [choice] = run_rules.plan([ann], run, state, START).plan.choices
     assert choice.predicted is not None
     done = replace(task, blocks=choice.blocks, steps=choice.steps, width=choice.width)
     report = replace(delta.train, mode=choice.predicted.mode, step_s=0.02, prefix_s=5.0, measure_s=0.7)
-    profiled = fedbe.profiled(ann, done, report, run)
+    profiled = run_rules.profiled(ann, done, report, run)
     known, _ = after_update(ann, done, replace(delta, train=report), profiled)
     known = replace(known, trained_sequences=0, anchored_sequences=0, held_version=0)
-    [after] = fedbe.plan([known], run, state, START).plan.choices
+    [after] = run_rules.plan([known], run, state, START).plan.choices
     assert after.predicted is not None
     assert (after.blocks, after.predicted.mode) == (choice.blocks, choice.predicted.mode)
     assert after.predicted.step_s == pytest.approx(0.02)
@@ -462,7 +466,7 @@ def test_a_client_that_slows_down_is_planned_for_at_its_new_speed_after_two_upda
 ) -> None:
     task, delta = trained_task
     known, run = client("orin-2"), run_of()
-    profiled = fedbe.profiled(known, task, delta.train, run)
+    profiled = run_rules.profiled(known, task, delta.train, run)
     step_s = sum(profiled.step)
     notes = []
     for times in (1.0, 1.0, 1.0, 2.1, 2.1, 1.0, 1.0):
@@ -483,7 +487,7 @@ def test_only_a_client_that_measured_the_anchor_says_how_long_measuring_takes(
     trained_task: tuple[Assignment, Delta],
 ) -> None:
     task, delta = trained_task
-    profiled = fedbe.profiled(client("ann"), task, delta.train, run_of())
+    profiled = run_rules.profiled(client("ann"), task, delta.train, run_of())
     found = {}
     for measure in (("anchor", "validation"), ("validation",)):
         known, _ = after_update(client("ann"), replace(task, measure=measure), delta, profiled)
@@ -495,7 +499,7 @@ def test_only_a_client_that_measured_the_anchor_says_how_long_measuring_takes(
 
 def test_a_report_without_a_step_time_teaches_nothing_of_the_speed(trained_task: tuple[Assignment, Delta]) -> None:
     task, delta = trained_task
-    profiled = fedbe.profiled(client("ann"), task, delta.train, run_of())
+    profiled = run_rules.profiled(client("ann"), task, delta.train, run_of())
     for step_s in (0.0, -1.0, math.nan, math.inf):
         known, note = after_update(client("ann"), task, reporting(delta, step_s=step_s), profiled)
         assert (known.calibration, note) == (None, "")
@@ -541,7 +545,7 @@ def test_a_hello_keeps_what_was_measured_on_the_same_device_and_forgets_it_on_a_
 def test_a_round_of_many_clients_is_planned_for_those_whose_turn_it_is() -> None:
     run = run_of("allocation.deadline_s=60.0", "allocation.cohort_fraction=0.4")
     clients = [client(name) for name in ("ann", "bob", "cid", "dan", "eve")]
-    planned = fedbe.plan(clients, run, fedbe.initial_state(run.config), START)
+    planned = run_rules.plan(clients, run, run_rules.initial_state(run.config), START)
     assert len(planned.cohort) == 2
     assert set(planned.tasks) == planned.cohort == {c.client for c in planned.plan.choices}
 
@@ -552,7 +556,7 @@ def test_where_nobody_whose_turn_it_is_can_train_all_are_planned_for() -> None:
     clients = [client("ann", profile=tiny), client("bob", profile=tiny), client("cid", last_chosen_round=START.round)]
     for number in range(20):
         start = replace(START, round=number)
-        planned = fedbe.plan(clients, run, fedbe.initial_state(run.config), start)
+        planned = run_rules.plan(clients, run, run_rules.initial_state(run.config), start)
         assert isinstance(planned.tasks[clients[2].key], Assignment)
 
 
@@ -572,25 +576,25 @@ def accepted(name: str, blocks: tuple[int, ...], num_examples: int, width: float
 
 
 def test_a_block_that_nobody_trains_is_told_once_after_ten_rounds_with_updates() -> None:
-    state, told = fedbe.MethodState(anchor_weight=1.0), []
+    state, told = run_rules.MethodState(anchor_weight=1.0), []
     fold = FoldResult(aggregate={}, coverage={}, segment_coverage={}, history={}, weights={}, clipped=())
     for number in range(1, 31):
         blocks = (0, 1) if number <= 2 or number == 15 else (0,)
         updates = [accepted("ann", blocks, 10)] if number % 5 else []  # an empty round says nothing
-        state = fedbe.after_fold(state, updates, fold, blocks=(0, 1, 2))
-        told += [(number, fedbe.new_orphans(state))] if updates and fedbe.new_orphans(state) else []
+        state = run_rules.after_fold(state, updates, fold, blocks=(0, 1, 2))
+        told += [(number, run_rules.new_orphans(state))] if updates and run_rules.new_orphans(state) else []
     assert told == [(12, {2: False}), (14, {1: True})]
-    assert from_plain(fedbe.MethodState, json.loads(json.dumps(to_plain(state))), where="test") == state
+    assert from_plain(run_rules.MethodState, json.loads(json.dumps(to_plain(state))), where="test") == state
 
 
 def test_what_was_trained_on_which_topics_is_remembered_by_block_and_segment() -> None:
-    state = fedbe.after_fold(
-        fedbe.MethodState(anchor_weight=1.0),
+    state = run_rules.after_fold(
+        run_rules.MethodState(anchor_weight=1.0),
         [accepted("ann", (0,), 10, width=0.25), accepted("bob", (0, 2), 30)],
         FoldResult(aggregate={}, coverage={}, segment_coverage={}, history={}, weights={}, clipped=()),
         {client("ann").key: (4, 6), client("bob").key: (0, 0, 30)},
     )
     assert state.seen == (
-        fedbe.SeenBlock(block=0, weights=(40.0, 40.0, 30.0, 30.0), topics=(4.0, 6.0, 30.0)),
-        fedbe.SeenBlock(block=2, weights=(30.0,) * 4, topics=(0.0, 0.0, 30.0)),
+        run_rules.SeenBlock(block=0, weights=(40.0, 40.0, 30.0, 30.0), topics=(4.0, 6.0, 30.0)),
+        run_rules.SeenBlock(block=2, weights=(30.0,) * 4, topics=(0.0, 0.0, 30.0)),
     )
