@@ -117,6 +117,23 @@ class Registry:
             self._write()
         return enrolment
 
+    def rotate(self, name: str, key: str, *, now_unix_s: float) -> Enrolment:
+        """Puts a new key in the place of this client's: the old one is shut out in the same write of the list.
+
+        Raises:
+            KeyFileError: the text is no key.
+            RegistryError: nobody enrolled has this name, or the key is on the list already.
+        """
+        enrolment = Enrolment(key=parse_key(key), name=name, enrolled_unix_s=now_unix_s)
+        with self._writing():
+            old = self._enrolled(name)
+            if enrolment.key in self._by_key:
+                raise RegistryError(f"this key is on the list already, as {self._by_key[enrolment.key].name!r}")
+            self._by_key[old.key] = replace(old, revoked_unix_s=now_unix_s)
+            self._by_key[enrolment.key] = enrolment
+            self._write()
+        return enrolment
+
     def revoke(self, name_or_key: str, *, now_unix_s: float) -> Enrolment:
         """Shuts this client out; a live connection of it ends at its next message.
 
@@ -124,13 +141,16 @@ class Registry:
             RegistryError: nobody enrolled has this name or key.
         """
         with self._writing():
-            for enrolment in self._by_key.values():
-                if enrolment.standing == "enrolled" and name_or_key in (enrolment.name, enrolment.key):
-                    revoked = replace(enrolment, revoked_unix_s=now_unix_s)
-                    self._by_key[enrolment.key] = revoked
-                    self._write()
-                    return revoked
-            names = ", ".join(sorted(e.name for e in self._by_key.values() if e.standing == "enrolled")) or "nobody"
+            revoked = replace(self._enrolled(name_or_key), revoked_unix_s=now_unix_s)
+            self._by_key[revoked.key] = revoked
+            self._write()
+        return revoked
+
+    def _enrolled(self, name_or_key: str) -> Enrolment:
+        for enrolment in self._by_key.values():
+            if enrolment.standing == "enrolled" and name_or_key in (enrolment.name, enrolment.key):
+                return enrolment
+        names = ", ".join(sorted(e.name for e in self._by_key.values() if e.standing == "enrolled")) or "nobody"
         raise RegistryError(f"no enrolled client has the name or key {name_or_key[:60]!r}; enrolled: {names}")
 
     def refresh(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Final
 
 from fedblocks.aggregator import registry
 from fedblocks.aggregator.endpoint import ByteCount
-from fedblocks.aggregator.ledger import CONTENT_CODES, MAX_CONTENT_REFUSALS, STRANGERS, Ledger
+from fedblocks.aggregator.ledger import CONTENT_CODES, STRANGERS, Ledger
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.protocol.errors import RefusalCode
 from fedblocks.protocol.messages import ClientKey
@@ -28,17 +28,20 @@ class Books:
         clock: monotonic seconds.
         wall_clock: Unix seconds, for the books only.
         on_event: takes each line for the operator.
+        quarantine_after: content refusals after which a client gets no task; 0: never.
     """
 
     def __init__(
         self,
         ledger: Ledger,
         *,
+        quarantine_after: int,
         clock: Callable[[], float],
         wall_clock: Callable[[], float],
         on_event: Callable[[str], None],
     ) -> None:
         self._ledger = ledger
+        self._quarantine_after = quarantine_after
         self._clock = clock
         self._wall_clock = wall_clock
         self._on_event = on_event
@@ -89,9 +92,15 @@ class Books:
         known = key in self.clients
         count = self._ledger.add_refusal(key if known else STRANGERS, code, text, unix_s=self._wall_clock())
         self.note(f"refused {self.name(key)} ({code}): {text}")
-        if known and code in CONTENT_CODES and count == MAX_CONTENT_REFUSALS:
+        if known and code in CONTENT_CODES:
+            self._tell_quarantine(key, count - 1, count)
+
+    def _tell_quarantine(self, key: ClientKey, before: int, count: int) -> None:
+        if before < self._quarantine_after <= count:
+            name = self.name(key)
             self.note(
-                f"{self.name(key)} gets no task any more after {count} refusals; let it back when its cause is known"
+                f"{name} gets no task any more after {count} refusals; when its cause is known: "
+                f"fedblocks keys release RUN {name}"
             )
 
     def refused_by_endpoint(self, key: ClientKey | None, code: RefusalCode, text: str) -> None:
@@ -109,9 +118,11 @@ class Books:
         """What the endpoint refused since the last time, into the ledger and one line per client and code."""
         for (key, code), count in self._refusals.items():
             text = self._refusal_texts[key, code]
-            self._ledger.add_refusal(key, code, text, count=count, unix_s=self._wall_clock())
+            total = self._ledger.add_refusal(key, code, text, count=count, unix_s=self._wall_clock())
             name = self.name(key) if key != STRANGERS else "a stranger"
             self.say(f"refused {name} ({code}, {count}x): {text}")
+            if key != STRANGERS and code in CONTENT_CODES:
+                self._tell_quarantine(key, total - count, total)
         self._refusals.clear()
         self._refusal_texts.clear()
 

@@ -135,7 +135,7 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     """,
 )
 
-#: Refusals that say something about what a client computes; after :data:`MAX_CONTENT_REFUSALS` it is given no task.
+#: Refusals that say something about what a client computes; after ``server.quarantine_after`` of them it gets no task.
 CONTENT_CODES: Final[frozenset[RefusalCode]] = frozenset(
     {
         "malformed",
@@ -154,7 +154,6 @@ CONTENT_CODES: Final[frozenset[RefusalCode]] = frozenset(
         "over_norm",
     }
 )
-MAX_CONTENT_REFUSALS: Final = 3
 STRANGERS: Final = ClientKey("")
 """The books of refusals of keys that never said Hello: one line for all of them, so that nobody can fill the disk."""
 MAX_NOTES: Final = 1000
@@ -284,12 +283,14 @@ class Ledger:
             for key, name, record, refusals, joined in rows
         ]
 
-    def shelved(self) -> frozenset[ClientKey]:
-        """Clients that get no task because of their content refusals, until :meth:`let_back`."""
-        rows = self._db.execute("SELECT client_key FROM clients WHERE content_refusals >= ?", (MAX_CONTENT_REFUSALS,))
+    def quarantined(self, after: int) -> frozenset[ClientKey]:
+        """Clients that get no task because of so many content refusals, until :meth:`release`; none where it is 0."""
+        if after == 0:
+            return frozenset()
+        rows = self._db.execute("SELECT client_key FROM clients WHERE content_refusals >= ?", (after,))
         return frozenset(ClientKey(key) for (key,) in rows)
 
-    def let_back(self, key: ClientKey) -> None:
+    def release(self, key: ClientKey) -> None:
         """Forget the client's content refusals (the operator's decision); the counts by code stay."""
         with self.transaction():
             self._db.execute("UPDATE clients SET content_refusals = 0 WHERE client_key = ?", (key,))
@@ -642,8 +643,8 @@ def open_read_only(path: Path) -> Ledger:
     return Ledger(db)
 
 
-def let_back(path: Path, name: str) -> None:
-    """Give the client of this name tasks again after its refusals; works while the run is served.
+def release(path: Path, name: str) -> None:
+    """End the quarantine of the client of this name; works while the run is served.
 
     Raises:
         LedgerError: there is no ledger, or no client of this name.
@@ -655,5 +656,5 @@ def let_back(path: Path, name: str) -> None:
         raise LedgerError(f"{path}: no client called {name[:60]!r} ever joined this run")
     ledger = Ledger(sqlite3.connect(path, isolation_level=None, timeout=10.0))
     for key in keys:
-        ledger.let_back(key)
+        ledger.release(key)
     ledger.close()

@@ -150,7 +150,13 @@ class Aggregator:
         self._units = folder.plan.units
         self._published_units = self._units.published()
         self._rules_of_method = methods.of(self._config.run.method)
-        self._books = Books(ledger, clock=clock, wall_clock=wall_clock, on_event=on_event or _say_nothing)
+        self._books = Books(
+            ledger,
+            clock=clock,
+            wall_clock=wall_clock,
+            on_event=on_event or _say_nothing,
+            quarantine_after=self._config.server.quarantine_after,
+        )
         self._intake = Intake(folder, ledger)
         self._run = run_rules.Run(
             run_id=folder.info.run_id,
@@ -244,6 +250,7 @@ class Aggregator:
             version=version, published=published, residual=residual, sha256=sha256, moments=moments
         )
         self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
+        self._ledger.set_run("quarantine_after", self._config.server.quarantine_after)
         self._folder.drop_parts()
         self._folder.write_metrics([r.metrics for r in folded])
         self._state = self._restored_rounds(last, roster)
@@ -597,8 +604,8 @@ class Aggregator:
             self._flush()
 
     def _open_round(self, keys: Sequence[ClientKey]) -> None:
-        shelved = self._ledger.shelved()
-        clients = [self._books.clients[key] for key in keys if key not in shelved]
+        quarantined = self._ledger.quarantined(self._config.server.quarantine_after)
+        clients = [self._books.clients[key] for key in keys if key not in quarantined]
         if not clients:
             names = ", ".join(self._books.clients[key].name for key in keys)
             self._feed(rounds.PlanFailed(text=f"every client here was refused too often: {names}"))

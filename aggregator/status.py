@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fedblocks.aggregator.ledger import MAX_CONTENT_REFUSALS, Ledger, StoredClient, StoredRound, is_made, open_read_only
+from fedblocks.aggregator.ledger import Ledger, StoredClient, StoredRound, is_made, open_read_only
 from fedblocks.aggregator.registry import client_from_record
 from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
 from fedblocks.profiles.cost import ExecutionMode
@@ -111,6 +111,9 @@ def _served(folder: RunFolder, ledger: Ledger) -> dict[str, Any]:
     newest: dict[str, Any] = folded[-1].metrics if folded else {}
     refusals = ledger.refusals()
     said = ledger.last_refusals()
+    # As served: an override of the command line does not stand in run.toml.
+    after = ledger.get_run("quarantine_after")
+    quarantined = ledger.quarantined(folder.config.server.quarantine_after if after is None else after)
     if final is not None:
         phase = "finished"
     else:
@@ -124,7 +127,15 @@ def _served(folder: RunFolder, ledger: Ledger) -> dict[str, Any]:
         "waiting_for": (ledger.get_run("waiting_for") or "") if phase == "running" else "",
         **{name: newest.get(name) for name in _OF_LAST_ROUND},
         "clients": [
-            _client(client, last, ledger, newest, refusals.get(client.client_key, {}), said.get(client.client_key))
+            _client(
+                client,
+                last,
+                ledger,
+                newest,
+                refusals.get(client.client_key, {}),
+                said.get(client.client_key),
+                quarantined,
+            )
             for client in ledger.clients()
         ],
         "rounds": [r.metrics for r in folded],
@@ -141,6 +152,7 @@ def _client(
     newest: Mapping[str, Any],
     refusals: Mapping[str, int],
     last_refusal: str | None,
+    quarantined: frozenset[ClientKey],
 ) -> dict[str, Any]:
     """One client: who it is, its task in the newest round, how its last finished round went, its refusals."""
     record = client.record
@@ -176,7 +188,7 @@ def _client(
         "bytes_down": record["sent_bytes"],
         "refusals": dict(refusals),
         "last_refusal": last_refusal,
-        "shelved": client.content_refusals >= MAX_CONTENT_REFUSALS,
+        "quarantined": client.client_key in quarantined,
     }
 
 
@@ -221,8 +233,8 @@ def describe(status: Mapping[str, Any]) -> str:
         if client["refusals"]:
             counts = ", ".join(f"{code} {count}" for code, count in client["refusals"].items())
             parts.append(f"refused: {counts}")
-        if client["shelved"]:
-            parts.append("gets no task until it is let back")
+        if client["quarantined"]:
+            parts.append(f"in quarantine until: fedblocks keys release RUN {client['name']}")
         lines.append("  ".join(parts))
     if status["stop_reason"] is not None:
         lines.append(f"stop reason: {status['stop_reason']}")

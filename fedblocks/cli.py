@@ -120,13 +120,29 @@ def keys_revoke(run: RunArgument, name: Annotated[str, typer.Argument(help="name
     typer.echo(f"revoked {name}")
 
 
-@keys_app.command("let-back", epilog="Example: fedblocks keys let-back runs/clinic site-a")
-def keys_let_back(run: RunArgument, name: Annotated[str, typer.Argument(help="the site's name")]) -> None:
-    """Give a client tasks again that was set aside after three refused updates. Works while the run is served."""
-    from fedblocks.aggregator.ledger import let_back
+@keys_app.command(
+    "rotate",
+    epilog="Example: fedblocks keys rotate runs/clinic site-a --key='rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7'",
+)
+def keys_rotate(
+    run: RunArgument,
+    name: Annotated[str, typer.Argument(help="the site's name")],
+    key: Annotated[str, typer.Option(metavar="KEY", help="the site's new public key")],
+) -> None:
+    """Put KEY in the place of the site's key, which is shut out at once. Works while the run is served."""
+    from fedblocks.aggregator.auth import Registry
+
+    Registry(run).rotate(name, key, now_unix_s=time.time())
+    typer.echo(f"{name} has a new key; the old one is revoked")
+
+
+@keys_app.command("release", epilog="Example: fedblocks keys release runs/clinic site-a")
+def keys_release(run: RunArgument, name: Annotated[str, typer.Argument(help="the site's name")]) -> None:
+    """End a client's quarantine (server.quarantine_after refused updates). Works while the run is served."""
+    from fedblocks.aggregator.ledger import release
     from fedblocks.aggregator.run_folder import read_run_folder
 
-    let_back(read_run_folder(run).ledger_path, name)
+    release(read_run_folder(run).ledger_path, name)
     typer.echo(f"{name} may take part again")
 
 

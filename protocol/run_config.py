@@ -148,6 +148,9 @@ class ServerSection:
         "tcp://127.0.0.1:5555", "address that goes into the site files; the name sites can reach"
     )
     heartbeat_interval_s: float = _key(5.0, "clients report this often")
+    quarantine_after: int = _key(
+        3, "a client whose updates were refused so often gets no task until `fedblocks keys release`; 0: never"
+    )
     keep_updates: bool = _key(False, "keep each client's folded updates (for a replay); false: deleted after folding")
 
 
@@ -192,6 +195,7 @@ class RunConfig:
             "run.target_score",
             "training.weight_decay",
             "training.anchor_batch_size",
+            "server.quarantine_after",
             "allocation.deadline_s",
             "allocation.debt_weight",
             "allocation.rarity_weight",

@@ -120,3 +120,21 @@ def test_server_keys_are_made_once_and_kept_private(tmp_path):
     (tmp_path / SERVER_KEY_FILE).chmod(0o644)
     with pytest.raises(KeyFileError, match="0644"):
         load_or_create_server_keys(tmp_path)
+
+
+def test_a_rotated_key_takes_the_place_of_the_old_one_in_one_write(tmp_path):
+    registry, serving = Registry(tmp_path), Registry(tmp_path)
+    old, new, other = new_key(), new_key(), new_key()
+    registry.enrol(old, "site-a", now_unix_s=1)
+    registry.enrol(other, "site-b", now_unix_s=1)
+    registry.rotate("site-a", new, now_unix_s=5)
+    assert (serving.standing(old), serving.standing(new)) == ("revoked", "enrolled")
+    assert serving.name_of(new) == "site-a"
+    for name, key in (("site-a", new), ("site-a", old), ("site-a", other)):
+        with pytest.raises(RegistryError, match="on the list already"):
+            registry.rotate(name, key, now_unix_s=6)
+    with pytest.raises(RegistryError, match="enrolled: site-a, site-b"):
+        registry.rotate("site-c", new_key(), now_unix_s=6)
+    with pytest.raises(KeyFileError):
+        registry.rotate("site-a", "no key", now_unix_s=6)
+    assert (serving.standing(new), serving.standing(other)) == ("enrolled", "enrolled")

@@ -682,3 +682,18 @@ def test_f17_a_hundred_clients_that_come_back_at_once_after_a_restart_are_all_se
         house.wait_for(MessageReceived, timeout_s=20.0, count=100)
         assert {event.key for event in house.of(MessageReceived)} == {peer.key for peer in peers}
         assert house.of(PeerRejected) == []
+
+
+def test_a_key_is_rotated_while_the_endpoint_serves_and_only_its_holder_notices(house):
+    site, other = house.peer("site"), house.peer("other")
+    for count, peer in enumerate((site, other)):
+        peer.say(HEARTBEAT)
+        house.wait_for(MessageReceived, count=count + 1)
+    new = zmq.curve_keypair()
+    Registry(house.folder).rotate("site", new[0].decode(), now_unix_s=2.0)
+    assert site.hear().code == "revoked"
+    renewed = house.peer(key_pair=new)
+    for count, peer in enumerate((site, other, renewed)):
+        peer.say(HEARTBEAT)
+        house.pump(lambda wanted=count: len(house.of(MessageReceived)) > 2 + wanted, 0.3)
+    assert [e.key for e in house.of(MessageReceived)] == [site.key, other.key, other.key, renewed.key]

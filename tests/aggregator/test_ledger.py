@@ -12,15 +12,14 @@ import pytest
 
 from fedblocks.aggregator import run_rules
 from fedblocks.aggregator.ledger import (
-    MAX_CONTENT_REFUSALS,
     MAX_NOTES,
     MIGRATIONS,
     Ledger,
     LedgerError,
     is_made,
-    let_back,
     open_ledger,
     open_read_only,
+    release,
 )
 from fedblocks.profiles.calibration import Calibration
 from fedblocks.profiles.cost import ExecutionMode
@@ -213,18 +212,19 @@ def test_what_was_not_committed_before_a_kill_is_not_there_after_it(tmp_path: Pa
     assert opened(tmp_path / "killed").num_updates() == 0
 
 
-def test_refusals_are_counted_by_client_and_code_and_three_about_content_shelve_the_client(tmp_path: Path) -> None:
+def test_refusals_are_counted_by_client_and_code_and_three_about_content_quarantine_the_client(tmp_path: Path) -> None:
     ledger = with_open_round(tmp_path)
-    for count in range(1, MAX_CONTENT_REFUSALS + 1):
-        assert ledger.shelved() == frozenset()
+    for count in range(1, 4):
+        assert ledger.quarantined(3) == frozenset()
         assert ledger.add_refusal(ANN, "non_finite", "a NaN", unix_s=float(count)) == count
     for _ in range(5):
         ledger.add_refusal(BOB, "no_space", "disk full", unix_s=9.0)
     assert ledger.refusals() == {ANN: {"non_finite": 3}, BOB: {"no_space": 5}}
-    assert ledger.shelved() == {ANN}
+    assert ledger.quarantined(3) == {ANN}
+    assert ledger.quarantined(4) == ledger.quarantined(0) == frozenset()
     assert ledger.last_refusals()[ANN] == "non_finite: a NaN"
-    ledger.let_back(ANN)
-    assert ledger.shelved() == frozenset()
+    ledger.release(ANN)
+    assert ledger.quarantined(3) == frozenset()
     assert ledger.refusals()[ANN] == {"non_finite": 3}
 
 
@@ -450,14 +450,14 @@ def test_a_run_that_was_never_served_has_no_ledger_to_read(tmp_path: Path) -> No
         open_read_only(tmp_path / "ledger.sqlite")
 
 
-def test_the_operator_lets_a_client_back_by_its_name_beside_a_running_aggregator(tmp_path: Path) -> None:
+def test_the_operator_releases_a_client_by_its_name_beside_a_running_aggregator(tmp_path: Path) -> None:
     ledger = with_open_round(tmp_path)
     for _ in range(3):
         ledger.add_refusal(ANN, "non_finite", "a NaN", unix_s=1.0)
-    let_back(tmp_path / "ledger.sqlite", "ann")
-    assert ledger.shelved() == frozenset()
+    release(tmp_path / "ledger.sqlite", "ann")
+    assert ledger.quarantined(3) == frozenset()
     with pytest.raises(LedgerError, match="no client called 'zoe'"):
-        let_back(tmp_path / "ledger.sqlite", "zoe")
+        release(tmp_path / "ledger.sqlite", "zoe")
 
 
 def test_notes_do_not_grow_without_end(tmp_path: Path) -> None:

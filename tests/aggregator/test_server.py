@@ -227,7 +227,7 @@ def test_a_bad_update_is_refused_by_its_code_and_the_round_folds_as_if_it_were_a
     assert metrics(world)[0]["state_sha256"] == metrics(absent)[0]["state_sha256"]
 
 
-def test_after_three_bad_updates_a_client_gets_no_task_until_it_is_let_back(make_world: Callable[..., Any]) -> None:
+def test_after_three_bad_updates_a_client_gets_no_task_until_it_is_released(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "eve")
     world.join()
     eve = world.sites["eve"]
@@ -238,7 +238,7 @@ def test_after_three_bad_updates_a_client_gets_no_task_until_it_is_let_back(make
     assert any("eve gets no task any more" in line for line in world.lines)
     world.round("ann")
     assert len(eve.tasks) == 3
-    world.ledger.let_back(eve.key)
+    world.ledger.release(eve.key)
     world.round("ann")
     assert len(eve.tasks) == 4
 
@@ -954,3 +954,30 @@ def test_the_folder_tells_no_names_outside_its_owner(make_world: Callable[..., A
     world = make_world("ann")
     assert world.path.stat().st_mode & 0o777 == 0o700
     assert Path(world.folder.ledger_path).stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("after", "tasks"), [(1, 1), (2, 2), (0, 4)])
+def test_the_operator_says_after_how_many_refusals_a_client_is_quarantined(
+    make_world: Callable[..., Any], after: int, tasks: int
+) -> None:
+    world = make_world("ann", "eve", overrides=(f"server.quarantine_after={after}",))
+    world.join()
+    eve = world.sites["eve"]
+    for _ in range(3):
+        if len(eve.tasks) > len(eve.refused):
+            world.endpoint.announce(eve.key, *bad("non_finite", eve))
+        world.round("ann")
+    assert len(eve.tasks) == tasks
+    told = [line for line in world.lines if "fedblocks keys release RUN eve" in line]
+    assert len(told) == (1 if after else 0)
+
+
+def test_malformed_messages_on_the_wire_count_towards_the_quarantine(make_world: Callable[..., Any]) -> None:
+    world = make_world("ann", "eve")
+    world.join()
+    eve = world.sites["eve"]
+    for _ in range(5):
+        world.endpoint.inbox.append(PeerRejected(key=eve.key, address="", code="malformed", text="no message"))
+    world.step(2.0)
+    assert world.ledger.quarantined(3) == {eve.key}
+    assert any("eve gets no task any more after 5 refusals" in line for line in world.lines)

@@ -69,7 +69,7 @@ def test_a_served_folder_shows_what_is_waited_for(make_world: Callable[..., Any]
     assert not is_served(world.path)
 
 
-def test_refusals_and_shelved_clients_are_shown(make_world: Callable[..., Any]) -> None:
+def test_refusals_and_quarantined_clients_are_shown(make_world: Callable[..., Any]) -> None:
     world = make_world("ann", "bob")
     world.join()
     ann = world.sites["ann"]
@@ -77,9 +77,11 @@ def test_refusals_and_shelved_clients_are_shown(make_world: Callable[..., Any]) 
         world.ledger.add_refusal(ann.key, "non_finite", "a NaN", unix_s=1.0)
     shown = next(c for c in run_status(world.path)["clients"] if c["name"] == "ann")
     assert shown["refusals"] == {"non_finite": 3}
-    assert shown["shelved"] is True
+    assert shown["quarantined"] is True
     assert shown["last_refusal"] == "non_finite: a NaN"
-    assert "let back" in describe(run_status(world.path))
+    assert "fedblocks keys release RUN ann" in describe(run_status(world.path))
+    world.ledger.set_run("quarantine_after", 0)  # served with --set server.quarantine_after=0
+    assert not any(c["quarantined"] for c in run_status(world.path)["clients"])
 
 
 def test_a_finished_run_shows_its_result_and_all_rounds(make_world: Callable[..., Any]) -> None:
