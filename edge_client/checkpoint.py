@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import ModelShape, TensorSpec
 from fedblocks.protocol.expansion import ExpansionPlan, base_fields, family_of, shape_from_config
 
 #: Bytes per element of the types that the safetensors format knows.
@@ -53,6 +53,8 @@ _MAX_HEADER_BYTES: Final = 100_000_000
 _READ_BYTES: Final = 1 << 20
 #: Buffers that old checkpoints saved beside the weights; the model's class computes them itself.
 _COMPUTED: Final = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+#: The same of encoders; whole numbers, and no part of the base.
+_COUNTED: Final = "embeddings.position_ids"
 
 
 class CheckpointError(Exception):
@@ -91,7 +93,11 @@ class Checkpoint:
         self.shape: ModelShape = shape_from_config(config)
         self.stored = stored
         self._marks = marks
-        self._prefix = family_of(config).layer_prefix
+        family = family_of(config)
+        self._prefix = family.layer_prefix
+        self._embedding = family.embedding
+        self.absorbed: dict[tuple[int, str], torch.Tensor] = {}
+        """What ``affine_migration.py`` has computed of this base: vectors that are dear to compute again."""
 
     @classmethod
     def open(cls, folder: str | Path) -> Checkpoint:
@@ -121,6 +127,7 @@ class Checkpoint:
                     "copy the checkpoint again"
                 )
             stored |= found
+        stored.pop(_COUNTED, None)
         checkpoint = cls(path, config, stored, marks)
         checkpoint._check_tensors()
         return checkpoint
@@ -128,18 +135,26 @@ class Checkpoint:
     def _check_tensors(self) -> None:
         """Exactly the tensors of the model's class, with the sizes that the configuration gives."""
         shape = self.shape
-        expected = {
-            "model.embed_tokens.weight": (shape.vocab_size, shape.hidden_size),
-            "model.norm.weight": (shape.hidden_size,),
-        }
+        expected: dict[str, tuple[int, ...]] = {self._embedding: (shape.vocab_size, shape.hidden_size)}
+        if shape.encoder:
+            expected |= _encoder_tensors(self.config)
+        else:
+            expected["model.norm.weight"] = (shape.hidden_size,)
         for layer in range(shape.num_layers):
             for spec in shape.block_tensors():
                 expected[self.layer_name(layer, spec.name)] = spec.shape
-        head = {"lm_head.weight": expected["model.embed_tokens.weight"]}
+        head: dict[str, tuple[int, ...]] = {"lm_head.weight": expected[self._embedding]}
+        if shape.encoder:  # the embedding does not need it; it is carried along
+            head = {"pooler.dense.weight": (shape.hidden_size,) * 2, "pooler.dense.bias": (shape.hidden_size,)}
         if not shape.tied_embeddings:
             expected |= head
         for name in expected:
             if name not in self.stored:
+                if f"bert.{name}" in self.stored:
+                    raise CheckpointError(
+                        f"{self.folder}: holds a BERT with a head of its own (tensor {f'bert.{name}'!r}); save the "
+                        f"encoder alone: AutoModel.from_pretrained({str(self.folder)!r}).save_pretrained(NEW_FOLDER)"
+                    )
                 raise CheckpointError(
                     f"{self.folder}: a {shape.family} checkpoint has a tensor {name!r}, this has none"
                 )
@@ -170,7 +185,7 @@ class Checkpoint:
     @property
     def dtype(self) -> torch.dtype:
         """The type of the embedding table, taken for that of the model."""
-        return TORCH_DTYPE[self.stored["model.embed_tokens.weight"].dtype]
+        return TORCH_DTYPE[self.stored[self._embedding].dtype]
 
     @property
     def tokenizer_hash(self) -> str:
@@ -320,7 +335,7 @@ def base_hash(folder: str | Path, cache_dir: Path | None = None) -> str:
 def initial_block(checkpoint: Checkpoint, plan: ExpansionPlan, block_id: int) -> dict[str, torch.Tensor]:
     """The value with which an expanded block starts: its source layer in fp32, the out-tensors zero (methods.md 2.4).
 
-    The conversion is exact, so everybody with the same base has the same bits.
+    Of an encoder it has absorbed the norms before it (2.6). Everybody with the same base has the same bits.
 
     Returns:
         suffix -> fp32 tensor, in the order of ``block_tensors()``.
@@ -333,12 +348,45 @@ def initial_block(checkpoint: Checkpoint, plan: ExpansionPlan, block_id: int) ->
         raise CheckpointError(
             f"{checkpoint.folder}: the plan was made for {plan.shape}, this checkpoint has {checkpoint.shape}"
         )
-    source = plan.block(block_id).source_layer
+    return {spec.name: initial_tensor(checkpoint, plan, block_id, spec) for spec in checkpoint.shape.block_tensors()}
+
+
+def initial_tensor(checkpoint: Checkpoint, plan: ExpansionPlan, block_id: int, spec: TensorSpec) -> torch.Tensor:
+    """One tensor of :func:`initial_block`, fp32, in memory of its own."""
+    from fedblocks.edge_client.affine_migration import migrated
+
+    if spec.is_out:
+        return torch.zeros(spec.shape)
+    if checkpoint.shape.encoder:
+        return migrated(checkpoint, plan, block_id, spec.name)
+    name = checkpoint.layer_name(plan.block(block_id).source_layer, spec.name)
+    return checkpoint.tensor(name).to(torch.float32)
+
+
+def at_strength(
+    value: torch.Tensor, initial: Callable[[], torch.Tensor], spec: TensorSpec, strength: float
+) -> torch.Tensor:
+    """A block's fp32 tensor at this strength: out-tensors times it, the norms of a post-norm block moved so far from
+    their initial value, all others as they are (methods.md 2.5, 2.6)."""
+    if strength == 1.0:
+        return value
+    if spec.is_out:
+        return value.mul_(strength)
+    if spec.is_norm:
+        start = initial()
+        return start + strength * (value - start)
+    return value
+
+
+def _encoder_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """What an encoder has below its layers, beside the words."""
+    fields = base_fields(config)
+    hidden = fields["hidden_size"]
     return {
-        spec.name: torch.zeros(spec.shape)
-        if spec.is_out
-        else checkpoint.tensor(checkpoint.layer_name(source, spec.name)).to(torch.float32)
-        for spec in checkpoint.shape.block_tensors()
+        "embeddings.position_embeddings.weight": (fields["max_position_embeddings"], hidden),
+        "embeddings.token_type_embeddings.weight": (fields["type_vocab_size"], hidden),
+        "embeddings.LayerNorm.weight": (hidden,),
+        "embeddings.LayerNorm.bias": (hidden,),
     }
 
 

@@ -60,6 +60,14 @@ def layout(shape: ModelShape) -> dict[str, Piece]:
     """Suffix of each block tensor -> its place, in the order of ``shape.block_tensors()``."""
     q, kv, i = shape.q_size, shape.kv_size, shape.intermediate_size
     joined = {
+        "attention.self.query": ("qkv", 0),
+        "attention.self.key": ("qkv", q),
+        "attention.self.value": ("qkv", q + kv),
+        "attention.output.dense": ("o", 0),
+        "attention.output.LayerNorm": ("post_norm", 0),
+        "intermediate.dense": ("gate_up", 0),
+        "output.dense": ("down", 0),
+        "output.LayerNorm": ("output_norm", 0),
         "self_attn.q_proj": ("qkv", 0),
         "self_attn.k_proj": ("qkv", q),
         "self_attn.v_proj": ("qkv", q + kv),
@@ -156,12 +164,15 @@ class BlockWeights:
     (:meth:`slim`); then :meth:`named` and :meth:`tensors` are not for it.
     """
 
-    input_norm: Tensor  # (H,)
     qkv: Matrix  # (q + 2·kv, H)
     o: Matrix  # (H, q)
-    post_norm: Tensor  # (H,)
-    gate_up: Matrix  # (2·I, H)
+    post_norm: Tensor  # (H,), after the attention
+    gate_up: Matrix  # (2·I, H); (I, H) in an encoder
     down: Matrix  # (H, I)
+    input_norm: Tensor | None = None  # (H,), of a decoder
+    post_norm_bias: Tensor | None = None  # of an encoder, as are the next two
+    output_norm: Tensor | None = None
+    output_norm_bias: Tensor | None = None
     qkv_bias: Tensor | None = None
     q_norm: Tensor | None = None  # (hd,)
     k_norm: Tensor | None = None  # (hd,)
@@ -217,17 +228,15 @@ class BlockWeights:
         """
         outer, inner = layout(shape), layout(slim_shape(shape, width))
 
-        def rows(*linears: str) -> Ranges:
-            names = [f"{linear}.weight" for linear in linears]
+        def rows(place: str) -> Ranges:
+            names = [name for name, piece in outer.items() if piece.field == place]
             return tuple((outer[n].start, outer[n].start + inner[n].stop - inner[n].start) for n in names)
 
         weights = replace(
             leaves,
-            qkv=SlimMatrix(whole.qkv, leaves.qkv, rows(*LINEARS[:3]), whole.qkv_bias, leaves.qkv_bias),
+            qkv=SlimMatrix(whole.qkv, leaves.qkv, rows("qkv"), whole.qkv_bias, leaves.qkv_bias),
             o=SlimMatrix(whole.o, leaves.o, None),
-            gate_up=SlimMatrix(
-                whole.gate_up, leaves.gate_up, rows(*LINEARS[4:6]), whole.gate_up_bias, leaves.gate_up_bias
-            ),
+            gate_up=SlimMatrix(whole.gate_up, leaves.gate_up, rows("gate_up"), whole.gate_up_bias, leaves.gate_up_bias),
             down=SlimMatrix(whole.down, leaves.down, None),
             qkv_bias=None,
             gate_up_bias=None,
@@ -316,9 +325,14 @@ def attention_windows(config: Mapping[str, Any], num_layers: int) -> tuple[int |
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _linear(
-    x: Tensor, weight: Matrix, bias: Tensor | None, pairs: Mapping[str, LoraPair], names: Sequence[str]
+def linear(
+    x: Tensor,
+    weight: Matrix,
+    bias: Tensor | None,
+    pairs: Mapping[str, LoraPair] | None = None,
+    names: Sequence[str] = (),
 ) -> Tensor:
+    """``x Wᵀ + bias`` in whatever form W is held, and the low-rank pairs of the linears ``names`` beside it."""
     if isinstance(weight, PackedRows):
         return frozen_nf4_linear(x, weight.parts, bias)
     if isinstance(weight, SlimMatrix):
@@ -354,7 +368,7 @@ def _project(x: Tensor, w: BlockWeights, spec: BlockSpec, cos: Tensor, sin: Tens
         parts = attention_in(x, w.input_norm, _parts_of(w.qkv), w.qkv_bias, (cos, sin), (heads, kv_heads), spec.eps)
         q, k, v = (part.transpose(1, 2) for part in parts)
         return q, k, v
-    joined = _linear(rms_norm(x, w.input_norm, spec.eps), w.qkv, w.qkv_bias, w.lora, LINEARS[:3])
+    joined = linear(rms_norm(x, w.input_norm, spec.eps), w.qkv, w.qkv_bias, w.lora, LINEARS[:3])
     joined = joined.view(*x.shape[:2], heads + 2 * kv_heads, shape.head_dim).transpose(1, 2)
     v = joined[:, heads + kv_heads :]
     if w.q_norm is not None and w.k_norm is not None:
@@ -402,12 +416,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: BlockSpec) -> Tensor:
 
 def _finish(x: Tensor, attended: Tensor, w: BlockWeights, spec: BlockSpec) -> Tensor:
     """Output projection, residual and the MLP half."""
-    x = x + _linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
+    x = x + linear(attended, w.o, w.o_bias, w.lora, LINEARS[3:4])
     if spec.fused and not w.lora and not w.is_slim:
         weights = (_parts_of(w.gate_up), w.gate_up_bias, _parts_of(w.down), w.down_bias)
         return mlp(x, w.post_norm, *weights, spec.eps)
-    gate_up = _linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6])
-    return x + _linear(swiglu(gate_up), w.down, w.down_bias, w.lora, LINEARS[6:])
+    gate_up = linear(rms_norm(x, w.post_norm, spec.eps), w.gate_up, w.gate_up_bias, w.lora, LINEARS[4:6])
+    return x + linear(swiglu(gate_up), w.down, w.down_bias, w.lora, LINEARS[6:])
 
 
 def block_forward(
@@ -435,10 +449,10 @@ def _rows_forward(x: Tensor, w: BlockWeights, spec: BlockSpec, rotary: Rotary, r
     cos, sin = rotary.tables(length)
     normed = rms_norm(x, w.input_norm, spec.eps)
     of_q, of_kv = _split_qkv(w, shape.q_size)
-    kv = _linear(normed, *of_kv, {}, ()).view(size, length, 2 * kv_heads, head_dim).transpose(1, 2)
+    kv = linear(normed, *of_kv, {}, ()).view(size, length, 2 * kv_heads, head_dim).transpose(1, 2)
     k, v = kv.split((kv_heads, kv_heads), dim=1)
     sample, position = rows // length, rows % length
-    q = _linear(normed.flatten(0, 1).index_select(0, rows), *of_q, {}, ()).view(-1, heads, head_dim)
+    q = linear(normed.flatten(0, 1).index_select(0, rows), *of_q, {}, ()).view(-1, heads, head_dim)
     if w.q_norm is not None and w.k_norm is not None:
         q, k = rms_norm(q, w.q_norm, spec.eps), rms_norm(k, w.k_norm, spec.eps)
     q = rope(q, cos[position].unsqueeze(1), sin[position].unsqueeze(1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedblocks.edge_client.backbone import FrozenLayers
-from fedblocks.edge_client.checkpoint import Checkpoint
+from fedblocks.edge_client.checkpoint import Checkpoint, at_strength, initial_tensor
 from fedblocks.edge_client.decoder_block import (
     LINEARS,
     BlockSpec,
@@ -80,7 +80,7 @@ class ParamGroup:
 
 
 class ExpandedModel:
-    """The base with its expanded blocks, at some state and strength.
+    """The base with its expanded blocks, at some state and strength; :func:`open_model` makes one for any base.
 
     Nothing is held before it is used: a block that no pass reaches costs no memory, nor does the embedding table while
     all inputs are hidden states.
@@ -93,6 +93,8 @@ class ExpandedModel:
         dtype: compute dtype; trained values are fp32 whatever it is.
     """
 
+    embedding_name = EMBEDDING
+
     def __init__(
         self,
         *,
@@ -102,10 +104,6 @@ class ExpandedModel:
         state: State | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        config = checkpoint.config
-        activation, eps = config.get("hidden_act", "silu"), float(config.get("rms_norm_eps", 1e-6))
-        if activation != "silu":
-            raise ValueError(f"hidden_act is {activation!r}, expected 'silu': no supported family uses another")
         self.checkpoint = checkpoint
         self.backbone = backbone
         self.device = backbone.device
@@ -120,21 +118,28 @@ class ExpandedModel:
         )
         self.recompute = False
         """Recompute each block's activations in the backward pass instead of keeping them."""
-        windows = attention_windows(config, self.shape.num_layers)
-        sources = plan.sources() if plan is not None else tuple(range(self.shape.num_layers))
-        fused = self.device.type != "cpu"
-        self._specs = [BlockSpec(shape=self.shape, eps=eps, window=windows[source], fused=fused) for source in sources]
-        self._eps = eps
-        self._rotary = Rotary(config, self.shape.head_dim, dtype, self.device)
         self._residency: Residency = "resident"
         self._frozen: FrozenForm = "decoded"
-        self._final_norm = checkpoint.tensor("model.norm.weight").to(self.device, dtype)
         self._tables: dict[str, Tensor] = {}  # embedding and head: name -> matrix in the compute dtype, once it is read
         self._replaced: dict[int, BlockWeights] = {}  # position -> weights that train
         self._placed: dict[int, BlockWeights] = {}  # block id -> its value at the strength, in the compute dtype
         self._packed: dict[int, BlockWeights] = {}  # base layer -> its packed form
         self._strength = 1.0
         self._state: State = state or {}
+        self._set_up(checkpoint.config)
+
+    def _set_up(self, config: Mapping[str, Any]) -> None:
+        """What the arithmetic of this kind of model needs beside the stack."""
+        activation, eps = config.get("hidden_act", "silu"), float(config.get("rms_norm_eps", 1e-6))
+        if activation != "silu":
+            raise ValueError(f"hidden_act is {activation!r}, expected 'silu': no supported decoder uses another")
+        windows = attention_windows(config, self.shape.num_layers)
+        sources = self.plan.sources() if self.plan is not None else tuple(range(self.shape.num_layers))
+        fused = self.device.type != "cpu"
+        self._specs = [BlockSpec(shape=self.shape, eps=eps, window=windows[source], fused=fused) for source in sources]
+        self._eps = eps
+        self._rotary = Rotary(config, self.shape.head_dim, self.dtype, self.device)
+        self._final_norm = self.checkpoint.tensor("model.norm.weight").to(self.device, self.dtype)
 
     # What the model is
 
@@ -175,7 +180,7 @@ class ExpandedModel:
         self._residency, self._frozen = residency, frozen
         self._packed.clear()
         if residency == "suffix" and not self.shape.tied_embeddings:
-            self._tables.pop(EMBEDDING, None)
+            self._tables.pop(self.embedding_name, None)
         entries = [entry.index for entry in self.stack if entry.kind == "base"]
         above = [entry.index for entry in self.stack[self.base_cut :] if entry.kind == "base"]
         below = [layer for layer in entries if layer not in above]
@@ -202,11 +207,7 @@ class ExpandedModel:
             state: default: the loaded one.
         """
         assert self.plan is not None
-        if spec.is_out:
-            value = torch.zeros(spec.shape)
-        else:
-            name = self.checkpoint.layer_name(self.plan.block(block_id).source_layer, spec.name)
-            value = self.checkpoint.tensor(name).to(torch.float32)
+        value = initial_tensor(self.checkpoint, self.plan, block_id, spec)
         delta = (self._state if state is None else state).get(block_id, {}).get(spec.name)
         return value if delta is None else value.add_(torch.from_numpy(np.ascontiguousarray(delta)))
 
@@ -216,8 +217,7 @@ class ExpandedModel:
         places = weights.named(self.shape)
         for spec in self.shape.block_tensors():
             value = self._start(block_id, spec)
-            if spec.is_out and self._strength != 1.0:
-                value *= self._strength
+            value = at_strength(value, lambda spec=spec: self._start(block_id, spec, {}), spec, self._strength)
             places[spec.name].copy_(value)
         return weights
 
@@ -247,12 +247,17 @@ class ExpandedModel:
 
     # How it computes
 
+    def embed_samples(self, samples: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+        """What enters position 0 of samples, one after another: (tokens, H)."""
+        return self.embed(torch.from_numpy(np.concatenate(samples).astype(np.int64)).unsqueeze(0))[0]
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> (B, T, H); only the rows of these tokens are read where the table is not held."""
-        if self._residency == "suffix" and EMBEDDING not in self._tables:
-            rows = self.checkpoint.rows(EMBEDDING, ids.flatten().cpu().numpy(), self.dtype)
+        name = self.embedding_name
+        if self._residency == "suffix" and name not in self._tables:
+            rows = self.checkpoint.rows(name, ids.flatten().cpu().numpy(), self.dtype)
             return rows.view(*ids.shape, self.shape.hidden_size).to(self.device)
-        return torch.nn.functional.embedding(ids.to(self.device), self._table(EMBEDDING)).to(self.dtype)
+        return torch.nn.functional.embedding(ids.to(self.device), self._table(name)).to(self.dtype)
 
     def forward(
         self, inputs: Tensor, from_position: int = 0, to_position: int | None = None, rows: Tensor | None = None
@@ -289,11 +294,19 @@ class ExpandedModel:
                 h = self.run(h, position)
         return h
 
-    def run(self, h: Tensor, position: int, weights: BlockWeights | None = None, rows: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        h: Tensor,
+        position: int,
+        weights: BlockWeights | None = None,
+        rows: Tensor | None = None,
+        lengths: Tensor | None = None,  # noqa: ARG002 - an encoder's
+    ) -> Tensor:
         """One position of the stack: (B, T, H) -> (B, T, H), or (N, H) for ``rows``.
 
         Args:
             weights: instead of those that the model holds for this position.
+            lengths: (B,) real tokens of each row, where there are pads; only an encoder asks.
         """
         weights, spec = weights or self.weights(position), self._specs[position]
         if self.recompute and torch.is_grad_enabled():
@@ -494,6 +507,21 @@ class ExpandedModel:
             return read
 
         return {block_id: LazyTensors(group.named, reader(block_id)) for block_id, group in _by_block(groups).items()}
+
+
+def open_model(
+    *,
+    backbone: FrozenLayers,
+    checkpoint: Checkpoint,
+    plan: ExpansionPlan | None = None,
+    state: State | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> ExpandedModel:
+    """The model over this base: an :class:`ExpandedModel`, or the ``EncoderModel`` of an encoder."""
+    from fedblocks.edge_client.encoder_model import EncoderModel
+
+    kind = EncoderModel if checkpoint.shape.encoder else ExpandedModel
+    return kind(backbone=backbone, checkpoint=checkpoint, plan=plan, state=state, dtype=dtype)
 
 
 def _by_block(groups: Sequence[ParamGroup]) -> dict[int, ParamGroup]:

@@ -6,6 +6,10 @@ layers that they were copied from. Strength g multiplies the out-tensors in fp32
 
 Before the folder gets its name it is loaded as any user would load it, its out-tensors are set to zero, and its logits
 must equal those of the base bit for bit (methods.md, W3): then g = 0 is the base, and no base tensor was touched.
+
+An encoder's layers below its blocks emit their output without gamma and beta; these are in a small file beside the
+weights. Without its blocks and with those norms back it must be the base bit for bit, and at g = 0 that is what is
+written. A run's classification head goes into a file of its own: it is no part of the model's class.
 """
 
 from __future__ import annotations
@@ -24,9 +28,19 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_torch_file
+from safetensors.torch import save_file
 
 import fedblocks
-from fedblocks.edge_client.checkpoint import TORCH_DTYPE, Checkpoint, base_hash, initial_block
+from fedblocks.edge_client.affine_migration import OUTPUT_NORM, normalised_layers, plain_norm
+from fedblocks.edge_client.checkpoint import (
+    TORCH_DTYPE,
+    Checkpoint,
+    at_strength,
+    base_hash,
+    initial_block,
+    initial_tensor,
+)
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
 from fedblocks.protocol.run_config import ConfigError
 from fedblocks.protocol.tensors import unflatten
@@ -51,8 +65,22 @@ _COMPANIONS: Final = (
     "chat_template.json",
     "generation_config.json",
 )
+#: What sentence-transformers reads beside the model.
+_SENTENCE_FILES: Final = (
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
 EXPORT_RECORD: Final = "fedblocks_export.json"
+BASE_NORMS: Final = "fedblocks_base_norms.safetensors"
+"""The norms of an encoder's base that its export has not, by their names in the base."""
+HEAD_FILE: Final = "fedblocks_head.safetensors"
+"""``weight`` [classes, hidden] and ``bias``, fp32; the labels are JSON in the metadata. It reads the normalised mean
+embedding times the root of its size."""
 _COPY_BYTES: Final = 1 << 20
+ENCODER_TOLERANCE: Final = 1e-5
+"""Largest change of a hidden state by affine migration in fp32 (methods.md 2.6)."""
 
 
 class ExportError(Exception):
@@ -65,6 +93,15 @@ class ExportError(Exception):
     def __init__(self, text: str, *, exit_code: int = 2) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Head:
+    """The classification head of an encoder's run."""
+
+    weight: np.ndarray  # (classes, hidden) fp32
+    bias: np.ndarray  # (classes,)
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +126,8 @@ class ExportSummary:
     base_tensors_sha256: str
     """SHA-256 over the list of the base tensors' names and hashes, in the order of their names (the base's names)."""
     max_abs_logit_difference_at_zero: float
-    """Of the export with all out-tensors at zero, from the base; always 0.0, an export that differs is not written."""
+    """Of the export with all out-tensors at zero, from the base; always 0.0, an export that differs is not written.
+    Of an encoder: without its blocks and with the base's norms, of the hidden states."""
 
 
 def block_values(
@@ -127,8 +165,12 @@ def block_values(
             if not np.isfinite(delta).all():
                 raise ValueError(f"block {block_id}: the delta of {spec.name} has values that are not finite")
             values[spec.name] += torch.from_numpy(np.ascontiguousarray(delta))
-        if spec.is_out:
-            values[spec.name] *= strength
+        values[spec.name] = at_strength(
+            values[spec.name],
+            lambda spec=spec: initial_tensor(checkpoint, plan, block_id, spec),
+            spec,
+            strength,
+        )
     return values
 
 
@@ -144,8 +186,9 @@ def build_expanded_hf(
         ValueError: as :func:`block_values`.
     """
     weights: dict[str, torch.Tensor] = {}
+    changed = changed_norms(checkpoint, plan)
     for name, new_name in base_names(checkpoint, plan).items():
-        weights[new_name] = checkpoint.tensor(name).to(dtype)
+        weights[new_name] = changed.get(name, checkpoint.tensor(name)).to(dtype)
     for block_id in plan.block_ids:
         layer = plan.position(block_id)
         for suffix, value in block_values(checkpoint, plan, state, block_id, strength).items():
@@ -170,15 +213,31 @@ def base_names(checkpoint: Checkpoint, plan: ExpansionPlan) -> dict[str, str]:
     return names
 
 
+def changed_norms(checkpoint: Checkpoint, plan: ExpansionPlan) -> dict[str, torch.Tensor]:
+    """Name of each base tensor that is another one in the grown model -> that one, in the stored type: the output norms
+    of an encoder's layers below its blocks. None of a decoder."""
+    return {
+        name: plain_norm(kind, checkpoint.tensor(name))
+        for layer in sorted(normalised_layers(plan))
+        for kind in ("weight", "bias")
+        for name in (checkpoint.layer_name(layer, f"{OUTPUT_NORM}.{kind}"),)
+    }
+
+
 def verify_identity(checkpoint: Checkpoint, plan: ExpansionPlan) -> None:
-    """Fails unless the grown model at its initial values gives the base's logits bit for bit (methods.md 2.3).
+    """Fails unless the grown model at its initial values gives the base's logits bit for bit, or an encoder's hidden
+    states to 1e-5 (methods.md 2.3).
 
     Raises:
         ExpansionError: with code ``E_IDENTITY``.
     """
-    base = build_base_hf(checkpoint, checkpoint.dtype)
-    grown = build_expanded_hf(checkpoint, plan, {}, 1.0, checkpoint.dtype)
-    _require_equal(base, grown, f"the model grown from {checkpoint.folder} by {len(plan.blocks)} blocks")
+    # In half precision the rounding of an encoder's norms alone is larger than the tolerance.
+    dtype = torch.float32 if plan.shape.encoder else checkpoint.dtype
+    tolerance = ENCODER_TOLERANCE if plan.shape.encoder else 0.0
+    base = build_base_hf(checkpoint, dtype)
+    grown = build_expanded_hf(checkpoint, plan, {}, 1.0, dtype)
+    what = f"the model grown from {checkpoint.folder} by {len(plan.blocks)} blocks"
+    _require_equal(base, grown, what, tolerance=tolerance)
 
 
 def export_hf(
@@ -189,11 +248,13 @@ def export_hf(
     strength: float,
     out: Path,
     measured: Mapping[str, float | str] | None = None,
+    head: Head | None = None,
 ) -> ExportSummary:
     """Writes the model to the new folder ``out`` and checks it.
 
     Args:
         measured: figures for the model card, in words -> value.
+        head: of an encoder's run.
 
     Raises:
         ValueError: as :func:`block_values`.
@@ -211,7 +272,11 @@ def export_hf(
             exit_code=4,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    blocks = {block_id: _stored_block(checkpoint, plan, state, block_id, strength) for block_id in plan.block_ids}
+    dropped = plan.shape.encoder and strength == 0
+    placed = () if dropped else plan.block_ids
+    blocks = {block_id: _stored_block(checkpoint, plan, state, block_id, strength) for block_id in placed}
+    if dropped:
+        block_values(checkpoint, plan, state, plan.block_ids[0], strength)  # refuses what is no state of the plan
     needed = sum(file.stat().st_size for file in checkpoint.files) + sum(
         tensor.nbytes for block in blocks.values() for tensor in block.values()
     )
@@ -221,24 +286,30 @@ def export_hf(
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     temporary.mkdir()
     try:
-        on_top = plan.base_cut == plan.shape.num_layers
-        _write_weights(temporary, checkpoint, plan, blocks, copy_files=on_top)
-        _write_json(temporary / "config.json", expand_config(checkpoint.config, plan))
-        for name in _COMPANIONS:
+        on_top = dropped or (plan.base_cut == plan.shape.num_layers and not plan.shape.encoder)
+        if dropped:
+            _copy_base(temporary, checkpoint)
+        else:
+            _write_weights(temporary, checkpoint, plan, blocks, copy_files=on_top)
+            _write_json(temporary / "config.json", expand_config(checkpoint.config, plan))
+        for name in (*_COMPANIONS, *(_SENTENCE_FILES if plan.shape.encoder else ())):
             if (checkpoint.folder / name).is_file():
+                (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint.folder / name, temporary / name)
-        hashes = _verify(temporary, checkpoint, plan)
+        if head is not None:
+            _write_head(temporary / HEAD_FILE, head)
+        hashes = _verify(temporary, checkpoint, None if dropped else plan)
         listed = json.dumps(sorted(hashes.items())).encode()
         summary = ExportSummary(
             path=out,
             strength=strength,
             base_hash=plan.base_hash,
             plan_digest=plan.digest(),
-            num_layers=len(plan.stack()),
-            num_blocks=len(plan.blocks),
+            num_layers=plan.shape.num_layers + len(blocks),
+            num_blocks=len(blocks),
             measured=dict(measured or {}),
-            left_out=(),
-            bytes=sum(file.stat().st_size for file in temporary.iterdir()),
+            left_out=plan.block_ids if dropped else (),
+            bytes=_num_bytes(temporary),
             base_files_copied=on_top,
             base_tensors_sha256=hashlib.sha256(listed).hexdigest(),
             max_abs_logit_difference_at_zero=0.0,
@@ -252,8 +323,8 @@ def export_hf(
         }
         _write_json(temporary / EXPORT_RECORD, record)
         (temporary / "MODEL_CARD.md").write_text(_model_card(checkpoint, plan, summary, measured or {}))
-        summary = dataclasses.replace(summary, bytes=sum(file.stat().st_size for file in temporary.iterdir()))
-        for file in temporary.iterdir():
+        summary = dataclasses.replace(summary, bytes=_num_bytes(temporary))
+        for file in temporary.rglob("*"):
             _sync(file)
         _sync(temporary)
         temporary.rename(out)
@@ -373,6 +444,7 @@ def _write_weights(
     hard-linked: a later ``save_pretrained`` into the exported folder would write through the link into the base.
     """
     new_names = base_names(checkpoint, plan)
+    changed = changed_norms(checkpoint, plan)
     total = len(checkpoint.files) + 1
     weight_map: dict[str, str] = {}
     for i, file in enumerate(checkpoint.files):
@@ -388,7 +460,11 @@ def _write_weights(
             entries = {
                 new_names[name]: (checkpoint.stored[name].dtype, checkpoint.stored[name].shape) for name in inside
             }
-            parts = (chunk for name in inside for chunk in checkpoint.chunks(name))
+            parts = (
+                chunk
+                for name in inside
+                for chunk in ((_bytes_of(changed[name]),) if name in changed else checkpoint.chunks(name))
+            )
             _write_safetensors(folder / shard, entries, parts)
         weight_map |= {new_names[name]: shard for name in inside}
     shard = f"model-{total:05d}-of-{total:05d}.safetensors"
@@ -402,14 +478,74 @@ def _write_weights(
     _write_safetensors(
         folder / shard,
         {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()},
-        (memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()) for tensor in tensors.values()),
+        (_bytes_of(tensor) for tensor in tensors.values()),
     )
+    if changed:
+        save_file({name: checkpoint.tensor(name) for name in changed}, folder / BASE_NORMS)
     weight_map |= dict.fromkeys(tensors, shard)
     size = sum(checkpoint.stored[name].num_bytes for name in new_names) + sum(t.nbytes for t in tensors.values())
     _write_json(
         folder / "model.safetensors.index.json",
         {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))},
     )
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _copy_base(folder: Path, checkpoint: Checkpoint) -> None:
+    """Configuration and weight files as they are."""
+    index = checkpoint.folder / "model.safetensors.index.json"
+    for file in (checkpoint.folder / "config.json", *checkpoint.files, *([index] if index.is_file() else [])):
+        shutil.copyfile(file, folder / file.name)
+
+
+def _write_head(file: Path, head: Head) -> None:
+    tensors = {"weight": torch.from_numpy(head.weight), "bias": torch.from_numpy(head.bias)}
+    save_file(tensors, file, metadata={"labels": json.dumps(head.labels)})
+
+
+def read_head(folder: Path) -> Head | None:
+    """The classification head beside an exported encoder; None if it has none."""
+    from safetensors import safe_open
+
+    if not (folder / HEAD_FILE).is_file():
+        return None
+    with safe_open(folder / HEAD_FILE, framework="numpy") as file:
+        labels = json.loads(file.metadata()["labels"])
+        return Head(weight=file.get_tensor("weight"), bias=file.get_tensor("bias"), labels=tuple(labels))
+
+
+def base_of_export(folder: Path) -> dict[str, torch.Tensor]:
+    """The base's tensors in an exported encoder: its blocks dropped, its norms restored; name in the base -> tensor.
+
+    What is left out is only what the model's class does not have.
+    """
+    grown = Checkpoint.open(folder)
+    plan = ExpansionPlan.from_plain(json.loads((folder / EXPORT_RECORD).read_bytes())["plan"])
+    if grown.shape == plan.shape:  # exported at strength 0
+        return {name: grown.tensor(name) for name in grown.names()}
+    return _without_blocks(folder, grown, plan)
+
+
+def _without_blocks(folder: Path, grown: Checkpoint, plan: ExpansionPlan) -> dict[str, torch.Tensor]:
+    """The tensors of the base that an encoder was grown from, by their names there."""
+    prefix = grown.layer_name(0, "").rstrip(".").removesuffix("0")
+    old_index = {i: entry.index for i, entry in enumerate(plan.stack()) if entry.kind == "base"}
+    tensors: dict[str, torch.Tensor] = {}
+    for name in grown.names():
+        if not name.startswith(prefix):
+            tensors[name] = grown.tensor(name)
+            continue
+        layer, suffix = name.removeprefix(prefix).split(".", 1)
+        if int(layer) in old_index:
+            tensors[grown.layer_name(old_index[int(layer)], suffix)] = grown.tensor(name)
+    return {**tensors, **load_torch_file(folder / BASE_NORMS)}
 
 
 def _write_safetensors(
@@ -430,18 +566,27 @@ def _write_safetensors(
             f.write(part)
 
 
-def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan) -> dict[str, str]:
+def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan | None) -> dict[str, str]:
     """Reads the written folder back: base tensors unmodified, and without its blocks the base's logits.
+
+    Args:
+        plan: None for a folder without blocks.
 
     Returns:
         SHA-256 of each base tensor's bytes, by its name in the base.
     """
     written = Checkpoint.open(folder)
     hashes: dict[str, str] = {}
-    for name, new_name in base_names(checkpoint, plan).items():
+    names = base_names(checkpoint, plan) if plan is not None else {name: name for name in checkpoint.names()}
+    changed = changed_norms(checkpoint, plan) if plan is not None else {}
+    for name, new_name in names.items():
         hashes[name] = _tensor_hash(checkpoint, name)
-        if _tensor_hash(written, new_name) != hashes[name]:
+        if name not in changed and _tensor_hash(written, new_name) != hashes[name]:
             raise ExpansionError("E_IDENTITY", f"{folder}: tensor {new_name} is not the base's {name}; the disk failed")
+    if checkpoint.shape.encoder:
+        _verify_encoder(folder, checkpoint, written, plan)
+        return hashes
+    assert plan is not None
     from transformers import AutoModelForCausalLM
 
     with _quiet_transformers():
@@ -459,6 +604,20 @@ def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan) -> dict[s
     return hashes
 
 
+def _verify_encoder(folder: Path, checkpoint: Checkpoint, written: Checkpoint, plan: ExpansionPlan | None) -> None:
+    """The folder loads as a user would load it, and without its blocks, the norms restored, it is the base's bits."""
+    from transformers import AutoModel
+
+    with _quiet_transformers():
+        loaded = AutoModel.from_pretrained(folder, dtype=checkpoint.dtype, trust_remote_code=False).eval()
+        base = AutoModel.from_pretrained(checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False).eval()
+    if plan is not None:
+        restored = _without_blocks(folder, written, plan)
+        weights = {name: tensor.to(checkpoint.dtype) for name, tensor in restored.items()}
+        loaded = _build(checkpoint.config, weights, checkpoint.dtype)
+    _require_equal(base, loaded, "the export without its blocks, with the base's norms,")
+
+
 def _tensor_hash(checkpoint: Checkpoint, name: str) -> str:
     digest = hashlib.sha256()
     for chunk in checkpoint.chunks(name):
@@ -466,34 +625,39 @@ def _tensor_hash(checkpoint: Checkpoint, name: str) -> str:
     return digest.hexdigest()
 
 
-def _require_equal(base: PreTrainedModel, grown: PreTrainedModel, what: str) -> None:
-    """Compares logits on a small fixed batch: 3 sequences of 24 tokens, whole, left and right padded."""
+def _require_equal(base: PreTrainedModel, grown: PreTrainedModel, what: str, *, tolerance: float = 0.0) -> None:
+    """Compares logits, or the hidden states of an encoder's real tokens, on a small fixed batch: 3 sequences of 24
+    tokens, whole, left and right padded."""
     vocab = base.config.vocab_size
     tokens = (torch.arange(3 * 24) * 7919 + 13).remainder(vocab).view(3, 24)
     mask = torch.ones_like(tokens)
     mask[1, :9] = 0
     mask[2, -9:] = 0
+
+    def output(model: PreTrainedModel) -> torch.Tensor:
+        found = model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        return found.logits if hasattr(found, "logits") else found.last_hidden_state[mask.bool()]
+
     with torch.no_grad():
-        expected = base(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-        got = grown(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-    if not torch.equal(expected, got):
-        difference = (expected.float() - got.float()).abs()
+        expected, got = output(base), output(grown)
+    difference = (expected.float() - got.float()).abs()
+    if not (torch.equal(expected, got) or difference.max().item() <= tolerance):
         raise ExpansionError(
             "E_IDENTITY",
-            f"{what} does not give the base's logits: they differ by up to {difference.max().item():.3g} "
-            f"in {int((difference != 0).sum())} of {difference.numel()} places (not a number counts); expected equal "
-            "bits. Nothing was written; please report the model and the versions of torch and transformers",
+            f"{what} does not give the base's output: it differs by up to {difference.max().item():.3g} "
+            f"in {int((difference != 0).sum())} of {difference.numel()} places (not a number counts); expected "
+            f"{f'at most {tolerance:g}' if tolerance else 'equal bits'}. Nothing was written; please report the model "
+            "and the versions of torch and transformers",
         )
 
 
 def _build(config: Mapping[str, Any], weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
     hf_config = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    classes = MODEL_MAPPING if family_of(config).residual == "post-norm" else MODEL_FOR_CAUSAL_LM_MAPPING
     with _quiet_transformers():
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)].from_pretrained(
-            None, config=hf_config, state_dict=weights, dtype=dtype
-        )
+        model = classes[type(hf_config)].from_pretrained(None, config=hf_config, state_dict=weights, dtype=dtype)
     return model.eval()
 
 
@@ -515,15 +679,17 @@ def _model_card(
     checkpoint: Checkpoint, plan: ExpansionPlan, summary: ExportSummary, measured: Mapping[str, float | str]
 ) -> str:
     base_files = "copied byte for byte" if summary.base_files_copied else "their bytes kept, layers renumbered"
+    loader = "AutoModel" if plan.shape.encoder else "AutoModelForCausalLM"
+    placed = () if summary.num_blocks == 0 else plan.blocks
     rows = "\n".join(
         f"| {block.block_id} | {plan.position(block.block_id)} | {block.source_layer} | {block.after_layer} |"
-        for block in plan.blocks
+        for block in placed
     )
     figures = "\n".join(f"* {name}: {_figure(value)}" for name, value in measured.items())
     return f"""# A {plan.shape.family} model with {summary.num_blocks} expanded blocks
 
 Trained by federated block expansion: layers were added and trained, and the base model was never changed.
-The folder loads with `AutoModelForCausalLM.from_pretrained`; it needs no other code.
+The folder loads with `{loader}.from_pretrained`; it needs no other code.
 
 * Base hash (all tensors, sizes, tokenizer): `{plan.base_hash}`
 * Base tensors: {len(checkpoint.stored)}, {base_files};
@@ -538,14 +704,28 @@ The folder loads with `AutoModelForCausalLM.from_pretrained`; it needs no other 
 
 ## Checked during the export
 
-* With the output projections of the blocks at 0 the logits equal the base's bit for bit
-  (largest difference {summary.max_abs_logit_difference_at_zero}).
-* Every tensor of the base is in this folder with its own bytes.
+{_checked(plan, summary)}
 
 ## Measured
 
 {figures or "No figures came with this export: run `fedblocks evaluate` on it."}
 """
+
+
+def _checked(plan: ExpansionPlan, summary: ExportSummary) -> str:
+    difference = summary.max_abs_logit_difference_at_zero
+    if not plan.shape.encoder:
+        return f"""* With the output projections of the blocks at 0 the logits equal the base's bit for bit
+  (largest difference {difference}).
+* Every tensor of the base is in this folder with its own bytes."""
+    if summary.num_blocks == 0:
+        return "* This is the base: every file of its weights is here byte for byte."
+    layers = ", ".join(map(str, plan.slots()))
+    return f"""* Without the blocks, and with the norms of `{BASE_NORMS}` back, the hidden states equal the base's
+  bit for bit (largest difference {difference}).
+* Every tensor of the base is in this folder with its own bytes, but for the output norms of its layers {layers}, whose
+  scale and offset have moved into the blocks above them; these are in `{BASE_NORMS}`.
+* A classification head, where there is one, is in `{HEAD_FILE}`; what is said about the base is about the embedding."""
 
 
 def _figure(value: float | str) -> str:

@@ -559,7 +559,7 @@ class PrefixStates:
         lengths = [len(ids) for ids in wave]
         if self._source is None:
             start = 0
-            h = model.embed(torch.from_numpy(np.concatenate(wave).astype(np.int64)).unsqueeze(0))[0]
+            h = model.embed_samples(wave)
         else:
             start = self._source.cut
             h = torch.empty(sum(lengths), model.shape.hidden_size, dtype=model.dtype)
@@ -583,7 +583,7 @@ class PrefixStates:
         batches = [(tokens, *_padding(sizes, h.device)) for tokens, sizes in _neighbours(lengths)]
         for position, weights in layers:
             for tokens, places, real in batches:
-                h[tokens] = self._model.run(h[tokens][places], position, weights)[real]
+                h[tokens] = self._model.run(h[tokens][places], position, weights, lengths=real.sum(1))[real]
 
     @property
     def _on_gpu(self) -> bool:

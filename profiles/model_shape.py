@@ -26,6 +26,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     is_out: bool = False
     """True for the tensors that carry identity and strength (the output projections, methods.md 2.2)."""
+    is_norm: bool = False
+    """True for the norms of a post-norm block: strength multiplies what they have moved (methods.md 2.6)."""
 
     @property
     def size(self) -> int:
@@ -45,7 +47,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a pre-norm decoder of the Llama kind; symbols of runtime.md in the comments."""
+    """Sizes of a pre-norm decoder of the Llama kind, or of an encoder; symbols of runtime.md in the comments."""
 
     family: str
     """The checkpoint's ``model_type``."""
@@ -61,6 +63,8 @@ class ModelShape:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    encoder: bool = False
+    """A post-norm encoder of the BERT kind: attention in both directions, LayerNorm, biases, GELU, no output matrix."""
 
     def __post_init__(self) -> None:
         for field in (
@@ -125,7 +129,7 @@ class ModelShape:
 
     @property
     def linear_parameters(self) -> int:
-        """P of runtime.md: parameters of the matrices of one block, 2Hq + 2H·kv + 3HI."""
+        """P of runtime.md: parameters of the matrices of one block, 2Hq + 2H·kv + 3HI (encoders: 2HI)."""
         return sum(t.size for t in self.block_tensors() if len(t.shape) == 2)
 
     @property
@@ -135,7 +139,7 @@ class ModelShape:
 
     @property
     def total_parameters(self) -> int:
-        """Parameters of the whole base model; a tied head counts once."""
+        """Parameters of the whole base model; a tied head counts once, and an encoder's position table not at all."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * self.block_parameters + embeddings + self.hidden_size
 
@@ -145,13 +149,27 @@ def _block_tensors(shape: ModelShape, width: float) -> tuple[TensorSpec, ...]:
     h = shape.hidden_size
     heads, kv_heads, i = shape.slice_sizes(width)
     q, kv = heads * shape.head_dim, kv_heads * shape.head_dim
-    specs = [TensorSpec(name="input_layernorm.weight", shape=(h,))]
+    specs: list[TensorSpec] = []
 
     def linear(name: str, out: int, inner: int, bias: bool, is_out: bool = False) -> None:
         specs.append(TensorSpec(name=f"{name}.weight", shape=(out, inner), is_out=is_out))
         if bias:
             specs.append(TensorSpec(name=f"{name}.bias", shape=(out,), is_out=is_out))
 
+    def layer_norm(name: str) -> None:
+        specs.extend(TensorSpec(name=f"{name}.{kind}", shape=(h,), is_norm=True) for kind in ("weight", "bias"))
+
+    if shape.encoder:
+        linear("attention.self.query", q, h, shape.qkv_bias)
+        linear("attention.self.key", kv, h, shape.qkv_bias)
+        linear("attention.self.value", kv, h, shape.qkv_bias)
+        linear("attention.output.dense", h, q, shape.o_bias, is_out=True)
+        layer_norm("attention.output.LayerNorm")
+        linear("intermediate.dense", i, h, shape.mlp_bias)
+        linear("output.dense", h, i, shape.mlp_bias, is_out=True)
+        layer_norm("output.LayerNorm")
+        return tuple(specs)
+    specs.append(TensorSpec(name="input_layernorm.weight", shape=(h,)))
     linear("self_attn.q_proj", q, h, shape.qkv_bias)
     linear("self_attn.k_proj", kv, h, shape.qkv_bias)
     linear("self_attn.v_proj", kv, h, shape.qkv_bias)

@@ -8,6 +8,10 @@ Theory (methods.md 2). A pre-norm layer computes ``u = x + Wo·a(N1(x)) + bo``, 
 tensors (the out-tensors) at zero; copying and zeroing follow LLaMA Pro (Wu et al., 2401.02415). The grown model is
 built from a grown configuration and never patched into a live one.
 
+An encoder of the BERT kind normalises after the sum, ``y = gamma·n + beta``. There the layer below a block emits ``n``
+(its norm becomes 1, 0), the block's projections absorb gamma and beta, and its last norm gets them (2.6, ours); the
+arithmetic is in ``edge_client/affine_migration.py``.
+
 What cannot be expanded is refused by name before a weight is read: :class:`ExpansionError`.
 """
 
@@ -82,12 +86,16 @@ class Family:
 
     model_type: str
     layer_prefix: str = "model.layers"
+    embedding: str = "model.embed_tokens.weight"
     depth_field: str = "num_hidden_layers"
-    residual: Literal["pre-norm"] = "pre-norm"
+    residual: Literal["pre-norm", "post-norm"] = "pre-norm"
+    """post-norm: an encoder with affine migration (methods.md 2.6)."""
     out_modules: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
     """The zero set: weight, and bias when present."""
     per_layer_fields: tuple[str, ...] = ("layer_types", "no_rope_layers", "mlp_layer_types")
     """Lists with one entry per layer; a block takes its source layer's entry."""
+    required_fields: tuple[tuple[str, Any, str], ...] = ()
+    """(field, the value that it must have, which is also its default, why)."""
     windows: Literal["none", "all layers", "by layer"] = "none"
     """Who attends to a sliding window only: nobody; everybody where ``sliding_window`` is set; or the layers that
     ``layer_types``, or ``use_sliding_window`` and ``max_window_layers``, say."""
@@ -116,6 +124,22 @@ FAMILIES: Final[dict[str, Family]] = {
             default_kv_heads=32,
             default_head_dim=128,
         ),
+        Family(
+            model_type="bert",
+            layer_prefix="encoder.layer",
+            embedding="embeddings.word_embeddings.weight",
+            residual="post-norm",
+            out_modules=("attention.output.dense", "output.dense"),
+            per_layer_fields=(),
+            required_fields=(
+                ("hidden_act", "gelu", "the encoder's blocks compute with the exact GELU"),
+                ("position_embedding_type", "absolute", "relative positions have tensors that a copied layer shares"),
+                ("is_decoder", False, "with a causal mask it is a decoder, whose embedding is not that of its text"),
+            ),
+            qkv_bias=True,
+            o_bias=True,
+            mlp_bias=True,
+        ),
     )
 }
 
@@ -124,7 +148,6 @@ DEFAULT_WINDOW: Final = 4096
 
 #: Specified in methods.md 2.2 and not built yet.
 LATER_FAMILIES: Final = (
-    "bert",
     "gemma",
     "gemma2",
     "gemma3",
@@ -335,10 +358,21 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     family = family_of(config)
     num_layers = _size(config, family.depth_field)
     _check_per_layer_fields(config, family, num_layers)
+    for field, value, why in family.required_fields:
+        found = config.get(field, value)
+        if found != value:
+            raise ExpansionError(
+                "E_EXPAND_CONFIG",
+                f"{_model_name(config)} cannot be expanded: {field} is {found!r}, expected {value!r}: {why}; "
+                + _what_works(),
+            )
+    encoder = family.residual == "post-norm"
     hidden_size = _size(config, "hidden_size")
     num_heads = _size(config, "num_attention_heads")
     kv_heads = config.get("num_key_value_heads", family.default_kv_heads)
     head_dim = config.get("head_dim", family.default_head_dim)
+    if encoder:  # its class knows neither of the two
+        kv_heads = head_dim = None
     if head_dim is None and hidden_size % num_heads:
         raise ExpansionError(
             "E_EXPAND_CONFIG",
@@ -359,11 +393,12 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
             num_kv_heads=num_heads if kv_heads is None else kv_heads,
             head_dim=hidden_size // num_heads if head_dim is None else head_dim,
             vocab_size=_size(config, "vocab_size"),
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            tied_embeddings=encoder or bool(config.get("tie_word_embeddings", False)),
             qkv_bias=flag(family.qkv_bias),
             o_bias=flag(family.o_bias),
             mlp_bias=flag(family.mlp_bias),
             qk_norm=family.qk_norm,
+            encoder=encoder,
         )
     except ValueError as e:
         raise ExpansionError("E_EXPAND_CONFIG", f"{_model_name(config)}: {e}; check config.json") from e
@@ -442,6 +477,15 @@ def base_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ExpansionError: as :func:`shape_from_config`.
     """
+    shape = shape_from_config(config)
+    if shape.encoder:
+        return {
+            **shape_fields(shape),
+            "hidden_act": "gelu",
+            "layer_norm_eps": float(config.get("layer_norm_eps", 1e-12)),
+            "max_position_embeddings": _size(config, "max_position_embeddings"),
+            "type_vocab_size": config.get("type_vocab_size", 2),
+        }
     rope: dict[str, Any] = {"rope_theta": config.get("rope_theta", 10000.0)}
     for field in ("rope_scaling", "rope_parameters"):
         settings: Any = config.get(field) or {}
@@ -460,13 +504,21 @@ def base_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
         windowed = "sliding_attention" in types
     return {
-        **dataclasses.asdict(shape_from_config(config)),
+        **shape_fields(shape),
         "hidden_act": config.get("hidden_act", "silu"),
         "rms_norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "rope": {key: float(value) if type(value) is int else value for key, value in rope.items()},
         "layer_types": types,
         "sliding_window": _window(config) if windowed else None,
     }
+
+
+def shape_fields(shape: ModelShape) -> dict[str, Any]:
+    """The shape as plain values; ``encoder`` only where it is one, so that decoders keep their hashes."""
+    fields = dataclasses.asdict(shape)
+    if not shape.encoder:
+        del fields["encoder"]
+    return fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -571,6 +623,13 @@ class ExpansionPlan:
             entry.index if entry.kind == "base" else self.block(entry.index).source_layer for entry in self.stack()
         )
 
+    def slots(self) -> dict[int, tuple[int, ...]]:
+        """Base layer -> ids of the blocks in the slot after it, bottom to top; layers with empty slots are absent."""
+        found: dict[int, tuple[int, ...]] = {}
+        for block in self.blocks:
+            found[block.after_layer] = (*found.get(block.after_layer, ()), block.block_id)
+        return dict(sorted(found.items()))
+
     def position(self, block_id: int) -> int:
         """Index of a block in the stack.
 
@@ -600,6 +659,7 @@ class ExpansionPlan:
         """
         plain = dataclasses.asdict(self)
         plain["blocks"] = list(plain["blocks"])
+        plain["shape"] = shape_fields(self.shape)
         if isinstance(self.trainable, ExpandedBlocks):
             del plain["trainable"]
         else:
@@ -628,7 +688,10 @@ class ExpansionPlan:
                 if type(value) is not int:
                     raise ExpansionError("E_EXPAND_PLAN", f"expanded block: {field} is {value!r}, expected a number")
             read.append(ExpandedBlock(**block))
-        shape = _exact_fields("model shape", fields["shape"], ModelShape)
+        shape = fields["shape"]
+        if isinstance(shape, dict):  # a decoder's shape does not say that it is no encoder
+            shape = {"encoder": False, **cast("dict[str, object]", shape)}
+        shape = _exact_fields("model shape", shape, ModelShape)
         types = {field.name: field.type for field in dataclasses.fields(ModelShape)}
         for field, value in shape.items():
             if type(value).__name__ != types[field]:
@@ -759,6 +822,13 @@ def grow(plan: ExpansionPlan) -> ExpansionPlan:
         raise ExpansionError(
             "E_EXPAND_PLACEMENT",
             "placement 'interleaved' places all its blocks at once and does not grow; what works: 'thirds' or 'top'",
+        )
+    if plan.shape.encoder and slot in plan.slots():
+        # The norm of the block below would have to become (1, 0), and it is trained.
+        raise ExpansionError(
+            "E_EXPAND_PLACEMENT",
+            f"an encoder's run does not grow into a slot that holds a block already (after layer {slot}); what works: "
+            "placement 'thirds', or all blocks at the start",
         )
     new = ExpandedBlock(block_id=plan.blocks[-1].block_id + 1, source_layer=slot, after_layer=slot)
     return dataclasses.replace(plan, blocks=(*plan.blocks, new))

@@ -34,6 +34,7 @@ ARCHITECTURES: Final = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "bert": "BertModel",
 }
 
 
@@ -71,7 +72,7 @@ def write_tiny_checkpoint(
     import torch
     from safetensors.torch import save_file
 
-    from fedblocks.protocol.expansion import shape_from_config
+    from fedblocks.protocol.expansion import FAMILIES, shape_from_config
 
     fields: dict[str, Any] = {
         "architectures": [ARCHITECTURES[family]],
@@ -96,6 +97,10 @@ def write_tiny_checkpoint(
         fields["sliding_window"] = None
     if family == "qwen3":
         fields["head_dim"] = hidden // heads
+    if family == "bert":
+        fields |= {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "type_vocab_size": 2, "cls_token_id": 1}
+        for key in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings"):
+            del fields[key]
     for key, value in (config or {}).items():
         if value is None and key not in ("sliding_window", "layer_types"):
             fields.pop(key, None)
@@ -108,17 +113,28 @@ def write_tiny_checkpoint(
 
     def weight(name: str, size: tuple[int, ...]) -> torch.Tensor:
         noise = torch.randn(size, generator=generator)
-        if name.endswith("norm.weight"):
+        if name.endswith(("norm.weight", "LayerNorm.weight")):
             return (1 + 0.1 * noise).to(stored)
-        if len(size) == 1 or "embed_tokens" in name:
+        if len(size) == 1 or "embed" in name:
             return (0.3 * noise).to(stored)
         return (noise / size[1] ** 0.5).to(stored)
 
-    sizes = {"model.embed_tokens.weight": (vocab, hidden)}
+    record = FAMILIES[family]
+    sizes: dict[str, tuple[int, ...]] = {record.embedding: (vocab, hidden)}
     for layer in range(layers):
         for spec in shape.block_tensors():
-            sizes[f"model.layers.{layer}.{spec.name}"] = spec.shape
-    sizes["model.norm.weight"] = (hidden,)
+            sizes[f"{record.layer_prefix}.{layer}.{spec.name}"] = spec.shape
+    if shape.encoder:
+        sizes |= {
+            "embeddings.position_embeddings.weight": (fields["max_position_embeddings"], hidden),
+            "embeddings.token_type_embeddings.weight": (2, hidden),
+            "embeddings.LayerNorm.weight": (hidden,),
+            "embeddings.LayerNorm.bias": (hidden,),
+            "pooler.dense.weight": (hidden, hidden),
+            "pooler.dense.bias": (hidden,),
+        }
+    else:
+        sizes["model.norm.weight"] = (hidden,)
     if not tied:
         sizes["lm_head.weight"] = (vocab, hidden)
     tensors = {name: weight(name, size) for name, size in sizes.items()}

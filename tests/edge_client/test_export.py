@@ -256,7 +256,7 @@ def test_a_model_that_is_not_the_base_at_strength_0_is_not_written(
     real = module.expand_config
     monkeypatch.setattr(module, "expand_config", lambda config, plan: real(config, plan) | {"rms_norm_eps": 1e-2})
     out = tmp_path / "sub" / "out"
-    with pytest.raises(ExpansionError, match="does not give the base's logits") as e:
+    with pytest.raises(ExpansionError, match="does not give the base's output") as e:
         export_hf(checkpoint=small, plan=make_plan(small), state={}, strength=1.0, out=out)
     assert e.value.code == "E_IDENTITY"
     assert list(out.parent.iterdir()) == []

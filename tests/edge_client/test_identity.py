@@ -159,7 +159,7 @@ def test_the_last_guard_refuses_a_model_that_is_not_the_base(
         return checkpoint.layer_tensors(plan.block(block_id).source_layer)
 
     monkeypatch.setattr(export, "initial_block", not_zeroed)
-    with pytest.raises(ExpansionError, match="does not give the base's logits: they differ by up to") as e:
+    with pytest.raises(ExpansionError, match="does not give the base's output: it differs by up to") as e:
         verify_identity(checkpoint, make_plan(checkpoint))
     assert e.value.code == "E_IDENTITY"
 

@@ -398,7 +398,7 @@ def test_samples_padded_together_as_on_a_gpu_get_the_same_states_within_rounding
     samples = [sample.ids for sample in make_samples(12)]
     model = make_model(layers=6)
     run, sizes = model.run, []
-    monkeypatch.setattr(model, "run", lambda h, *args: sizes.append(tuple(h.shape[:2])) or run(h, *args))
+    monkeypatch.setattr(model, "run", lambda h, *args, **kw: sizes.append(tuple(h.shape[:2])) or run(h, *args, **kw))
     prefix = PrefixStates(model, RecordStore(tmp_path, location="ram", warn=pytest.fail))
     prefix.fill(iter(samples))
     assert all(count == 1 or count * longest <= limit for count, longest in sizes)
