@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fedblocks.edge_client.affine_migration import migrated
 from fedblocks.profiles.model_shape import ModelShape, TensorSpec
 from fedblocks.protocol.expansion import ExpansionPlan, base_fields, family_of, shape_from_config
 
@@ -353,8 +354,6 @@ def initial_block(checkpoint: Checkpoint, plan: ExpansionPlan, block_id: int) ->
 
 def initial_tensor(checkpoint: Checkpoint, plan: ExpansionPlan, block_id: int, spec: TensorSpec) -> torch.Tensor:
     """One tensor of :func:`initial_block`, fp32, in memory of its own."""
-    from fedblocks.edge_client.affine_migration import migrated
-
     if spec.is_out:
         return torch.zeros(spec.shape)
     if checkpoint.shape.encoder:
