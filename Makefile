@@ -14,7 +14,7 @@ EXTRAS ?= dev
 BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
-.PHONY: help setup demo test test-slow test-gpu check format lint types imports docs wheel clean
+.PHONY: help setup demo test test-slow test-gpu fuzz check format lint types imports docs wheel clean
 .PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet test-kernels packs budgets
 
 help:  ## list the targets
@@ -62,6 +62,11 @@ bench-fleet: setup  ## plans of random fleets: limits, distance from the best pl
 
 test-kernels: setup  ## all tests of kernels/, with the matrix of all compiled forms (10 minutes)
 	$(BIN)/pytest -m "not gpu" tests/kernels
+
+FUZZ_CASES ?= 2000000
+fuzz: setup  ## two million hostile inputs for the decoders (5 minutes); guided by coverage where atheris is installed (EXTRAS=dev,fuzz)
+	$(BIN)/python tests/fuzz/decoders.py --cases $(FUZZ_CASES) \
+	  $(shell $(BIN)/python -c "import atheris; print('--atheris')" 2>/dev/null)
 
 check: format lint types imports test  ## format, lint, types, imports and tests
 
