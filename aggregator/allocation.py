@@ -410,6 +410,29 @@ def feasible_sets(
     return tuple(chosen for chosen in every if candidate.fits(chosen, width))
 
 
+def cannot_train(
+    client: AllocationClient,
+    block: int,
+    *,
+    layout: StackLayout,
+    shape: ModelShape,
+    settings: AllocationSettings,
+    deadline_s: float,
+) -> str:
+    """What keeps the client from training this block alone, at the smallest width and with as few steps as are ever
+    asked for; empty if nothing does."""
+    if not _is_assignable(client):
+        return f"{client.name} has no training examples, or was measured too long ago"
+    steps = settings.steps
+    while steps // 2 >= MIN_STEPS:
+        steps //= 2
+    problem = _Problem(layout=layout, shape=shape, settings=settings, round=0)
+    candidate = _Candidate(problem, client, steps, problem.limits(client, deadline_s))
+    if candidate.fits((block,), settings.widths[0]):
+        return ""
+    return f"{client.name}: {_refused_text(candidate.refusal((block,), settings.widths[0]))}"
+
+
 def _is_assignable(client: AllocationClient) -> bool:
     return client.statistics.num_examples > 0 and client.speed_age_s <= MAX_SPEED_AGE_S
 

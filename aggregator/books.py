@@ -77,6 +77,11 @@ class Books:
         for client in self.clients.values():
             self.save(client)
 
+    def forget_caches(self) -> None:
+        """The cut has moved: every client computes the hidden states of its texts again."""
+        for key, client in self.clients.items():
+            self.clients[key] = replace(client, trained_sequences=0, anchored_sequences=0)
+
     def say(self, line: str) -> None:
         """One line for the operator."""
         self.said_s = self._clock()

@@ -133,6 +133,13 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         FROM json_each(message, '$.measurements')
     ));
     """,
+    """
+    UPDATE assignments SET message = json_set(message, '$.active_blocks', json('[]'));
+    UPDATE rounds SET method_state = json_set(method_state,
+        '$.growth', json('{"active": [], "last_round": 0, "refused": "", "window": [], "best_accuracy": null,
+                           "best_nll": null}'),
+        '$.spent', json('{"seconds": 0.0, "num_bytes": 0, "joules": 0.0}')) WHERE method_state NOT NULL;
+    """,
 )
 
 #: Refusals that say something about what a client computes; after ``server.quarantine_after`` of them it gets no task.

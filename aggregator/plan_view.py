@@ -58,13 +58,14 @@ def plan_for_devices(
         RunFolderError, ConfigError: ``run`` is no run folder, or an override cannot be used.
     """
     folder = read_run_folder(run, overrides)
-    of_run = run_rules.Run(
+    whole = run_rules.Run(
         run_id=folder.info.run_id,
         config=folder.config,
         plan=folder.plan,
         anchor_sequences=folder.info.anchor_sequences,
         anchor_tokens=folder.info.anchor_tokens,
     )
+    of_run = run_rules.grown(whole, run_rules.initial_state(folder.config))
     statistics = DataStatistics(
         num_examples=num_examples,
         num_target_tokens=num_examples * tokens // 2,
@@ -84,13 +85,14 @@ def plan_for_devices(
     planned = plan_round(
         clients,
         layout=of_run.layout,
-        shape=folder.plan.shape,
+        shape=of_run.plan.shape,
         settings=of_run.allocation_settings(),
-        coverage=Coverage.of(folder.plan.unit_ids),
+        coverage=Coverage.of(of_run.plan.unit_ids),
         round=0,
     )
     return {
         "round": 0,
+        "active_blocks": list(of_run.plan.block_ids),
         "deadline": to_plain(planned.deadline),
         "choices": [explain.record(choice) for choice in planned.choices],
     }

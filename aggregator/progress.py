@@ -7,8 +7,10 @@ Keys of the record, units in their names (stable; docs/cli.md):
 ``score, accuracy, nll_per_token`` (pooled validation of the version that the round started from), ``general_accuracy,
 general_nll_per_token, retention``; ``kl, kl_budget, kl_over_budget``;
 ``anchor_weight`` (of this round), ``next_anchor_weight, learning_rate``;
-``coverage`` (block id -> number of clients that trained it), ``coverage_weight`` (block id -> share of the accepted
-weight);
+``active_blocks`` (ids of the blocks that the model had), ``next_active_blocks`` (one more after a growth),
+``growth_refused`` (why a block was not added; empty), ``spent`` (``seconds, num_bytes, joules`` so far);
+``coverage`` (active block id -> number of clients that trained it), ``coverage_weight`` (active block id -> share of
+the accepted weight);
 ``num_assigned, num_accepted, num_stale, num_refused, num_failed, late`` (names);
 ``bytes_up, bytes_down`` (at the socket, since the last record, from the clients' side);
 ``round_s, fold_s, deadline_s, extended, eta_s``;
@@ -151,6 +153,7 @@ def round_record(
     before: MethodState,
     config: RunConfig,
     blocks: Sequence[int],
+    active: Sequence[int],
     assigned: Sequence[StoredAssignment],
     updates: Sequence[StoredUpdate],
     clients: Mapping[ClientKey, KnownClient],
@@ -163,6 +166,8 @@ def round_record(
 
     Args:
         before: the method's state that the round was planned with.
+        blocks: ids of the units that were there to train.
+        active: ids of the active expanded blocks.
         bytes_by_key: (up, down) of each client since the last record.
         earlier_s: durations of the last rounds.
         open_s: seconds from the assignments to the close.
@@ -180,6 +185,10 @@ def round_record(
         "anchor_weight": before.anchor_weight,
         "next_anchor_weight": closed.state.anchor_weight,
         "learning_rate": learning_rate(config, record.round),
+        "active_blocks": list(active),
+        "next_active_blocks": list(closed.state.growth.active or active),
+        "growth_refused": closed.state.growth.refused,
+        "spent": to_plain(closed.state.spent),
         "coverage": contributors(updates, blocks),
         "coverage_weight": {str(block): closed.folded.coverage.get(block, 0.0) for block in blocks},
         "num_assigned": len(assigned),
@@ -215,6 +224,7 @@ def final_record(
     model: GlobalState,
     method: MethodState,
     *,
+    active: Sequence[int],
     config: RunConfig,
     stop_reason: str | None,
     rounds: int,
@@ -239,6 +249,9 @@ def final_record(
         "state_sha256": model.sha256,
         "stop_reason": stop_reason,
         "rounds": rounds,
+        "active_blocks": list(active),
+        "growth_refused": method.growth.refused,
+        "spent": to_plain(method.spent),
         **measured_values(pooled, retention(pooled, method), config.forgetting.max_kl),
         "strength": strength,
         "strengths": [] if choice is None else [to_plain(point) for point in choice.points],

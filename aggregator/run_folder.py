@@ -233,6 +233,11 @@ def open_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
             f"{GENERAL_FILE} to measure it on, so nothing but the base could be exported; make the run with "
             "fedblocks init --general FILE, or set it to 0"
         )
+    if folder.config.expansion.max_blocks > len(folder.plan.blocks):
+        raise ConfigError(
+            f"{path}: expansion.max_blocks is {folder.config.expansion.max_blocks}, but the run was made for at most "
+            f"{len(folder.plan.blocks)} blocks; make it anew with fedblocks init --set expansion.max_blocks=N"
+        )
     for info in folder.info.resources:
         resource = folder.resource_path(info)
         if not resource.is_file():

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
+from fedblocks.aggregator import budgets, growth
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.allocation import (
     AllocationClient,
@@ -25,11 +26,14 @@ from fedblocks.aggregator.allocation import (
     Deadline,
     ProfiledSeconds,
     RoundPlan,
+    cannot_train,
     plan_round,
     profiled_seconds,
 )
+from fedblocks.aggregator.budgets import Spent, SpentReason
 from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.coverage import Coverage, Trained
+from fedblocks.aggregator.growth import NLL_IMPROVEMENT, GrowthState, MeanScore
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.server_optimizer import ServerRule, server_step
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
@@ -53,7 +57,7 @@ from fedblocks.protocol.run_config import ForgettingSection, RunConfig
 from fedblocks.protocol.tensors import FloatArray, State
 
 NO_PAYLOAD_SHA256: Final = hashlib.sha256(b"").hexdigest()
-StopReason = Literal["max_rounds", "target_score", "no_improvement", "diverged"]
+StopReason = Literal["max_rounds", "target_score", "no_improvement", "diverged"] | SpentReason
 
 #: The controller aims below the budget: room for the standard error used at export (methods.md 5.3).
 SET_POINT: Final = 0.9
@@ -67,8 +71,6 @@ EVALUATING_SHARE: Final = 0.25
 MIN_EVALUATING: Final = 2
 SCORE_WINDOW: Final = 3
 PATIENCE_ROUNDS: Final = 10
-#: A smaller fall of the pooled NLL per token is no improvement (the figure of methods.md 9 for growth).
-NLL_IMPROVEMENT: Final = 0.005
 DIVERGED_FACTOR: Final = 3.0
 DIVERGED_ROUNDS: Final = 5
 BEST_KL_FACTOR: Final = 1.5
@@ -143,7 +145,10 @@ class MethodState:
     best_version_accuracy: float | None = None
     best_version_nll: float | None = None
     rounds_since_best: int = 0
+    """Or since the last growth."""
     diverged_rounds: int = 0
+    growth: GrowthState = GrowthState()
+    spent: Spent = Spent()
 
 
 def initial_state(config: RunConfig) -> MethodState:
@@ -182,8 +187,7 @@ class Run:
     @property
     def layout(self) -> StackLayout:
         """Where the expanded blocks stand."""
-        positions = {block: self.plan.position(block) for block in self.plan.block_ids}
-        return StackLayout(num_entries=len(self.plan.stack()), positions=positions)
+        return self.plan.layout
 
     @property
     def anchored(self) -> bool:
@@ -211,6 +215,16 @@ class Run:
             policy=allocation.policy,
             seed=self.config.run.seed,
         )
+
+
+def active_blocks(run: Run, state: MethodState) -> tuple[int, ...]:
+    """Ids of the blocks that compute and train now, ascending (``growth.py``)."""
+    return state.growth.active or growth.first_blocks(run.plan, run.config.expansion.blocks)
+
+
+def grown(run: Run, state: MethodState) -> Run:
+    """The run with the active blocks only: what is planned, sent and measured now."""
+    return replace(run, plan=run.plan.reduced(active_blocks(run, state)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +258,7 @@ def plan(
     Args:
         now_unix_s: tells how old the clients' measurements are; 0: they are not asked.
     """
+    run = grown(run, state)
     last_chosen = {client.key: client.last_chosen_round for client in present if client.statistics.num_examples > 0}
     fraction, seed = run.config.allocation.cohort_fraction, run.config.run.seed
     chosen = choose_cohort(last_chosen, fraction=fraction, round=start.round, seed=seed)
@@ -308,6 +323,7 @@ def smaller_assignment(
     """
     if deadline_s <= 0:
         return None
+    run = grown(run, state)
     (choice,) = plan_round(
         [_allocation_client(client, start.version)],
         layout=run.layout,
@@ -338,7 +354,11 @@ def assignment(
     deadline_s: float,
     measure: tuple[Measure, ...],
 ) -> Assignment:
-    """The wire form of a choice. Its state update names the version only; the way there is added when it is sent."""
+    """The wire form of a choice. Its state update names the version only; the way there is added when it is sent.
+
+    Args:
+        run: :func:`grown`.
+    """
     assert choice.predicted is not None
     mode = choice.predicted.mode
     training, delta = run.config.training, run.config.delta
@@ -348,6 +368,7 @@ def assignment(
         state=_named(start),
         payload_bytes=0,
         payload_sha256=NO_PAYLOAD_SHA256,
+        active_blocks=run.plan.block_ids,
         blocks=choice.blocks,
         width=choice.width,
         steps=choice.steps,
@@ -385,13 +406,18 @@ def evaluation(
     measure: tuple[Measure, ...],
     strengths: tuple[float, ...] = (1.0,),
 ) -> Evaluate:
-    """A task that measures the state, at these strengths, and trains nothing."""
+    """A task that measures the state, at these strengths, and trains nothing.
+
+    Args:
+        run: :func:`grown`.
+    """
     return Evaluate(
         attempt_id=attempt_id(run.run_id, start.round, client.key, 0),
         round=start.round,
         state=_named(start),
         payload_bytes=0,
         payload_sha256=NO_PAYLOAD_SHA256,
+        active_blocks=run.plan.block_ids,
         measure=measure,
         deadline_s=deadline_s,
         strengths=strengths,
@@ -438,10 +464,11 @@ def _allocation_client(client: KnownClient, version: int, now_unix_s: float = 0.
 
 def profiled(client: KnownClient, task: Assignment, report: TrainReport, run: Run) -> ProfiledSeconds:
     """What the client's profile predicts for a task that it carried out as it reports."""
+    plan = run.plan.reduced(task.active_blocks) if task.active_blocks else run.plan
     return profiled_seconds(
         _allocation_client(client, task.state.to_version),
-        layout=run.layout,
-        shape=run.plan.shape,
+        layout=plan.layout,
+        shape=plan.shape,
         settings=run.allocation_settings(),
         blocks=task.blocks,
         width=task.width,
@@ -597,6 +624,7 @@ def observe(state: MethodState, pooled: Pooled, config: RunConfig) -> MethodStat
     best_nll = nll is not None and (state.best_nll is None or nll < state.best_nll - NLL_IMPROVEMENT)
     return replace(
         state,
+        growth=growth.with_score(state.growth, MeanScore(accuracy=accuracy, nll=nll)),
         best_accuracy=accuracy if best_accuracy else state.best_accuracy,
         best_nll=nll if best_nll else state.best_nll,
         rounds_since_best=0 if best_accuracy or best_nll else state.rounds_since_best + 1,
@@ -621,16 +649,68 @@ def recent_means(state: MethodState) -> tuple[float | None, float | None]:
     )
 
 
-def stop_reason(state: MethodState, config: RunConfig, *, round: int) -> StopReason | None:
-    """Why the run ends with ``round``, None if it goes on (methods.md 9)."""
+def stop_reason(state: MethodState, config: RunConfig, *, round: int, may_grow: bool = False) -> StopReason | None:
+    """Why the run ends with ``round``, None if it goes on (methods.md 9).
+
+    Args:
+        may_grow: a block may still be added: then the run waits for the growth instead of ending without improvement.
+    """
     if state.diverged_rounds >= DIVERGED_ROUNDS:
         return "diverged"
     accuracy, _ = recent_means(state)
     if config.run.target_score > 0 and accuracy is not None and accuracy >= config.run.target_score:
         return "target_score"
-    if state.rounds_since_best >= PATIENCE_ROUNDS:
+    spent = budgets.exhausted(state.spent, config.run)
+    if spent is not None:
+        return spent
+    if state.rounds_since_best >= PATIENCE_ROUNDS and (not may_grow or state.growth.refused):
         return "no_improvement"
     return "max_rounds" if round >= config.run.max_rounds else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growing:
+    """Who could train a further block."""
+
+    run: Run
+    """With all blocks of its plan."""
+    clients: Sequence[KnownClient]
+    """The cohort of the round."""
+
+
+def grow(state: MethodState, growing: Growing, kl: float | None, *, round: int) -> MethodState:
+    """The state with one block more, if the rule of ``growth.py`` asks for it and somebody can train it.
+
+    Args:
+        kl: as measured in this round.
+    """
+    run, config = growing.run, growing.run.config
+    active = active_blocks(run, state)
+    block = growth.next_block(run.plan, active, config.most_blocks)
+    if block is None or not growth.wants_block(state.growth, round=round, kl=kl, max_kl=config.forgetting.max_kl):
+        return state
+    plan = run.plan.reduced((*active, block))
+    reasons = [
+        cannot_train(
+            _allocation_client(client, client.held_version),
+            block,
+            layout=plan.layout,
+            shape=plan.shape,
+            settings=run.allocation_settings(),
+            deadline_s=state.deadline.seconds if state.deadline is not None else math.inf,
+        )
+        for client in growing.clients
+    ]
+    if all(reasons):
+        refused = f"nobody can train block {block} after layer {plan.block(block).after_layer}: "
+        nearest = min(reasons, key=len, default="no client took part")
+        return replace(state, growth=replace(state.growth, refused=refused + nearest))
+    return replace(state, growth=growth.with_block(state.growth, active, block, round=round), rounds_since_best=0)
+
+
+def may_grow(run: Run, state: MethodState) -> bool:
+    """True while the run has fewer blocks than it may come to have."""
+    return growth.next_block(run.plan, active_blocks(run, state), run.config.most_blocks) is not None
 
 
 def after_fold(
@@ -782,20 +862,31 @@ def close(
     method: Method,
     topics: Mapping[ClientKey, tuple[int, ...]] | None = None,
     blocks: Iterable[int] = (),
+    spent: Spent | None = None,
+    growing: Growing | None = None,
 ) -> ClosedRound:
-    """Fold, observe, decide whether to go on, publish: a function of the set of updates and reports.
+    """Fold, observe, decide whether to grow and to go on, publish: a function of the set of updates and reports.
 
     Args:
         shape: what an update consists of.
         method: folds and publishes.
         topics: what the clients share of their data's topics.
-        blocks: ids of the plan's units.
+        blocks: ids of the active units.
+        spent: in all rounds, this one included; default: as before.
+        growing: where blocks may be added; default: nowhere.
     """
     pooled = pool(measured, version=model.version)
     state = observe(state, pooled, config)
     folded = method.aggregate(updates, shape=shape, state=state, model=model)
     state = after_fold(state, updates, folded, topics, blocks)
-    reason = stop_reason(state, config, round=round)
+    state = state if spent is None else replace(state, spent=spent)
+    if growing is not None:  # from here on the configuration is not asked any more
+        state = replace(state, growth=replace(state.growth, active=active_blocks(growing.run, state)))
+    after_growth = state if growing is None else grow(state, growing, pooled.kl, round=round)
+    may = growing is not None and may_grow(growing.run, state)
+    reason = stop_reason(after_growth, config, round=round, may_grow=may)
+    if reason is None or after_growth.growth.refused:  # a run that ends does not grow any more
+        state = after_growth
     settings = PublishSettings(
         dense=reason is not None,
         format=config.delta.format,

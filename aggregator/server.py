@@ -30,10 +30,11 @@ from typing import Any, Final, Protocol
 
 from typing_extensions import assert_never
 
-from fedblocks.aggregator import explain, methods, progress, registry, rounds, run_rules
+from fedblocks.aggregator import budgets, explain, growth, methods, progress, registry, rounds, run_rules
 from fedblocks.aggregator.allocation import Deadline
 from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
 from fedblocks.aggregator.books import Books
+from fedblocks.aggregator.budgets import Spent
 from fedblocks.aggregator.endpoint import (
     ByteCount,
     EndpointEvent,
@@ -51,6 +52,7 @@ from fedblocks.aggregator.intake import Counted, Intake, Moment, asked_for
 from fedblocks.aggregator.ledger import (
     Ledger,
     StoredRound,
+    StoredUpdate,
     open_ledger,
 )
 from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
@@ -386,6 +388,7 @@ class Aggregator:
             data=DataFormat(max_tokens=data.max_tokens, append_eos=data.append_eos, join=data.join),
             resources=self._folder.info.resources,
             least_width=WIDTHS[0] if self._config.allocation.slim else 1.0,
+            active_blocks=run_rules.active_blocks(self._run, self._method),
         )
         self._send(key, welcome)
         if self._state.phase == "finished":
@@ -626,6 +629,7 @@ class Aggregator:
                 plan={
                     "deadline": to_plain(planned.plan.deadline),
                     "keep_deadline": planned.deadline is not None,
+                    "active_blocks": list(run_rules.active_blocks(self._run, self._method)),
                     "choices": [explain.record(choice) for choice in planned.plan.choices],
                     "not_in_cohort": [client.name for client in clients if client.key not in planned.cohort],
                 },
@@ -711,6 +715,10 @@ class Aggregator:
         record = self._ledger.get_round(number)
         assert record is not None
         stored = self._ledger.updates_of(number)
+        assigned = self._ledger.assignments(number)
+        before = run_rules.grown(self._run, self._method).plan
+        cohort = sorted({a.client_key for a in assigned})
+        self._books.count_bytes(self._endpoint.bytes_by_key)
         closed = run_rules.close(
             self._model,
             [accepted_update(self._folder, u, version=self._model.version) for u in stored],
@@ -721,7 +729,9 @@ class Aggregator:
             round=number,
             method=self._rules_of_method,
             topics={key: client.statistics.topics for key, client in self._books.clients.items()},
-            blocks=self._folder.plan.unit_ids,
+            blocks=before.unit_ids,
+            spent=self._spent(stored, opened.elapsed_s),
+            growing=run_rules.Growing(run=self._run, clients=[self._books.clients[key] for key in cohort]),
         )
         model = closed.model
         if closed.step is not None:
@@ -732,14 +742,14 @@ class Aggregator:
                 residual=model.residual,
                 moments=model.moments,
             )
-        self._books.count_bytes(self._endpoint.bytes_by_key)
         metrics = progress.round_record(
             record,
             closed,
             before=self._method,
             config=self._config,
-            blocks=self._folder.plan.unit_ids,
-            assigned=self._ledger.assignments(number),
+            blocks=before.unit_ids,
+            active=before.block_ids,
+            assigned=assigned,
             updates=stored,
             clients=self._books.clients,
             bytes_by_key=self._books.take_round_bytes(),
@@ -747,6 +757,9 @@ class Aggregator:
             open_s=opened.elapsed_s,
             fold_s=self._clock() - began_s,
         )
+        grown = run_rules.grown(self._run, closed.state).plan
+        if grown.base_cut != before.base_cut:
+            self._books.forget_caches()
         with self._ledger.transaction():
             self._books.save_all()
             self._ledger.commit_round(
@@ -759,6 +772,11 @@ class Aggregator:
                 metrics=metrics,
                 unix_s=self._books.now_unix_s,
             )
+        for block in sorted(set(grown.block_ids) - set(before.block_ids)):
+            self._books.note(f"round {number}: {growth.growth_line(self._folder.plan, before.block_ids, block)}")
+        refused = closed.state.growth.refused
+        if refused and refused != self._method.growth.refused:
+            self._books.note(f"round {number}: not grown: {refused}")
         self._model, self._method = model, closed.state
         self._updates_to.clear()
         self._durations_s = [*self._durations_s, metrics["round_s"]][-progress.ETA_ROUNDS :]
@@ -780,6 +798,16 @@ class Aggregator:
         self._books.say(progress.round_line(metrics, self._config.run.max_rounds))
         self._feed(rounds.RoundFolded(version=model.version, accepted=len(stored), stop_reason=closed.stop_reason))
 
+    def _spent(self, updates: Sequence[StoredUpdate], open_s: float) -> Spent:
+        """In all rounds, with the one that is being closed."""
+        clients, before = self._books.clients, self._method.spent
+        reports = [(clients[u.client_key].profile.device, u.delta.train) for u in updates]
+        return Spent(
+            seconds=before.seconds + open_s,
+            num_bytes=sum(c.received_bytes + c.sent_bytes for c in clients.values()),
+            joules=before.joules + budgets.energy_j(reports),
+        )
+
     def _measure_final(self, keys: Sequence[ClientKey]) -> None:
         last = self._ledger.last_round()
         assert last is not None
@@ -791,11 +819,11 @@ class Aggregator:
             )
         strengths = run_rules.final_strengths(self._config)
         deadline_s = max(MIN_FINAL_MEASURE_S, 2 * last.deadline_s) * len(strengths)
-        start = self._start()
+        start, run = self._start(), run_rules.grown(self._run, self._method)
         tasks = {
             key: run_rules.evaluation(
                 self._books.clients[key],
-                self._run,
+                run,
                 start,
                 deadline_s=deadline_s,
                 measure=run_rules.final_measures(self._books.clients[key]),
@@ -831,6 +859,7 @@ class Aggregator:
             self._folder.info,
             self._model,
             self._method,
+            active=run_rules.active_blocks(self._run, self._method),
             config=self._config,
             stop_reason=reason,
             rounds=number - 1,

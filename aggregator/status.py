@@ -4,9 +4,10 @@
 
 ``run_id, base_name, base_hash, method``; ``phase`` (never_served, running, stopped, finished), ``round``,
 ``max_rounds, version, state_sha256, stop_reason, waiting_for``; the newest round's ``score, accuracy, nll_per_token,
-retention, kl, kl_budget, kl_over_budget, anchor_weight, coverage, coverage_weight, eta_s``; ``clients`` (one record
-each, see :func:`_client`), ``rounds`` (the records of metrics.jsonl), ``notes`` (``unix_s, text``), ``final`` (null or
-the record of final.json) and ``strangers`` (refusals of keys that never were members, by code).
+retention, kl, kl_budget, kl_over_budget, anchor_weight, next_active_blocks, growth_refused, spent, coverage,
+coverage_weight, eta_s``; ``clients`` (one record each, see :func:`_client`), ``rounds`` (the records of
+metrics.jsonl), ``notes`` (``unix_s, text``), ``final`` (null or the record of final.json) and ``strangers`` (refusals
+of keys that never were members, by code).
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ _OF_LAST_ROUND: Final = (
     "kl",
     "kl_over_budget",
     "anchor_weight",
+    "next_active_blocks",
+    "growth_refused",
+    "spent",
     "coverage",
     "coverage_weight",
     "eta_s",
@@ -219,6 +223,13 @@ def describe(status: Mapping[str, Any]) -> str:
     if status["kl"] is not None:
         values.append(f"kl {status['kl']:.4f}/{status['kl_budget']:g}")
     lines.append("  ".join(values))
+    for row in status["rounds"]:
+        after = row.get("next_active_blocks", ())  # rows of older releases have none
+        if row.get("active_blocks", after) != after:
+            new = ", ".join(str(block) for block in after if block not in row["active_blocks"])
+            lines.append(f"grew after round {row['round']}: block {new}; active blocks are {list(after)}")
+    if status["growth_refused"]:
+        lines.append(f"not grown: {status['growth_refused']}")
     for client in status["clients"]:
         what = f"trains {client['blocks']} for {client['steps']} steps" if client["steps"] else client["role"] or "-"
         parts = [f"  {client['name']:20} {client['device']:24} {what}"]

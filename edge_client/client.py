@@ -535,6 +535,7 @@ class Shell:
             emulation=Emulation(profile=client.profile) if client.options.emulate else None,
             shared=self.shared,
             least_width=welcome.least_width,
+            active_blocks=welcome.active_blocks,
             say=client.say,
         )
         self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)

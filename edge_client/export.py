@@ -400,7 +400,7 @@ def trained_part(plan: ExpansionPlan, state: State) -> ExpansionPlan:
 
 
 def load_final(run: Path) -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray]]]:
-    """Plan and last published state of a run folder.
+    """Plan, without the blocks that never became active, and last published state of a run folder.
 
     Raises:
         ConfigError: the run has not published a final state.
@@ -409,7 +409,8 @@ def load_final(run: Path) -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: the run has not finished; see fedblocks status {run}")
     plan = ExpansionPlan.from_json((run / "plan.json").read_text(encoding="utf-8"))
-    return plan, unflatten(load_file(path))
+    active = load_final_record(run).get("active_blocks") or plan.block_ids  # older releases had no growth
+    return plan.reduced(active), unflatten(load_file(path))
 
 
 def _stored_block(

@@ -67,7 +67,7 @@ def init_run(
         base_hash=content_hash,
         config=checkpoint.config,
         placement=config.expansion.placement,
-        num_blocks=config.expansion.blocks,
+        num_blocks=config.most_blocks,
     )
     verify_identity(checkpoint, plan)
     files = {"plan.json": plan.to_json().encode()}

@@ -37,8 +37,9 @@ from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.store import ClientStore
 from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
 from fedblocks.kernels.ops import DISPATCHER
-from fedblocks.profiles.cost import ModeChoice, NoFit, StackLayout, Workload, choose_mode, step_time
+from fedblocks.profiles.cost import ModeChoice, NoFit, Workload, choose_mode, step_time
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
     MAX_FALL_CHARACTERS,
@@ -107,6 +108,7 @@ class Workbench:
         shared: with other clients of this process, none of which can be told apart by its memory: what a task takes is
             then reported as predicted.
         least_width: the smallest share of a block that this run may ask for: who cannot train that takes no part.
+        active_blocks: ids of the plan's blocks that the model has now; empty: all. A task may bring another set.
         say: for warnings.
     """
 
@@ -124,6 +126,7 @@ class Workbench:
         emulation: Emulation | None,
         shared: Shared | None = None,
         least_width: float = 1.0,
+        active_blocks: Sequence[int] = (),
         say: Callable[[str], None],
     ) -> None:
         self.store = store
@@ -134,10 +137,8 @@ class Workbench:
         self.plan = ExpansionPlan.from_json(store.resource("plan.json").read_bytes())
         self.memory_limit_bytes = memory_limit_bytes
         self.emulation = emulation
-        self._layout = StackLayout(
-            num_entries=len(self.plan.stack()), positions={b: self.plan.position(b) for b in self.plan.block_ids}
-        )
-        content_hash = base_hash(checkpoint.folder, store.cache_folder)
+        self._checkpoint = checkpoint
+        self._base_hash = base_hash(checkpoint.folder, store.cache_folder)
         self.profile = profile
         self.held_version, state = store.held_state()
         self.state: Mapping[int, Mapping[str, FloatArray]] = state
@@ -149,32 +150,70 @@ class Workbench:
         folder = store.cache_folder / "backbone"
         backbone = shared.backbone if shared is not None else None
         if backbone is None:
-            backbone = Backbone.open(checkpoint, folder, base_hash=content_hash, device=device)
+            backbone = Backbone.open(checkpoint, folder, base_hash=self._base_hash, device=device)
             say(f"4-bit layers by {backbone.quantiser}, read by our own decoder; arithmetic in {profile.compute_dtype}")
         # What a task holds is counted from here: libraries are imported, nothing of the model is in memory yet.
         give_back_freed_memory()
         self._after_imports_bytes = anonymous_bytes()
-        dtype = torch.float32 if profile.compute_dtype == "float32" else torch.bfloat16
-        self.model = ExpandedModel(
-            backbone=backbone, checkpoint=checkpoint, plan=self.plan, state=self.state, dtype=dtype
-        )
+        self._backbone = backbone
         anchors = shared.anchors if shared is not None else None
-        anchors = anchors or AnchorSet.from_bytes(store.resource("anchor.bin").read_bytes())
-        fields = cut_fields(self.model, content_hash, cut=self.model.base_cut)
-        key = cut_key(self.model, content_hash, cut=self.model.base_cut)
-        prefix_folder = store.cache_folder / "prefix"
-        if shared is None:
-            evict_others(prefix_folder, [key, f"{key}.teacher"], say, now=fields)
-        else:
-            shared.backbone, shared.anchors = backbone, anchors
-        self.prefix = PrefixStates(self.model, self._open_store(prefix_folder / key, fields))
-        records = self._open_store(prefix_folder / f"{key}.teacher", fields)
-        self.teacher = Teacher(anchors=anchors, model=self.model, prefix=self.prefix, store=records)
+        self._anchors = anchors or AnchorSet.from_bytes(store.resource("anchor.bin").read_bytes())
+        if shared is not None:
+            shared.backbone, shared.anchors = backbone, self._anchors
+        self._stores: dict[str, RecordStore] = {}
+        self._build(tuple(active_blocks) or self.plan.block_ids)
         self.residuals = ResidualStore(store.residual_folder, plan=self.plan)
         general = store.resource("general.jsonl")
         self.general: Sequence[TokenisedSample] = tokenise_file(general, encoder) if general.is_file() else ()
 
         self._refuse_a_device_that_is_too_small()
+
+    def _build(self, active: tuple[int, ...]) -> None:
+        """The model with these blocks, and what is kept of it: hidden states by their cut, the teacher's records by the
+        lowest cut that the run may come to, since the teacher is the base whatever has been added to it."""
+        dtype = torch.float32 if self.profile.compute_dtype == "float32" else torch.bfloat16
+        plan = self.plan.reduced(active)
+        self.active = plan.block_ids
+        self._layout = plan.layout
+        self.model = ExpandedModel(
+            backbone=self._backbone, checkpoint=self._checkpoint, plan=plan, state=self.state, dtype=dtype
+        )
+        cut, lowest = self.model.base_cut, self.plan.base_cut
+        fields = cut_fields(self.model, self._base_hash, cut=cut)
+        key = cut_key(self.model, self._base_hash, cut=cut)
+        of_teacher = f"{cut_key(self.model, self._base_hash, cut=lowest)}.teacher"
+        folder = self.store.cache_folder / "prefix"
+        if self._shared is None:
+            for name in [name for name in self._stores if name not in (key, of_teacher)]:
+                self._stores.pop(name).close()
+            evict_others(folder, [key, of_teacher], self._say, now=fields)
+        self.prefix = PrefixStates(self.model, self._open_store(folder / key, fields))
+        records = self._open_store(folder / of_teacher, cut_fields(self.model, self._base_hash, cut=lowest))
+        self.teacher = Teacher(anchors=self._anchors, model=self.model, prefix=self.prefix, store=records)
+
+    def use_blocks(self, active: Sequence[int]) -> None:
+        """Give the model the blocks that a task names; does nothing if it has them.
+
+        Args:
+            active: ids of the plan; empty: all of them.
+
+        Raises:
+            RemoteProtocolError: the plan has no such block.
+        """
+        wanted = tuple(active) or self.plan.block_ids
+        if wanted == self.active:
+            return
+        unknown = [block for block in wanted if block not in self.plan.block_ids]
+        if unknown:
+            raise RemoteProtocolError(f"blocks {unknown} are not in this run's plan {list(self.plan.block_ids)}")
+        self.model.release()
+        before = self.model.base_cut
+        self._build(wanted)
+        cut = self.model.base_cut
+        kept = "cached hidden states stay"
+        if cut != before:
+            kept = f"hidden states are cached below layer {cut} instead of {before}, and made again as texts come"
+        self._say(f"the model has blocks {list(self.active)} now; {kept}")
 
     def _open_store(self, folder: Path, meta: Mapping[str, Any]) -> RecordStore:
         """On the disk unless the site wants otherwise: there a restart finds it, and it takes no memory from a task."""
@@ -185,7 +224,11 @@ class Workbench:
                     folder, max_bytes=self._cache.max_bytes, location="ram", meta=meta, warn=self._say
                 )
             return self._shared.stores[folder.name]
-        return RecordStore(folder, max_bytes=self._cache.max_bytes, location=location, meta=meta, warn=self._say)
+        if folder.name not in self._stores:
+            self._stores[folder.name] = RecordStore(
+                folder, max_bytes=self._cache.max_bytes, location=location, meta=meta, warn=self._say
+            )
+        return self._stores[folder.name]
 
     def _refuse_a_device_that_is_too_small(self) -> None:
         """Before anything is allocated: can this device train the cheapest block, one sequence at a time?"""
@@ -284,6 +327,7 @@ class Workbench:
 
     def evaluate(self, task: Evaluate, payload: bytes) -> Report:
         """Carry out an evaluation."""
+        self.use_blocks(task.active_blocks)
         self.take_state(task.state, payload)
         self.model.hold(residency="suffix", frozen="decoded")
         measurements = self.measure(task.measure, seed=task.round, strengths=task.strengths)
@@ -298,6 +342,7 @@ class Workbench:
         unknown = [b for b in task.blocks if b not in self.plan.unit_ids]
         if unknown:
             return self._failed(task, "internal", f"blocks {unknown} are not in this run's plan {self.plan.unit_ids}")
+        self.use_blocks(task.active_blocks)
         limit = self._memory_budget(task)
         chosen = self._choose(task.blocks, self._workload_of(task), limit, task.width)
         if isinstance(chosen, NoFit):

@@ -552,17 +552,13 @@ class _Simulation:
     def _costs(self, group: Group) -> tuple[Costs, DeviceProfile]:
         """Whose costs a client has, and the device that its arithmetic is planned for."""
         from fedblocks.profiles.catalog_files import scale_factor
-        from fedblocks.profiles.cost import StackLayout
         from fedblocks.virtual_client import Costs
 
         profile = assumed_profile(group, scale_factor(self._folder.plan.shape))
         delta, priced = self._folder.config.delta, self._priced
         costs = Costs(
             profile=_scaled(group, 1.0) if self._fleet.costs_of else profile,
-            shape=priced.shape,
-            layout=StackLayout(
-                num_entries=len(priced.stack()), positions={b: priced.position(b) for b in priced.block_ids}
-            ),
+            plan=priced,
             delta_format=delta.format,
             down_density=delta.down_density,
             of_another_model=bool(self._fleet.costs_of),

@@ -38,6 +38,7 @@ from fedblocks.profiles.cost import (
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.model_shape import ModelShape
 from fedblocks.protocol import transfer
+from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.keys import KeyPair
 from fedblocks.protocol.messages import (
     Assignment,
@@ -173,13 +174,22 @@ class Costs:
     """Whose time, bytes and memory the tasks of a client take."""
 
     profile: DeviceProfile
-    shape: ModelShape
-    layout: StackLayout
+    plan: ExpansionPlan
+    """All blocks that the run may come to have."""
     delta_format: DeltaFormat
     down_density: float
     """Of the published state."""
     of_another_model: bool
     """Not of the one that trains: then bytes are predicted instead of counted."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model that costs."""
+        return self.plan.shape
+
+    def layout(self, task: Task) -> StackLayout:
+        """Where the blocks stand that are active in this task."""
+        return self.plan.reduced(task.active_blocks or self.plan.block_ids).layout
 
 
 class AssumedSite(SiteClient):
@@ -250,6 +260,8 @@ class VirtualClient:
     _life: int = 0
     """Counts connections: what was planned in an earlier one is void."""
     _seen: set[bytes] = field(default_factory=set)
+    _cut: int = -1
+    """Below which the states of what was seen are kept."""
     """Samples whose hidden states this client has computed."""
     _tasks: int = 0
     _running: Span | None = None
@@ -408,7 +420,7 @@ class VirtualClient:
         found = choose_mode(
             profile,
             costs.shape,
-            costs.layout,
+            costs.layout(task),
             task.blocks,
             self._workload(task),
             budget_bytes=budget_bytes,
@@ -441,7 +453,8 @@ class VirtualClient:
         )
         new_tokens = self._new_tokens(task) if isinstance(task, Assignment) and found is not None else 0.0
         work = replace(self._workload(task), new_tokens=new_tokens)
-        measure_s = slow * measure_time(profile, costs.shape, costs.layout, work)
+        layout = costs.layout(task)
+        measure_s = slow * measure_time(profile, costs.shape, layout, work)
         if found is None or not isinstance(task, Assignment):
             return replace(span, end_s=self.clock() + down_s + measure_s)
         delta, path = found
@@ -449,11 +462,11 @@ class VirtualClient:
         if costs.of_another_model:
             budget_bytes = profile.memory_usable_bytes - profile.runtime_memory_bytes
             chosen = choose_mode(
-                profile, costs.shape, costs.layout, task.blocks, work, budget_bytes=budget_bytes, width=task.width
+                profile, costs.shape, layout, task.blocks, work, budget_bytes=budget_bytes, width=task.width
             )
             assert not isinstance(chosen, NoFit)
             mode = chosen.mode
-        search = ModeSearch(profile, costs.shape, costs.layout, work)
+        search = ModeSearch(profile, costs.shape, layout, work)
         cost = search.cost(task.blocks, mode, task.width)
         report = replace(
             delta.train,
@@ -472,7 +485,7 @@ class VirtualClient:
 
     def _predicted_bytes(self, task: Task, *, has_update: bool) -> tuple[int, int]:
         """Down and up, of the shape that the costs are of."""
-        shape, blocks = self.costs.shape, self.costs.layout.blocks
+        shape, blocks = self.costs.shape, self.costs.layout(task).blocks
         behind = task.state.to_version - max(0, task.state.from_version)
         down = 0
         if behind:
@@ -522,6 +535,10 @@ class VirtualClient:
             batches = data_order(len(part), task.anchor_batch_size, task.seed + 1)
             used = {i for batch in itertools.islice(batches, -(-task.steps // task.anchor_every)) for i in batch}
             chosen += [anchors.sequences[part[i]] for i in used]
+        cut = self.costs.layout(task).base_cut
+        if cut != self._cut:
+            self._seen.clear()
+            self._cut = cut
         new = 0
         for ids in chosen:
             key = ids.tobytes()

@@ -23,12 +23,13 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, cast, get_args
 
 from typing_extensions import assert_never
 
+from fedblocks.profiles.cost import StackLayout
 from fedblocks.profiles.model_shape import ModelShape, TensorSpec
 from fedblocks.profiles.units import (
     EXPANDED_BLOCKS,
@@ -638,6 +639,27 @@ class ExpansionPlan:
         """
         self.block(block_id)
         return self.stack().index(StackEntry(kind="block", index=block_id))
+
+    @property
+    def layout(self) -> StackLayout:
+        """Where the blocks stand, as the cost model takes it."""
+        return StackLayout(
+            num_entries=len(self.stack()), positions={block: self.position(block) for block in self.block_ids}
+        )
+
+    def reduced(self, block_ids: Collection[int]) -> ExpansionPlan:
+        """The plan with only these blocks: one that is not active yet is the identity and is left out.
+
+        Raises:
+            ExpansionError: a block that the plan does not have, or none of those that it has.
+        """
+        unknown = sorted(set(block_ids) - set(self.block_ids))
+        if unknown or (self.blocks and not block_ids):
+            raise ExpansionError(
+                "E_EXPAND_PLAN",
+                f"blocks {sorted(block_ids)} are asked for, expected some of the plan's {list(self.block_ids)}",
+            )
+        return dataclasses.replace(self, blocks=tuple(b for b in self.blocks if b.block_id in block_ids))
 
     @property
     def base_cut(self) -> int:

@@ -16,7 +16,7 @@ from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.errors import RefusalCode
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 
 #: Lines about kernels in one update, and the length of each.
 MAX_KERNEL_FALLS: Final = 8
@@ -47,6 +47,11 @@ def _require_not_negative(message: object, *names: str) -> None:
     for name in names:
         if getattr(message, name) < 0:
             raise ValueError(f"{type(message).__name__}: {name} is {getattr(message, name)}, expected 0 or more")
+
+
+def _require_active(what: str, blocks: tuple[int, ...]) -> None:
+    if list(blocks) != sorted(set(blocks)) or any(block < 0 for block in blocks):
+        raise ValueError(f"{what}: active_blocks are {blocks}, expected ascending ids without repeats")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,8 +177,11 @@ class Welcome:
     resources: tuple[ResourceInfo, ...]
     least_width: float = 1.0
     """The smallest share of a block that an assignment of this run may ask for, one of ``model_shape.WIDTHS``."""
+    active_blocks: tuple[int, ...] = ()
+    """Ids of the plan's blocks that the model has now; empty: all of them. Those of a task take their place."""
 
     def __post_init__(self) -> None:
+        _require_active("welcome", self.active_blocks)
         if self.least_width not in WIDTHS:
             raise ValueError(
                 f"welcome: least_width is {self.least_width}, expected one of {', '.join(map(str, WIDTHS))}"
@@ -216,8 +224,10 @@ class Assignment:
     state: StateUpdate
     payload_bytes: int
     payload_sha256: str
+    active_blocks: tuple[int, ...] = ()
+    """Ids of the plan's blocks that the model has, ascending; the others are the identity and left out. Empty: all."""
     blocks: tuple[int, ...]
-    """Ids of the expanded blocks to train, ascending."""
+    """Ids of the expanded blocks to train, ascending, all of them active."""
     width: float = 1.0
     """Share of each block that trains, one of ``model_shape.WIDTHS``; the rest of the block is there, and frozen."""
     steps: int
@@ -256,6 +266,9 @@ class Assignment:
             raise ValueError(
                 f"assignment: blocks are {self.blocks}, expected ascending ids without repeats, at least one"
             )
+        _require_active("assignment", self.active_blocks)
+        if self.active_blocks and not set(self.blocks) <= set(self.active_blocks):
+            raise ValueError(f"assignment: blocks are {self.blocks}, expected some of the active {self.active_blocks}")
         if self.width not in WIDTHS:
             raise ValueError(f"assignment: width is {self.width}, expected one of {', '.join(map(str, WIDTHS))}")
         for name in ("steps", "batch_size", "anchor_every", "micro_batch_size", "warmup_steps"):
@@ -283,12 +296,15 @@ class Evaluate:
     state: StateUpdate
     payload_bytes: int
     payload_sha256: str
+    active_blocks: tuple[int, ...] = ()
+    """As in an assignment."""
     measure: tuple[Measure, ...]
     deadline_s: float
     strengths: tuple[float, ...] = (1.0,)
     """The factors on the out-tensors of the blocks with which each is measured, ascending, at most 11."""
 
     def __post_init__(self) -> None:
+        _require_active("evaluate", self.active_blocks)
         found = self.strengths
         if (
             not 0 < len(found) <= MAX_STRENGTHS

@@ -51,6 +51,12 @@ class RunSection:
     method: MethodName = _key("fedbe", "the method: expanded blocks, allocated by hardware, anchored to the base")
     max_rounds: int = _key(100, "the run ends after this many rounds")
     target_score: float = _key(0.0, "stop once the 3-round mean of the pooled validation score reaches this; 0: never")
+    max_seconds: float = _key(0.0, "stop once the rounds have taken so many seconds; 0: no limit")
+    max_bytes: float = _key(0.0, "stop once so many bytes went through the sockets, both ways; 0: no limit")
+    max_joules: float = _key(
+        0.0,
+        "stop once the clients' work took so much energy, by time and the board's power in the catalog; 0: no limit",
+    )
     seed: int = _key(1, "seeds data order and anchor shards; a run is repeatable given the same arrivals")
 
 
@@ -59,7 +65,10 @@ class ExpansionSection:
     """Where the trainable blocks stand."""
 
     placement: Placement = _key("thirds", "thirds | top | interleaved (docs/methods.md)")
-    blocks: int = _key(3, "number of expanded blocks")
+    blocks: int = _key(3, "number of expanded blocks at the start")
+    max_blocks: int = _key(
+        0, "a block is added whenever the score stands still, up to so many (docs/methods.md); 0: no growth"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +202,10 @@ class RunConfig:
             self._require(key, self.value(key) > 0, "a positive number")
         for key in (
             "run.target_score",
+            "run.max_seconds",
+            "run.max_bytes",
+            "run.max_joules",
+            "expansion.max_blocks",
             "training.weight_decay",
             "training.anchor_batch_size",
             "server.quarantine_after",
@@ -203,6 +216,16 @@ class RunConfig:
             "forgetting.min_lambda",
         ):
             self._require(key, self.value(key) >= 0, "0 or more")
+        self._require(
+            "expansion.max_blocks",
+            self.expansion.max_blocks == 0 or self.expansion.max_blocks >= self.expansion.blocks,
+            f"0 (no growth) or at least expansion.blocks ({self.expansion.blocks})",
+        )
+        self._require(
+            "expansion.max_blocks",
+            self.expansion.placement != "interleaved" or self.expansion.max_blocks in (0, self.expansion.blocks),
+            "0: placement 'interleaved' places all its blocks at once; to grow take 'thirds' or 'top'",
+        )
         for key in ("delta.density", "delta.down_density", "allocation.quorum"):
             self._require(key, 0 < self.value(key) <= 1, "a number above 0 and at most 1")
         self._require("allocation.cohort_fraction", 0 <= self.allocation.cohort_fraction <= 1, "a share from 0 to 1")
@@ -224,6 +247,11 @@ class RunConfig:
             self.forgetting.lambda_max >= self.forgetting.lambda_start,
             "at least forgetting.lambda_start",
         )
+
+    @property
+    def most_blocks(self) -> int:
+        """Expanded blocks that the run may come to have."""
+        return max(self.expansion.blocks, self.expansion.max_blocks)
 
     def value(self, key: str) -> Any:
         """The value of ``section.key``."""

@@ -80,7 +80,7 @@ def write_run_folder(path: Path, *overrides: str) -> Path:
     """What ``fedblocks init`` leaves behind, for a model that nobody has."""
     config = run_config.from_mapping({}, ("allocation.deadline_s=60.0", *overrides))
     (path / "resources").mkdir(parents=True)
-    plan = tiny_plan(config.expansion.blocks).to_json().encode()
+    plan = tiny_plan(config.most_blocks).to_json().encode()
     files = {"plan.json": plan, "anchor.bin": b"anchor texts"}
     for name, content in files.items():
         (path / "resources" / name).write_bytes(content)

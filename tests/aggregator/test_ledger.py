@@ -375,7 +375,7 @@ def test_measurements_from_before_strengths_were_of_whole_strength(tmp_path: Pat
             SELECT json_group_array(json(json_remove(value, '$.strength', '$.kl_square_sum')))
             FROM json_each(message, '$.measurements')));
     """)
-    db.execute(f"PRAGMA user_version = {len(MIGRATIONS) - 1}")
+    db.execute("PRAGMA user_version = 9")
     db.commit()
     db.close()
     migrated = opened(tmp_path)
@@ -434,6 +434,34 @@ def test_tasks_and_updates_from_before_slim_blocks_are_of_whole_blocks(tmp_path:
     assert [a.message.width for a in migrated.assignments(0) if isinstance(a.message, Assignment)] == [
         1.0
     ] * kinds.count(Assignment)
+
+
+def test_a_run_from_before_growth_goes_on_with_all_blocks(tmp_path: Path) -> None:
+    state = run_rules.MethodState(anchor_weight=1.0)
+    ledger = with_open_round(tmp_path)
+    ledger.start_closing(0)
+    ledger.commit_round(
+        0,
+        new_version=1,
+        state_sha256="ab",
+        settings=None,
+        method_state=state,
+        stop_reason=None,
+        metrics=None,
+        unix_s=3.0,
+    )
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("UPDATE rounds SET method_state = json_remove(method_state, '$.growth', '$.spent')")
+    db.execute("UPDATE assignments SET message = json_remove(message, '$.active_blocks')")
+    db.execute("PRAGMA user_version = 10")
+    db.commit()
+    db.close()
+    migrated = opened(tmp_path)
+    [stored] = [r for r in migrated.rounds() if r.round == 0]
+    assert from_plain(run_rules.MethodState, stored.method_state, where="here") == state
+    assert all(a.message.active_blocks == () for a in migrated.assignments(0))
+    assert migrated.assignments(0)
 
 
 def test_a_reader_sees_the_state_of_a_ledger_that_is_being_written(tmp_path: Path) -> None:

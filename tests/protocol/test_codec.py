@@ -44,14 +44,17 @@ text = st.text(max_size=40)
 positive = st.integers(2, 2**31)
 positive_real = st.floats(min_value=1e-300, allow_infinity=False)
 share = st.floats(min_value=1e-6, max_value=1.0)
+ids = st.sets(st.integers(0, 99), max_size=5).map(lambda s: tuple(sorted(s)))
 OWN_RULES = {
     Assignment: {
+        "active_blocks": st.sampled_from([(), tuple(range(100))]),
         "blocks": st.sets(st.integers(0, 99), min_size=1, max_size=5).map(lambda s: tuple(sorted(s))),
         "delta_density": share,
         "width": st.sampled_from(WIDTHS),
     },
-    Welcome: {"least_width": st.sampled_from(WIDTHS)},
+    Welcome: {"active_blocks": ids, "least_width": st.sampled_from(WIDTHS)},
     Evaluate: {
+        "active_blocks": ids,
         "strengths": st.sets(st.floats(0, 1).map(abs), min_size=1, max_size=11).map(lambda s: tuple(sorted(s))),
     },
     Measurement: {
