@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu fuzz check format lint types imports docs wheel clean
-.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet test-kernels packs budgets
+.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic experiments test-kernels packs budgets
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -59,6 +59,13 @@ bench-gpu: setup  ## kernels and training steps on this machine's GPU, against i
 
 bench-fleet: setup  ## plans of random fleets: limits, distance from the best plan, time (15 minutes)
 	$(BENCH) benchmarks/bench_fleet.py
+
+experiments: setup  ## methods beside each other on the starter model, 3 hours a task; goes on where it stopped
+	$(BENCH) benchmarks/experiments.py
+	$(BENCH) benchmarks/methods_document.py
+
+bench-traffic: setup  ## bytes at the socket for updates of the Qwen2.5-0.5B shape (30 minutes)
+	$(BENCH) benchmarks/traffic.py
 
 test-kernels: setup  ## all tests of kernels/, with the matrix of all compiled forms (10 minutes)
 	$(BIN)/pytest -m "not gpu" tests/kernels

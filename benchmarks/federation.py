@@ -3,11 +3,12 @@
 The step loop (``edge_client.train.run_steps``), the loss, the anchor, the data reader and the measurements are the
 client's; for expanded blocks the delta encoding, the fold and the published state are the deployed ones as well
 (``protocol/tensors.py``, ``aggregator/aggregation.py``, ``protocol/state.py``). There are no sockets, and no device is
-slower than another: every client trains everything in every round.
+slower than another: every client of a round's cohort trains everything.
 
 ========  ==========================================================================================================
 full      every base tensor, embedding and norms included; fp32 both ways; theta += sum of w_k (theta_k - theta)
-lora      rank 8 on all seven projections, alpha = 2r; A and B averaged separately (methods.md 11, ``fedit``)
+top       the highest base layers only, else as ``full``
+lora      pairs on all seven projections, alpha = 2r; A and B averaged separately (methods.md 11, ``fedit``)
 blocks    expanded blocks over the NF4 backbone; int8 row-masked deltas with error feedback, fold, int8 published steps
 ========  ==========================================================================================================
 
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, NormHistory, fold
+from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.run_rules import WARMUP_KNOWN, WARMUP_NEW, draw, learning_rate, next_anchor_weight
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
 from fedblocks.edge_client.backbone import Backbone, DenseBackbone
@@ -56,7 +58,7 @@ from fedblocks.protocol.run_config import RunConfig, from_mapping
 from fedblocks.protocol.state import publish, publish_dense
 from fedblocks.protocol.tensors import State, encode_delta
 
-Method = Literal["full", "lora", "blocks"]
+Method = Literal["full", "top", "lora", "blocks"]
 
 LORA_RANK: Final = 8
 KL_VAL_SEQUENCES: Final = 8
@@ -85,8 +87,16 @@ class Settings:
     """Share of the rows of each matrix that a client's int8 update sends; 1: no row mask."""
     down_density: float = 0.25
     """The same for the published steps."""
+    rank: int = LORA_RANK
+    """Of low-rank pairs."""
+    layers: int = 0
+    """Base layers that ``top`` trains."""
+    cohort_fraction: float = 1.0
+    """Share of the clients in each round, chosen as the aggregator does."""
 
     def __post_init__(self) -> None:
+        if (self.method == "top") != (self.layers > 0):
+            raise ValueError(f"{self.layers} base layers with method {self.method!r}, expected some for 'top' only")
         if (self.method == "blocks") != (self.blocks > 0):
             raise ValueError(f"{self.blocks} blocks with method {self.method!r}, expected some for 'blocks' only")
 
@@ -193,6 +203,14 @@ class Learner(Protocol):
         """Puts the global state into ``model``."""
         ...
 
+    def kept(self) -> object:
+        """The global state after this round, which later rounds leave as it is."""
+        ...
+
+    def go_back(self, kept: object) -> None:
+        """Measure this state from now on; for when the last round is over."""
+        ...
+
     def evaluation_model(self, strength: float = 1.0) -> ExpandedModel:
         """The global state on the unquantised base, as it would be exported, at some strength."""
         ...
@@ -207,16 +225,22 @@ class _Averaged:
 
     from_position = 0
 
-    def __init__(self, federation: Federation, method: Method, seed: int) -> None:
+    def __init__(self, federation: Federation, settings: Settings) -> None:
         self.model = federation.dense_base()
-        if method == "full":
-            self._groups = self.model.train_base()
-        else:
-            self._groups = self.model.train_lora(rank=LORA_RANK, alpha=2 * LORA_RANK, seed=seed)
+        match settings.method:
+            case "full":
+                self._groups = self.model.train_base()
+            case "top":
+                num_layers = self.model.num_positions
+                self._groups = self.model.train_base(range(num_layers)[-settings.layers :], embeddings=False)
+            case _:
+                rank = settings.rank
+                self._groups = self.model.train_lora(rank=rank, alpha=2 * rank, seed=settings.seed)
         self._leaves = [tensor for group in self._groups for tensor in group.tensors]
         # The point that strength 0 returns to: the base's own values, or pairs whose product is zero.
         self._start = [leaf.detach().clone() for leaf in self._leaves]
-        self._scaled = [method == "full" or name.endswith("lora_B") for g in self._groups for name in _leaf_names(g)]
+        whole = settings.method != "lora"
+        self._scaled = [whole or name.endswith("lora_B") for g in self._groups for name in _leaf_names(g)]
         self._global = [leaf.detach().clone() for leaf in self._leaves]
         self._sums: list[Tensor] = []
         self._examples: list[int] = []
@@ -254,6 +278,13 @@ class _Averaged:
     def restore(self) -> None:
         for leaf, value in zip(self._leaves, self._global, strict=True):
             leaf.copy_(value)
+
+    def kept(self) -> object:
+        return [value.clone() for value in self._global]
+
+    def go_back(self, kept: object) -> None:
+        assert isinstance(kept, list)
+        self._global = kept
 
     @torch.no_grad()
     def evaluation_model(self, strength: float = 1.0) -> ExpandedModel:
@@ -322,7 +353,7 @@ class _Blocks:
         payload = memoryview(b"".join(encoded.parts))
         self._updates.append(
             AcceptedUpdate(
-                client=ClientKey(f"client {client:03d}"),
+                client=_key(client),
                 attempt_id=AttemptId(f"round {self._round} client {client}"),
                 num_examples=num_examples,
                 steps=self._steps,
@@ -357,6 +388,13 @@ class _Blocks:
     def restore(self) -> None:
         self.model.load_state(self._published)
 
+    def kept(self) -> object:
+        return self._published
+
+    def go_back(self, kept: object) -> None:
+        assert isinstance(kept, dict)
+        self._published = kept
+
     def evaluation_model(self, strength: float = 1.0) -> ExpandedModel:
         self._dense.set_strength(1.0)
         self._dense.load_state(self._as_exported(strength))
@@ -386,6 +424,10 @@ def _leaf_names(group: ParamGroup) -> list[str]:
     return list(group.named) if len(group.named) == len(group.tensors) else [group.name] * len(group.tensors)
 
 
+def _key(client: int) -> ClientKey:
+    return ClientKey(f"client {client:03d}")
+
+
 def padded_ids(samples: Sequence[npt.NDArray[np.int32]]) -> Tensor:
     """(B, longest) int64, right-padded with 0."""
     batch = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.int64)
@@ -405,7 +447,7 @@ class _Anchoring:
     armed: bool = False
     kl: float | None = field(default=None)
 
-    def control(self, learner: Learner, settings: Settings, round: int, num_clients: int) -> None:
+    def control(self, learner: Learner, settings: Settings, round: int, clients: Sequence[int]) -> None:
         """Dual ascent on lambda from the KL that the clients measure before they train (methods.md 5.3)."""
         if self.prefix is None:
             return
@@ -413,7 +455,7 @@ class _Anchoring:
         held_out = list(self.teacher.anchors.kl_val_indices)
         each = {i: measure_anchor(learner.model, self.teacher, [i], self.prefix) for i in held_out}
         reports: list[float] = []
-        for client in range(num_clients):
+        for client in clients:
             order = np.random.Generator(np.random.Philox(draw("kl_val", settings.seed, round, client)))
             chosen = order.permutation(held_out)[:KL_VAL_SEQUENCES].tolist()
             reports.append(sum(each[i].kl_sum for i in chosen) / sum(each[i].num_tokens for i in chosen))
@@ -426,21 +468,24 @@ def make_learner(federation: Federation, settings: Settings) -> Learner:
     """The trainable of this line at the base."""
     if settings.method == "blocks":
         return _Blocks(federation, settings)
-    return _Averaged(federation, settings.method, settings.seed)
+    return _Averaged(federation, settings)
 
 
 def federate(federation: Federation, settings: Settings, learner: Learner) -> Iterator[RoundEnd]:
     """Runs the rounds and yields after each; the caller measures what it wants through ``learner``."""
     config = settings.run_config()
-    clients = range(len(federation.sites))
+    last_chosen = dict.fromkeys(map(_key, range(len(federation.sites))), 0)
     anchoring = _anchoring(federation, settings, learner)
     for site in federation.sites:
         learner.fill([sample.ids for sample in site])
     for t in range(settings.rounds):
         began = time.monotonic()
         rate = learning_rate(config, t)
+        cohort = choose_cohort(last_chosen, fraction=settings.cohort_fraction, round=t + 1, seed=settings.seed)
+        clients = [client for client in range(len(federation.sites)) if _key(client) in cohort]
+        last_chosen.update(dict.fromkeys(cohort, t + 1))
         if anchoring is not None:
-            anchoring.control(learner, settings, t, len(clients))
+            anchoring.control(learner, settings, t, clients)
         losses: list[float] = []
         for client in clients:
             site = federation.sites[client]

@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from federation import Federation, Learner, RoundEnd, Settings, federate, make_learner
+from federation import LORA_RANK, Federation, Learner, RoundEnd, Settings, federate, make_learner
 
 from fedblocks.edge_client.anchor import sample_anchor
 from fedblocks.edge_client.checkpoint import Checkpoint
@@ -97,7 +97,7 @@ class Starter:
         folder = model or starter_folder()
         self.task = task
         self.target: float | None = content["target"][task] if content["target"] is not None else None
-        encoder = TextEncoder(folder, FORMAT)
+        self.encoder = encoder = TextEncoder(folder, FORMAT)
         checkpoint = Checkpoint.open(folder)
         parts = frozen_federation(task, "evidence")
         self.partition_hash = content["federation"]["settings"]["evidence"]["partition_sha256"][task]
@@ -207,8 +207,9 @@ def config_hash(settings: Settings, task: str, base_hash: str, partition_hash: s
     for name in ("density", "down_density"):
         if fields[name] == DEFAULT_DENSITY:
             del fields[name]
-    if fields["min_lambda"] == 0:
-        del fields["min_lambda"]
+    for name, usual in (("min_lambda", 0), ("rank", LORA_RANK), ("layers", 0), ("cohort_fraction", 1.0)):
+        if fields[name] == usual:
+            del fields[name]
     plain = [fields, task, base_hash, partition_hash, ANCHOR_SEQUENCES, SEQUENCE_TOKENS]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -50,7 +50,7 @@ class KlSums:
     """nats."""
     num_tokens: int = 0
     square_sum: float = 0.0
-    """Sum over the sequences of the square of each one's sum, nats²; only from :func:`measure_anchor`."""
+    """Sum over the sequences of the square of each one's sum, nats²."""
     num_agree: int = 0
     """Tokens at which both models put the same token first (ties: the lower id); only from :func:`kl_full`."""
 
@@ -120,9 +120,10 @@ def kl_full(
     Args:
         p_is_base: skip the expanded blocks of ``model_p``.
     """
-    kl_sum, num_tokens, num_agree = 0.0, 0, 0
+    kl_sum, square_sum, num_tokens, num_agree = 0.0, 0.0, 0, 0
     for indices in _batches([len(ids) for ids in sequences]):
         chosen = [sequences[i] for i in indices]
+        of_tokens: list[Tensor] = []
         length = max(map(len, chosen))
         rows = torch.cat([torch.arange(len(ids) - 1) + i * length for i, ids in enumerate(chosen)]).to(model_p.device)
         inputs = _padded_ids(chosen)
@@ -133,10 +134,13 @@ def kl_full(
             p_logits, q_logits = model_p.rows_logits(p_part), model_q.rows_logits(q_part)
             log_p = torch.log_softmax(p_logits.double(), dim=-1)
             log_q = torch.log_softmax(q_logits.double(), dim=-1)
-            kl_sum += (log_p.exp() * (log_p - log_q)).sum().item()
+            of_tokens.append((log_p.exp() * (log_p - log_q)).sum(-1))
             num_agree += int((p_logits.argmax(-1) == q_logits.argmax(-1)).sum())
             num_tokens += len(p_part)
-    return KlSums(kl_sum=kl_sum, num_tokens=num_tokens, num_agree=num_agree)
+        of_sequences = torch.stack([t.sum() for t in torch.cat(of_tokens).split([len(ids) - 1 for ids in chosen])])
+        kl_sum += of_sequences.sum().item()
+        square_sum += of_sequences.square().sum().item()
+    return KlSums(kl_sum=kl_sum, num_tokens=num_tokens, square_sum=square_sum, num_agree=num_agree)
 
 
 def _judge(

@@ -1,0 +1,166 @@
+"""What do the methods' measurements say? Their part of docs/results.md, from methods.json, with its plots.
+
+python benchmarks/methods_document.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from demos_document import PAGE, replace_part
+from starter_runs import RESULTS
+
+MARK: Final = "benchmarks/methods_document.py"
+PLOTS: Final = PAGE.parent / "plots"
+POINTS: Final = {
+    "first": "the reference's score less half a point",
+    "gain_75": "75 % of the reference's gain",
+    "gain_50": "50 % of the reference's gain",
+}
+
+
+def quality(name: str, found: Mapping[str, Any]) -> str:
+    """One experiment: what is kept at equal scores, and learnt within a budget."""
+    lines: Mapping[str, Any] = found["lines"]
+    done = "" if found["complete"] else " **Not complete:** `make experiments` goes on where it stopped."
+    parts = [
+        f"""### {name}: retention at equal scores
+
+Task `{found["task"]}`; reference `{found["reference"]}`; the base scores {found["base"]["downstream"]:.3f}.{done}
+Figures are of the test split, means over seeds; retention with its 95 % interval (seeds, then items)."""
+    ]
+    for key, label in POINTS.items():
+        head = "| line | seeds that reach it | retention | 95 % | KL | score | first round, by seed |\n|---|---|---|---|---|---|---|"
+        rows = [_point(label, line, key) for label, line in lines.items()]
+        parts.append(f"**{label.capitalize()}** ({found['points'][key]:.3f}):\n\n{head}\n" + "\n".join(rows))
+    budgets = next(iter(lines.values()))["budgets"] if lines else {}
+    head = "| line | " + " | ".join(f"K_b {b}: share of gain, retention, KL / K_b" for b in budgets) + " |"
+    rows = [
+        f"| {label} | " + " | ".join(map(_budget, line["budgets"].values())) + " |" for label, line in lines.items()
+    ]
+    rule = "|" + "---|" * (len(budgets) + 1)
+    parts.append(
+        "**Within a budget** (nats per token; strength chosen on validation):\n\n" + "\n".join([head, rule, *rows])
+    )
+    plot = _fronts(name, lines)
+    if plot is not None:
+        parts.append(f"![Score against retention and KL]({plot.relative_to(PAGE.parent)})")
+    return "\n\n".join(parts)
+
+
+def _point(label: str, line: Mapping[str, Any], key: str) -> str:
+    found = line[key]
+    if found is None:
+        return f"| {label} | 0 of {len(line['seeds'])} | not reached | - | - | - | - |"
+    low, high = found["retention_interval_95"]
+    rounds = ", ".join("-" if r is None else str(r) for r in line["first_round"][key])
+    return (
+        f"| {label} | {found['seeds_that_reach_it']} of {len(line['seeds'])} | {found['retention']:.3f} | "
+        f"{low:.3f} to {high:.3f} | {found['kl']:.4f} | {found['downstream']:.3f} | {rounds} |"
+    )
+
+
+def _budget(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['share_of_gain']:.0f} %, {found['retention']:.3f}, {found['kl_over_budget_worst']:.2f}"
+
+
+def _fronts(name: str, lines: Mapping[str, Any]) -> Path | None:
+    """Score against retention and against KL at the matched points and at the end, a line each; a PNG."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5))
+    for label, line in lines.items():
+        points = [line[key] for key in ("gain_50", "gain_75", "first", "last") if line[key] is not None]
+        for axis, key in zip(axes, ("retention", "kl"), strict=True):
+            axis.plot(
+                [p["downstream"] for p in points], [p[key] for p in points], marker="o", markersize=3, label=label
+            )
+    for axis, title in zip(axes, ("retention", "KL to the base, nats per token"), strict=True):
+        axis.set_xlabel("score on the task")
+        axis.set_ylabel(title)
+    axes[1].set_yscale("log")
+    axes[0].legend(fontsize=7)
+    figure.tight_layout()
+    PLOTS.mkdir(exist_ok=True)
+    path = PLOTS / f"{name}.png"
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+    return path
+
+
+def bytes_table(found: Mapping[str, Any]) -> str:
+    """Traffic of the Qwen2.5-0.5B shape."""
+    head = (
+        "| what travels | up, MB per client and round | down | full fp32 exchange is times as much |\n|---|---|---|---|"
+    )
+    rows = [
+        f"| {row['name']} | {row['up_bytes_per_update'] / 1e6:.2f} | {row['down_bytes_per_task'] / 1e6:.2f} | "
+        f"{row['ratio_full_fp32_run']:.0f} |"
+        for row in found["lines"]
+    ]
+    return f"""### Bytes at the socket, shape of Qwen2.5-0.5B
+
+`{found["command"]}`: {found["rounds"]} rounds, {found["clients"]} clients, {100 * found["cohort_fraction"]:.0f} % of them a
+round; random values with the spread of real updates, encoded and sent through the deployed transport with CURVE on; all
+frames of both directions are counted.
+
+{head}
+{chr(10).join(rows)}"""
+
+
+def memory_table(found: Mapping[str, Any]) -> str:
+    """Peak memory of the 135 M shape."""
+    rows = [f"| {label} | {value / 2**20:.0f} |" for label, value in found["peak_anon_bytes"].items()]
+    return f"""### Client memory, shape of 135 M parameters
+
+`{found["command"]}`: peak anonymous memory above the imports while training, {found["tokens_per_step"]} tokens a step.
+Full fine-tuning takes **{found["ratio_full_ft"]:.1f}** times as much as three blocks with the default placement.
+
+| what | MiB |
+|---|---|
+{chr(10).join(rows)}"""
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The issue's figures in a sentence each."""
+    kept = found["retention_fedblocks"]
+    by = ", ".join(f"{name} {value:.3f}" for name, value in found["retention_by_experiment"].items())
+    missed = f" Not reached: {', '.join(found['not_reached'])}." if found["not_reached"] else ""
+    difference = found["downstream_minus_fedit_points"]
+    return "\n".join(
+        [
+            f"* Retention at the first point: {'-' if kept is None else f'**{kept:.3f}**'} ({by}); target 0.97.{missed}",
+            f"* Score at the end minus that of FedIT: {'-' if difference is None else f'**{difference:+.1f}** points'}.",
+            f"* Worst KL over its budget: **{found['kl_over_budget_worst']:.2f}** (target 1.1).",
+        ]
+    )
+
+
+def parts(results: Mapping[str, Any]) -> Sequence[str]:
+    """The sections that there are results for."""
+    made = ["## Methods"]
+    if results.get("headline"):
+        made.append(headline(results["headline"]))
+    made += [quality(name, found) for name, found in results.get("quality", {}).items() if "lines" in found]
+    for key, table in (("bytes_qwen05b", bytes_table), ("memory_m135", memory_table)):
+        if key in results:
+            made.append(table(results[key]))
+    return made
+
+
+def write() -> None:
+    """Replaces the part."""
+    results = json.loads((RESULTS / "methods.json").read_text(encoding="utf-8"))
+    replace_part(PAGE, MARK, list(parts(results)))
+
+
+if __name__ == "__main__":
+    write()
