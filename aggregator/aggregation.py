@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 import mmap
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedblocks.profiles.model_shape import WIDTHS, TensorSpec
 from fedblocks.profiles.units import Units, unit_parameters, unit_tensors, unit_width
@@ -122,7 +123,7 @@ class FoldResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Member:
+class Member:
     """One update's part in one block."""
 
     update: AcceptedUpdate
@@ -130,6 +131,7 @@ class _Member:
     slots: Mapping[str, TensorSlot]
 
     def rows(self, payload: memoryview, name: str) -> Rows:
+        """The rows of this tensor in the update's payload."""
         slot = self.slots[name]
         return read_rows(
             slot.spec, slot.rows_sent, slot.of(payload), format=self.update.format, density=self.update.density
@@ -137,7 +139,7 @@ class _Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Segment:
+class Segment:
     """The values that this width has and the next smaller one that was trained has not, and what divides their sum."""
 
     width: float
@@ -154,8 +156,36 @@ def map_payload(path: Path) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
-def fold(updates: Sequence[AcceptedUpdate], *, shape: Units, history: NormHistory | None = None) -> FoldResult:
-    """The weighted mean update of every block that somebody trained.
+class Combine(Protocol):
+    """How the members of a block become one whole tensor of it; a function of their set, in fp64, rounded once."""
+
+    def __call__(
+        self,
+        members: Sequence[Member],
+        factors: Sequence[float],
+        block: int,
+        spec: TensorSpec,
+        shape: Units,
+        segments: Sequence[Segment],
+    ) -> FloatArray:
+        """What nobody trained is 0.
+
+        Args:
+            members: in ascending client key.
+            factors: of each, its weight times its corrections.
+            segments: those that somebody trained, the narrowest first.
+        """
+        ...
+
+
+def fold(
+    updates: Sequence[AcceptedUpdate],
+    *,
+    shape: Units,
+    history: NormHistory | None = None,
+    combine: Combine | None = None,
+) -> FoldResult:
+    """The mean update of every block that somebody trained, weighted unless ``combine`` says otherwise.
 
     Args:
         updates: in any order; a repeated (client, attempt) counts once. None at all gives an empty aggregate.
@@ -164,23 +194,10 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: Units, history: NormHistor
     Raises:
         RemoteProtocolError: a spooled payload is not what was admitted.
     """
-    unique = {(update.client, update.attempt_id): update for update in updates}
-    ordered = [unique[key] for key in sorted(unique)]
+    ordered = in_order(updates)
     weights = _weights(ordered)
     accepted_weight = math.fsum(weights)
-    members: dict[int, list[_Member]] = {}
-    for update, weight in zip(ordered, weights, strict=True):
-        layout = delta_layout(
-            update.tensors,
-            shape=shape,
-            blocks=update.blocks,
-            format=update.format,
-            density=update.density,
-            width=update.width,
-        )
-        for block in update.blocks:
-            slots = {slot.spec.name: slot for slot in layout.slots if slot.block == block}
-            members.setdefault(block, []).append(_Member(update=update, weight=weight, slots=slots))
+    members = by_block(ordered, weights, shape)
     norms = dict(history or {})
     aggregate: State = {}
     segment_coverage: dict[int, tuple[float, ...]] = {}
@@ -197,22 +214,10 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: Units, history: NormHistor
             if clip < 1
         ]
         factors = [m.weight * nova * clip for m, nova, clip in zip(trained, novas, clips, strict=True)]
-        width_of = [unit_width(shape, block, m.update.width) for m in trained]
-        trained_by = {
-            width: math.fsum(m.weight for m, own in zip(trained, width_of, strict=True) if own >= width)
-            for width in WIDTHS
-        }
-        segment_coverage[block] = tuple(weight / accepted_weight for weight in trained_by.values())
-        segments = [
-            _Segment(
-                width=width,
-                weight=trained_by[width],
-                damping=min(1.0, trained_by[width] / accepted_weight / FULL_COVERAGE),
-            )
-            for width in sorted(set(width_of))
-        ]
+        segments, segment_coverage[block] = segments_of(trained, block, shape, accepted_weight)
         aggregate[block] = {
-            spec.name: _mean(trained, factors, block, spec, shape, segments) for spec in unit_tensors(shape, block)
+            spec.name: (combine or weighted_mean)(trained, factors, block, spec, shape, segments)
+            for spec in unit_tensors(shape, block)
         }
     by_client: dict[ClientKey, float] = {}
     for update, weight in zip(ordered, weights, strict=True):
@@ -227,6 +232,53 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: Units, history: NormHistor
     )
 
 
+def in_order(updates: Sequence[AcceptedUpdate]) -> list[AcceptedUpdate]:
+    """Each (client, attempt) once, in ascending client key: the order of arrival is forgotten here."""
+    unique = {(update.client, update.attempt_id): update for update in updates}
+    return [unique[key] for key in sorted(unique)]
+
+
+def by_block(ordered: Sequence[AcceptedUpdate], weights: Sequence[float], shape: Units) -> dict[int, list[Member]]:
+    """Who trained each block, in the order of ``ordered``.
+
+    Raises:
+        RemoteProtocolError: an update is not what was admitted.
+    """
+    members: dict[int, list[Member]] = {}
+    for update, weight in zip(ordered, weights, strict=True):
+        layout = delta_layout(
+            update.tensors,
+            shape=shape,
+            blocks=update.blocks,
+            format=update.format,
+            density=update.density,
+            width=update.width,
+        )
+        for block in update.blocks:
+            slots = {slot.spec.name: slot for slot in layout.slots if slot.block == block}
+            members.setdefault(block, []).append(Member(update=update, weight=weight, slots=slots))
+    return members
+
+
+def segments_of(
+    trained: Sequence[Member], block: int, shape: Units, accepted_weight: float
+) -> tuple[list[Segment], tuple[float, ...]]:
+    """The segments of a block that somebody trained, and the share of the accepted weight at each of ``WIDTHS``."""
+    width_of = [unit_width(shape, block, m.update.width) for m in trained]
+    trained_by = {
+        width: math.fsum(m.weight for m, own in zip(trained, width_of, strict=True) if own >= width) for width in WIDTHS
+    }
+    segments = [
+        Segment(
+            width=width,
+            weight=trained_by[width],
+            damping=min(1.0, trained_by[width] / accepted_weight / FULL_COVERAGE),
+        )
+        for width in sorted(set(width_of))
+    ]
+    return segments, tuple(weight / accepted_weight for weight in trained_by.values())
+
+
 def _weights(updates: Sequence[AcceptedUpdate]) -> list[float]:
     """w_k = min(n_k, 10·median n)·0.6^staleness."""
     if not updates:
@@ -235,13 +287,13 @@ def _weights(updates: Sequence[AcceptedUpdate]) -> list[float]:
     return [min(u.num_examples, most) * STALENESS_DISCOUNT**u.staleness for u in updates]
 
 
-def _step_corrections(members: Sequence[_Member]) -> list[float]:
+def _step_corrections(members: Sequence[Member]) -> list[float]:
     """nova_k = clip(tbar / tau_k, 0.5, 2): who took more steps than the mean counts less per step."""
     mean_steps = math.fsum(m.weight * m.update.steps for m in members) / math.fsum(m.weight for m in members)
     return [min(NOVA_MAX, max(NOVA_MIN, mean_steps / m.update.steps)) for m in members]
 
 
-def _norm(member: _Member, block: int, nova: float, shape: Units) -> float:
+def _norm(member: Member, block: int, nova: float, shape: Units) -> float:
     """N_k = |xhat|·nova / sqrt(number of parameters that it trained)."""
     payload = member.update.read_payload()
     squares = [member.rows(payload, spec.name).sum_of_squares() for spec in unit_tensors(shape, block)]
@@ -261,30 +313,45 @@ def _clips(norms: Sequence[float], earlier: Sequence[Sequence[float]]) -> list[f
     return [min(1.0, most / norm) if norm > 0 else 1.0 for norm in norms]
 
 
-def _mean(
-    members: Sequence[_Member],
+def weighted_mean(
+    members: Sequence[Member],
     factors: Sequence[float],
     block: int,
     spec: TensorSpec,
     shape: Units,
-    segments: Sequence[_Segment],
+    segments: Sequence[Segment],
 ) -> FloatArray:
     """damp·num/den of one whole tensor: den counts all who trained a value, whether or not they sent its row; what
     nobody trained is 0 (methods.md 8.2)."""
-    numerator = np.zeros(spec.rows_cols, dtype=np.float64)  # (R, C)
+    numerator = weighted_sum(members, factors, spec)
+    for segment, rectangles in zip(segments, rectangles_of(segments, block, spec, shape), strict=True):
+        for rectangle in rectangles:
+            numerator[rectangle] *= segment.damping
+            numerator[rectangle] /= segment.weight
+    return numerator.astype(np.float32).reshape(spec.shape)
+
+
+def weighted_sum(members: Sequence[Member], factors: Sequence[float], spec: TensorSpec) -> NDArray[np.float64]:
+    """The sum of factor·xhat, ``(R, C)`` of the whole tensor."""
+    total = np.zeros(spec.rows_cols, dtype=np.float64)
     for member, factor in zip(members, factors, strict=True):
         for rows in member.rows(member.update.read_payload(), spec.name).chunks():
             coefficients = rows.scales.astype(np.float64) * factor  # (k,)
-            slim = numerator[:, : rows.values.shape[1]]
+            slim = total[:, : rows.values.shape[1]]
             slim[rows.index] += rows.values * coefficients[:, None]
+    return total
+
+
+def rectangles_of(
+    segments: Sequence[Segment], block: int, spec: TensorSpec, shape: Units
+) -> Iterator[tuple[tuple[slice, slice], tuple[slice, slice]]]:
+    """Where each segment lies in a whole tensor ``(R, C)``: the rows below the segment before it, and the columns
+    beside that."""
     inner_rows = inner_cols = 0
     for segment in segments:
         num_rows, num_cols = _rows_cols(shape, block, segment.width, spec.name)
-        for part in (numerator[inner_rows:num_rows, :num_cols], numerator[:inner_rows, inner_cols:num_cols]):
-            part *= segment.damping
-            part /= segment.weight
+        yield (slice(inner_rows, num_rows), slice(0, num_cols)), (slice(0, inner_rows), slice(inner_cols, num_cols))
         inner_rows, inner_cols = num_rows, num_cols
-    return numerator.astype(np.float32).reshape(spec.shape)
 
 
 def _rows_cols(shape: Units, block: int, width: float, name: str) -> tuple[int, int]:

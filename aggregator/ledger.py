@@ -140,6 +140,9 @@ MIGRATIONS: Final[tuple[str, ...]] = (
                            "best_nll": null}'),
         '$.spent', json('{"seconds": 0.0, "num_bytes": 0, "joules": 0.0}')) WHERE method_state NOT NULL;
     """,
+    """
+    UPDATE rounds SET settings = json_set(settings, '$.fold', json_object('kind', 'mean')) WHERE settings NOT NULL;
+    """,
 )
 
 #: Refusals that say something about what a client computes; after ``server.quarantine_after`` of them it gets no task.

@@ -54,9 +54,9 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
             if record.kind != "train" or record.phase != "folded":
                 continue
             updates = [accepted_update(folder, u, version=model.version) for u in ledger.updates_of(record.round)]
-            folded = rules.aggregate(updates, shape=shape, state=method, model=model)
-            method = run_rules.after_fold(method, updates, folded)
             settings = from_plain(run_rules.PublishSettings, record.settings, where="ledger.rounds")
+            folded = run_rules.fold_round(rules, updates, shape=shape, state=method, model=model, rule=settings.fold)
+            method = run_rules.after_fold(method, updates, folded)
             published = rules.publish(model, folded, shape=shape, settings=settings)
             model = model if published is None else published[0]
             found.append(

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
-from fedblocks.aggregator import budgets, growth
+from fedblocks.aggregator import aggregation, budgets, growth
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.allocation import (
     AllocationClient,
@@ -33,8 +33,10 @@ from fedblocks.aggregator.allocation import (
 from fedblocks.aggregator.budgets import Spent, SpentReason
 from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.coverage import Coverage, Trained
+from fedblocks.aggregator.fold_rule import FoldRule, fold_rule
 from fedblocks.aggregator.growth import NLL_IMPROVEMENT, GrowthState, MeanScore
 from fedblocks.aggregator.registry import KnownClient
+from fedblocks.aggregator.robust import combine_of
 from fedblocks.aggregator.server_optimizer import ServerRule, server_step
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS
@@ -760,6 +762,7 @@ class PublishSettings:
     format: DeltaFormat
     density: float
     rule: ServerRule = ServerRule()
+    fold: FoldRule = FoldRule()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -850,6 +853,23 @@ class ClosedRound:
     settings: PublishSettings
 
 
+def fold_round(
+    method: Method,
+    updates: Sequence[AcceptedUpdate],
+    *,
+    shape: Units,
+    state: MethodState,
+    model: GlobalState,
+    rule: FoldRule,
+) -> FoldResult:
+    """The round's updates as one change per unit: by the method, or by the rule that the operator has put in its
+    place."""
+    if rule.kind == "mean":
+        return method.aggregate(updates, shape=shape, state=state, model=model)
+    history = {norms.block: norms.rounds for norms in state.norms}
+    return aggregation.fold(updates, shape=shape, history=history, combine=combine_of(rule.kind))
+
+
 def close(
     model: GlobalState,
     updates: Sequence[AcceptedUpdate],
@@ -877,7 +897,8 @@ def close(
     """
     pooled = pool(measured, version=model.version)
     state = observe(state, pooled, config)
-    folded = method.aggregate(updates, shape=shape, state=state, model=model)
+    rule = fold_rule(config)
+    folded = fold_round(method, updates, shape=shape, state=state, model=model, rule=rule)
     state = after_fold(state, updates, folded, topics, blocks)
     state = state if spent is None else replace(state, spent=spent)
     if growing is not None:  # from here on the configuration is not asked any more
@@ -896,6 +917,7 @@ def close(
             learning_rate=learning_rate(config, round),
             steps=config.training.steps,
         ),
+        fold=rule,
     )
     published = method.publish(model, folded, shape=shape, settings=settings)
     after, step = (model, None) if published is None else published

@@ -28,6 +28,7 @@ MethodName = Literal["fedbe"]
 """What ``run.method`` may be; each has its file in ``aggregator/methods/``."""
 Placement = Literal["thirds", "top", "interleaved"]
 ServerOptimizer = Literal["avg", "avgm", "adam"]
+FoldKind = Literal["mean", "median", "trimmed_mean"]
 Policy = Literal["fitted", "uniform", "weakest", "random"]
 """fitted: by hardware and need. The others are for comparisons. uniform: all blocks for everybody, whatever the
 deadline; weakest: for everybody what the weakest client that can train trains; random: for each client one of its
@@ -85,6 +86,9 @@ class TrainingSection:
     clip_norm: float = _key(1.0, "global gradient norm")
     server_optimizer: ServerOptimizer = _key(
         "avg", "what the aggregator does with a round's mean update: avg adds it; avgm, adam (docs/methods.md)"
+    )
+    fold: FoldKind = _key(
+        "mean", "mean by weight; median, trimmed_mean: value by value, against hostile updates (docs/security.md)"
     )
     adam_beta1: float = _key(0.9, "AdamW")
     adam_beta2: float = _key(0.99, "AdamW")
@@ -231,6 +235,17 @@ class RunConfig:
         self._require("allocation.cohort_fraction", 0 <= self.allocation.cohort_fraction <= 1, "a share from 0 to 1")
         for key in ("training.adam_beta1", "training.adam_beta2"):
             self._require(key, 0 <= self.value(key) < 1, "a number of at least 0 and below 1")
+        self._require(
+            "training.fold",
+            self.training.fold == "mean" or self.run.method == "fedbe",
+            f"mean: the method {self.run.method} folds by a rule of its own",
+        )
+        self._require(
+            "training.fold",
+            self.training.fold == "mean" or self.delta.format != "int8" or self.delta.density == 1,
+            "mean where int8 updates send a part of their rows: a row that is not sent would count as zero; "
+            "set delta.density to 1, or delta.format to bf16 or fp32",
+        )
         self._require(
             "forgetting.max_kl",
             self.forgetting.max_kl > 0,

@@ -417,6 +417,29 @@ def test_a_run_from_before_cohorts_and_slim_blocks_goes_on(tmp_path: Path) -> No
     assert all(client.record["last_chosen_round"] == 0 for client in migrated.clients())
 
 
+def test_rounds_from_before_robust_folds_were_folded_by_the_mean(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.start_closing(0)
+    settings = {"dense": False, "format": "int8", "density": 0.25, "rule": {"optimizer": "avg"}}
+    ledger.commit_round(
+        0,
+        new_version=1,
+        state_sha256="ab",
+        settings=settings,
+        method_state=None,
+        stop_reason=None,
+        metrics=None,
+        unix_s=3.0,
+    )
+    ledger.close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("PRAGMA user_version = 10")
+    db.commit()
+    db.close()
+    [stored] = [r for r in opened(tmp_path).rounds() if r.round == 0]
+    assert stored.settings == {**settings, "fold": {"kind": "mean"}}
+
+
 def test_tasks_and_updates_from_before_slim_blocks_are_of_whole_blocks(tmp_path: Path) -> None:
     ledger = with_open_round(tmp_path)
     ledger.add_update(ANN, delta("a0"), measurements=(), folded_in=0, unix_s=3.0)

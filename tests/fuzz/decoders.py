@@ -56,7 +56,9 @@ def assigned() -> messages.Assignment:
     """The task that an update answers, in the announcement's target."""
     task = example(messages.Assignment)
     start = dataclasses.replace(task.state, to_version=3)
-    return dataclasses.replace(task, state=start, blocks=(0, 1), width=1.0, delta_format="int8", delta_density=0.25)
+    return dataclasses.replace(
+        task, state=start, active_blocks=(), blocks=(0, 1), width=1.0, delta_format="int8", delta_density=0.25
+    )
 
 
 # One function per decoder. Each may raise what it documents, and nothing else.
