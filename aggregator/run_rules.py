@@ -40,7 +40,7 @@ from fedblocks.aggregator.robust import combine_of
 from fedblocks.aggregator.server_optimizer import ServerRule, server_step
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS
-from fedblocks.profiles.units import Units
+from fedblocks.profiles.units import EXTRA_UNIT, Units, block_units
 from fedblocks.protocol import state as states
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -371,7 +371,8 @@ def assignment(
         payload_bytes=0,
         payload_sha256=NO_PAYLOAD_SHA256,
         active_blocks=run.plan.block_ids,
-        blocks=choice.blocks,
+        # Everybody who trains trains the extra tensor set too: it costs next to nothing.
+        blocks=choice.blocks if run.plan.extra is None else (*choice.blocks, EXTRA_UNIT),
         width=choice.width,
         steps=choice.steps,
         batch_size=choice.batch_size,
@@ -472,7 +473,7 @@ def profiled(client: KnownClient, task: Assignment, report: TrainReport, run: Ru
         layout=plan.layout,
         shape=plan.shape,
         settings=run.allocation_settings(),
-        blocks=task.blocks,
+        blocks=block_units(task.blocks),
         width=task.width,
         steps=task.steps,
         mode=report.mode,
@@ -731,7 +732,9 @@ def after_fold(
     trained = {block for update in updates for block in update.blocks}
     idle = {one.block: one.rounds for one in state.idle}
     coverage = _coverage(state).after_round(
-        Trained(blocks=u.blocks, num_examples=u.num_examples, topics=shared.get(u.client, ()), width=u.width)
+        Trained(
+            blocks=block_units(u.blocks), num_examples=u.num_examples, topics=shared.get(u.client, ()), width=u.width
+        )
         for u in updates
     )
     return replace(

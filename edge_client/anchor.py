@@ -238,8 +238,9 @@ class Teacher:
         if index in self._made:
             return self._made[index]
         data = self._store.get(sample_key(self.anchors.sequences[index])) if self._store is not None else None
-        if data is None:
-            return None
+        return None if data is None else self._unpack(index, data)
+
+    def _unpack(self, index: int, data: bytes) -> TeacherRecord:
         rows, k = len(self.anchors.sequences[index]) - 1, self._k
         at_logp, at_tail = np.dtype(self._id_type).itemsize * rows * k, 4 * rows
         ids = np.frombuffer(data, dtype=self._id_type, count=rows * k).astype(np.int64).reshape(rows, k)

@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -27,12 +27,30 @@ from fedblocks.edge_client.affine_migration import OUTPUT_NORM, normalised_layer
 from fedblocks.edge_client.checkpoint import CheckpointError
 from fedblocks.edge_client.decoder_block import BlockSpec, BlockWeights
 from fedblocks.edge_client.encoder_block import encoder_forward
-from fedblocks.edge_client.expanded_model import ExpandedModel
+from fedblocks.edge_client.expanded_model import ExpandedModel, ParamGroup, State
 from fedblocks.edge_client.recompute import recomputed
+from fedblocks.profiles.model_shape import TensorSpec
+from fedblocks.profiles.units import EXTRA_UNIT, NamedTensors
+
+if TYPE_CHECKING:
+    from fedblocks.profiles.cost import OptimizerMode
 
 WORDS: Final = "embeddings.word_embeddings.weight"
+HEAD_WEIGHT: Final = "head.weight"
+HEAD_BIAS: Final = "head.bias"
 POOLING_FILE: Final = "1_Pooling/config.json"
 """Where sentence-transformers says how a text's vectors become one."""
+
+
+def classification_head(hidden_size: int, num_labels: int) -> NamedTensors:
+    """The extra tensor set of an encoder's run: zero at the start, so that all labels are alike."""
+    return NamedTensors(
+        name="classification head",
+        tensors=(
+            TensorSpec(name=HEAD_WEIGHT, shape=(num_labels, hidden_size)),
+            TensorSpec(name=HEAD_BIAS, shape=(num_labels,)),
+        ),
+    )
 
 
 class EncoderModel(ExpandedModel):
@@ -52,12 +70,55 @@ class EncoderModel(ExpandedModel):
         self._specs = [BlockSpec(shape=self.shape, eps=self._eps)] * len(self.stack)
         self._normalised = normalised_layers(self.plan) if self.plan is not None else frozenset[int]()
         self._around: dict[str, Tensor] = {}  # tensors of the embedding, but for the words
+        self._head: dict[str, Tensor] = {}  # the head as it is published, or the leaves that train
 
     def _below(self, name: str) -> Tensor:
         """A tensor of the embedding in the compute dtype."""
         if name not in self._around:
             self._around[name] = self.checkpoint.tensor(f"embeddings.{name}").to(self.device, self.dtype)
         return self._around[name]
+
+    # The head
+
+    def class_logits(self, embeddings: Tensor) -> Tensor:
+        """Logits (B, classes) fp32 of normalised embeddings (B, H).
+
+        Raises:
+            ValueError: the plan has no head.
+        """
+        if not self._head:
+            self._head = self._published_head()
+        return functional.linear(
+            embeddings.float() * self.shape.hidden_size**0.5, self._head[HEAD_WEIGHT], self._head[HEAD_BIAS]
+        )
+
+    def _published_head(self) -> dict[str, Tensor]:
+        if self.plan is None or self.plan.extra is None:
+            raise ValueError("this plan has no classification head (extra tensors); make the run with fedblocks init")
+        return {spec.name: self._start(EXTRA_UNIT, spec).to(self.device) for spec in self.plan.extra.tensors}
+
+    def _start(self, block_id: int, spec: TensorSpec, state: State | None = None) -> Tensor:
+        if block_id != EXTRA_UNIT:
+            return super()._start(block_id, spec, state)
+        delta = (self._state if state is None else state).get(EXTRA_UNIT, {}).get(spec.name)
+        return torch.zeros(spec.shape) if delta is None else torch.from_numpy(np.array(delta, dtype=np.float32))
+
+    def load_state(self, state: State) -> None:
+        """As the decoder's; the head too."""
+        super().load_state(state)
+        self._head.clear()
+
+    def train_blocks(
+        self, blocks: Sequence[int], optimizer: OptimizerMode = "fp32", width: float = 1.0
+    ) -> list[ParamGroup]:
+        """As the decoder's; :data:`EXTRA_UNIT` among the blocks is the head, fp32 whatever the optimizer."""
+        groups = super().train_blocks([block for block in blocks if block != EXTRA_UNIT], optimizer, width)
+        self._head = {}
+        if EXTRA_UNIT in blocks:
+            self._head = {name: value.requires_grad_() for name, value in self._published_head().items()}
+            leaves = tuple(self._head.values())
+            groups.append(ParamGroup(name=f"block {EXTRA_UNIT}", tensors=leaves, named=dict(self._head)))
+        return groups
 
     # How it computes
 

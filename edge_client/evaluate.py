@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 
 from fedblocks.edge_client.anchor import Teacher
+from fedblocks.edge_client.encoder_model import EncoderModel
+from fedblocks.edge_client.encoder_objective import score_texts
 from fedblocks.edge_client.expanded_model import ExpandedModel
+from fedblocks.edge_client.objective import objective_of
 from fedblocks.edge_client.prefix_cache import PrefixStates
 from fedblocks.edge_client.samples import TokenisedSample
-from fedblocks.edge_client.train import anchor_batch, stack_losses, task_batch
+from fedblocks.edge_client.train import task_batch
 
 BATCH_TOKENS: Final = 256
 """Padded tokens of one forward pass: measuring must not need more memory than a small training step."""
@@ -64,8 +67,11 @@ def score_examples(
     Args:
         prefix: cached hidden states at the base cut, for samples that are measured again and again.
     """
+    batches = _batches([len(sample.ids) for sample in samples])
+    if isinstance(model, EncoderModel):
+        return score_texts(model, samples, prefix, list(batches))
     scores: list[tuple[bool, float, int]] = [(True, 0.0, 0)] * len(samples)
-    for indices in _batches([len(sample.ids) for sample in samples]):
+    for indices in batches:
         chosen = [samples[i] for i in indices]
         batch = task_batch(chosen, _inputs([sample.ids for sample in chosen], prefix, model.device))
         rows = model.forward(batch.inputs, 0 if prefix is None else model.base_cut, rows=batch.rows)
@@ -93,13 +99,15 @@ def evaluate_examples(
 
 @torch.no_grad()
 def measure_anchor(model: ExpandedModel, teacher: Teacher, indices: Sequence[int], prefix: PrefixStates) -> KlSums:
-    """KL_K of the model to its own base on these anchor sequences (kl_t of methods.md 5.3)."""
+    """KL_K of the model to its own base on these anchor sequences (kl_t of methods.md 5.3); of an encoder the drift, a
+    text in the place of a token."""
     teacher.fill(indices)
-    anchor_loss = stack_losses(model, model.base_cut).anchor
+    objective = objective_of(model)
+    anchor_loss = objective.losses(model, model.base_cut).anchor
     kl_sum, square_sum, num_tokens = 0.0, 0.0, 0
     sequences = teacher.anchors.sequences
     for i in indices:  # one at a time: how much they differ is wanted too
-        batch = anchor_batch(teacher.records([i]), prefix.padded([sequences[i]]))
+        batch = objective.anchor_batch(teacher.records([i]), prefix.padded([sequences[i]]), [len(sequences[i])])
         kl = anchor_loss(batch, 1.0).item()
         kl_sum += kl
         square_sum += kl * kl

@@ -36,6 +36,7 @@ from fedblocks.edge_client.rotary import Rotary
 from fedblocks.edge_client.store import LazyTensors
 from fedblocks.kernels.ops import merge_split, rms_norm, split_fp32
 from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.profiles.units import unit_tensors
 from fedblocks.protocol.expansion import ExpansionPlan, StackEntry
 
 if TYPE_CHECKING:
@@ -479,13 +480,16 @@ class ExpandedModel:
     def ends(self, groups: Sequence[ParamGroup]) -> Callable[[int, str], tuple[Tensor, Tensor]]:
         """(block id, tensor name) -> trained value and the value that training started from, fp32 on the device, in
         the shape that was trained."""
-        specs = {spec.name: spec for spec in self.shape.block_tensors()}
+        assert self.plan is not None
         state = self._state
         by_block = _by_block(groups)
+        specs = {
+            (block_id, spec.name): spec for block_id in by_block for spec in unit_tensors(self.plan.units, block_id)
+        }
 
         def both(block_id: int, name: str) -> tuple[Tensor, Tensor]:
             value = by_block[block_id].value(name)
-            start = _first(self._start(block_id, specs[name], state), value.shape)
+            start = _first(self._start(block_id, specs[block_id, name], state), value.shape)
             return value, start.to(value.device)
 
         return both

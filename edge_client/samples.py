@@ -14,4 +14,6 @@ class TokenisedSample:
 
     ids: npt.NDArray[np.int32]  # (n,)
     label_mask: npt.NDArray[np.bool_]
-    """(n,): True where token i is a target, predicted from position i - 1."""
+    """(n,): True where token i is a target, predicted from position i - 1; all True where the text has a label."""
+    label: int | None = None
+    """Number of the text's label, in an encoder's run."""

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from fedblocks.edge_client.expanded_model import ExpandedModel, ParamGroup
+from fedblocks.edge_client.objective import Losses, Objective, objective_of
 from fedblocks.edge_client.optimizer import AdamW
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.kernels.ops import linear_cross_entropy, linear_kl_topk
 from fedblocks.profiles.cost import ExecutionMode
+from fedblocks.profiles.units import EXTRA_UNIT
 from fedblocks.protocol.messages import Assignment
 
 if TYPE_CHECKING:
@@ -73,14 +75,6 @@ class AnchorBatch:
     ids: Tensor  # (N, K) int64
     logp: Tensor  # (N, K) fp32
     log_tail: Tensor  # (N,) fp32
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Losses:
-    """The two loss parts as sums times a scale; what :func:`stack_losses` makes for a model."""
-
-    task: Callable[[TaskBatch, float], Tensor]
-    anchor: Callable[[AnchorBatch, float], Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,6 +297,14 @@ def anchor_batch(records: Sequence[TeacherRecord], inputs: Tensor) -> AnchorBatc
     )
 
 
+OBJECTIVE = Objective(
+    losses=stack_losses,
+    task_batch=task_batch,
+    anchor_batch=lambda records, inputs, _lengths: anchor_batch(records, inputs),
+)
+"""Of decoders."""
+
+
 def _states_at_own_cut(
     model: ExpandedModel, task: Assignment, prefix: PrefixStates, max_bytes: int, warn: Callable[[str], None]
 ) -> PrefixStates:
@@ -310,7 +312,7 @@ def _states_at_own_cut(
     from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore
 
     assert model.plan is not None
-    low = min(model.plan.position(block) for block in task.blocks)
+    low = min(model.plan.position(block) for block in task.blocks if block != EXTRA_UNIT)
     if low == prefix.cut or max_bytes <= 0:
         return prefix
     store = RecordStore(Path(), location="ram", max_bytes=max_bytes, warn=warn)
@@ -383,27 +385,31 @@ def train(
             states.fill(texts)
     prefix_s = now() - began
 
+    objective = objective_of(model)
+
     def task_windows() -> Iterator[list[TaskBatch]]:
         for window in itertools.chain(windows, order):
             yield [
-                task_batch([data[i] for i in part], states.padded([data[i].ids for i in part]))
+                objective.task_batch([data[i] for i in part], states.padded([data[i].ids for i in part]))
                 for part in cut_into(window, mode.micro_batch_size)
             ]
 
     def anchor_batches() -> Iterator[list[AnchorBatch]]:
         assert teacher is not None
         for window in anchor_windows:
-            yield [
-                anchor_batch(teacher.records(part), states.padded([teacher.anchors.sequences[i] for i in part]))
-                for part in cut_into(window, mode.micro_batch_size)
-            ]
+            for_window: list[AnchorBatch] = []
+            for part in cut_into(window, mode.micro_batch_size):
+                texts = [teacher.anchors.sequences[i] for i in part]
+                inputs = states.padded(texts)
+                for_window.append(objective.anchor_batch(teacher.records(part), inputs, [len(ids) for ids in texts]))
+            yield for_window
 
     began = now()
     model.recompute = mode.checkpoint
     groups = model.train_blocks(task.blocks, mode.optimizer, task.width)
     result = run_steps(
         groups=groups,
-        losses=stack_losses(model, states.cut),
+        losses=objective.losses(model, states.cut),
         optimizer_mode=mode.optimizer,
         task=task_windows(),
         anchor=anchor_batches(),
@@ -411,6 +417,8 @@ def train(
         now=now,
         status=status,
     )
+    # Weight decay and energy are of out-tensors: an extra tensor set has none.
+    energy = (*result.gradient_energy, *(0.0 for block in task.blocks if block == EXTRA_UNIT))
     quarter = max(1, task.steps // 4)
     last_kl = [kl for step, kl in result.anchor_kl if step >= task.steps - quarter] or [
         kl for _, kl in result.anchor_kl[-1:]
@@ -426,5 +434,5 @@ def train(
         prefix_s=prefix_s,
         train_s=now() - began,
         step_s=statistics.median(result.step_s),
-        gradient_energy=tuple(result.gradient_energy),
+        gradient_energy=energy,
     )

@@ -17,13 +17,14 @@ import psutil
 import torch
 from numpy.random import Generator, Philox  # imported by name: numpy itself imports them when they are first used
 
-from fedblocks.edge_client.anchor import AnchorSet, Teacher
+from fedblocks.edge_client.anchor import AnchorSet
 from fedblocks.edge_client.backbone import Backbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
 from fedblocks.edge_client.device_encoding import device_encoder
+from fedblocks.edge_client.encoder_objective import open_teacher
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
-from fedblocks.edge_client.expanded_model import ExpandedModel
+from fedblocks.edge_client.expanded_model import open_model
 from fedblocks.edge_client.memory import (
     PeakMemory,
     anonymous_bytes,
@@ -39,6 +40,7 @@ from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
 from fedblocks.kernels.ops import DISPATCHER
 from fedblocks.profiles.cost import ModeChoice, NoFit, Workload, choose_mode, step_time
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.units import block_units
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -175,7 +177,7 @@ class Workbench:
         plan = self.plan.reduced(active)
         self.active = plan.block_ids
         self._layout = plan.layout
-        self.model = ExpandedModel(
+        self.model = open_model(
             backbone=self._backbone, checkpoint=self._checkpoint, plan=plan, state=self.state, dtype=dtype
         )
         cut, lowest = self.model.base_cut, self.plan.base_cut
@@ -189,7 +191,7 @@ class Workbench:
             evict_others(folder, [key, of_teacher], self._say, now=fields)
         self.prefix = PrefixStates(self.model, self._open_store(folder / key, fields))
         records = self._open_store(folder / of_teacher, cut_fields(self.model, self._base_hash, cut=lowest))
-        self.teacher = Teacher(anchors=self._anchors, model=self.model, prefix=self.prefix, store=records)
+        self.teacher = open_teacher(anchors=self._anchors, model=self.model, prefix=self.prefix, store=records)
 
     def use_blocks(self, active: Sequence[int]) -> None:
         """Give the model the blocks that a task names; does nothing if it has them.
@@ -344,7 +346,7 @@ class Workbench:
             return self._failed(task, "internal", f"blocks {unknown} are not in this run's plan {self.plan.unit_ids}")
         self.use_blocks(task.active_blocks)
         limit = self._memory_budget(task)
-        chosen = self._choose(task.blocks, self._workload_of(task), limit, task.width)
+        chosen = self._choose(block_units(task.blocks), self._workload_of(task), limit, task.width)
         if isinstance(chosen, NoFit):
             return self._failed(task, "over_memory_budget", f"blocks {list(task.blocks)} do not fit: {chosen.text}")
         self._say_mode(chosen)
@@ -461,7 +463,7 @@ class Workbench:
         if self.emulation is None:
             return status
         device, work = self.emulation.profile, self._workload_of(task)
-        step_s = step_time(device, self.plan.shape, self._layout, task.blocks, work, width=task.width)
+        step_s = step_time(device, self.plan.shape, self._layout, block_units(task.blocks), work, width=task.width)
         started: list[float] = []
 
         def paced(phase: str, steps_done: int) -> None:

@@ -37,6 +37,7 @@ from fedblocks.profiles.cost import (
 )
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.units import block_units
 from fedblocks.protocol import transfer
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.keys import KeyPair
@@ -421,7 +422,7 @@ class VirtualClient:
             profile,
             costs.shape,
             costs.layout(task),
-            task.blocks,
+            block_units(task.blocks),
             self._workload(task),
             budget_bytes=budget_bytes,
             width=task.width,
@@ -462,12 +463,18 @@ class VirtualClient:
         if costs.of_another_model:
             budget_bytes = profile.memory_usable_bytes - profile.runtime_memory_bytes
             chosen = choose_mode(
-                profile, costs.shape, layout, task.blocks, work, budget_bytes=budget_bytes, width=task.width
+                profile,
+                costs.shape,
+                layout,
+                block_units(task.blocks),
+                work,
+                budget_bytes=budget_bytes,
+                width=task.width,
             )
             assert not isinstance(chosen, NoFit)
             mode = chosen.mode
         search = ModeSearch(profile, costs.shape, layout, work)
-        cost = search.cost(task.blocks, mode, task.width)
+        cost = search.cost(block_units(task.blocks), mode, task.width)
         report = replace(
             delta.train,
             prefix_s=slow * max(0.0, cost.seconds - cost.step_s * task.steps),

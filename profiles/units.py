@@ -214,6 +214,11 @@ def trained_unit_ids(of: TrainedUnits, blocks: Sequence[int]) -> tuple[int, ...]
     return ids if of.extra is None else (*ids, EXTRA_UNIT)
 
 
+def block_units(units: Sequence[int]) -> tuple[int, ...]:
+    """These units without the extra tensor set: those that stand in the stack and have a cost of their own."""
+    return tuple(unit for unit in units if unit != EXTRA_UNIT)
+
+
 def _check_width(width: float) -> None:
     if width not in WIDTHS:
         raise ValueError(f"width is {width!r}, expected one of {', '.join(map(str, WIDTHS))}")
