@@ -12,8 +12,17 @@ class FoldRule:
     """How the updates of a round become one change."""
 
     kind: FoldKind = "mean"
+    clip_norm: float = 0.0
+    """C: most that one client's part in a round may measure; 0 where nothing is clipped."""
+    noise_multiplier: float = 0.0
+    """z: the noise's standard deviation over C; above 0 the fold is private (``privacy.py``)."""
 
 
 def fold_rule(config: RunConfig) -> FoldRule:
     """The rule that the configuration asks for."""
-    return FoldRule(kind=config.training.fold)
+    private = config.privacy.noise_multiplier > 0
+    return FoldRule(
+        kind=config.training.fold,
+        clip_norm=config.privacy.clip_norm if private else 0.0,
+        noise_multiplier=config.privacy.noise_multiplier,
+    )

@@ -6,6 +6,7 @@ Keys of the record, units in their names (stable; docs/cli.md):
 ``loss`` (weighted mean of the clients' last quarter, nats per target token);
 ``score, accuracy, nll_per_token`` (pooled validation of the version that the round started from), ``general_accuracy,
 general_nll_per_token, retention``; ``kl, kl_budget, kl_over_budget``;
+``epsilon`` (spent by a private run, else null);
 ``anchor_weight`` (of this round), ``next_anchor_weight, learning_rate``;
 ``active_blocks`` (ids of the blocks that the model had), ``next_active_blocks`` (one more after a growth),
 ``growth_refused`` (why a block was not added; empty), ``spent`` (``seconds, num_bytes, joules`` so far);
@@ -24,6 +25,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fedblocks.aggregator import privacy
 from fedblocks.aggregator.ledger import StoredAssignment, StoredRound, StoredUpdate
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.run_folder import RunInfo
@@ -182,6 +184,7 @@ def round_record(
         "stop_reason": closed.stop_reason,
         "loss": weighted_loss(updates),
         **measured_values(closed.pooled, retention(closed.pooled, closed.state), config.forgetting.max_kl),
+        "epsilon": epsilon_spent(closed, config),
         "anchor_weight": before.anchor_weight,
         "next_anchor_weight": closed.state.anchor_weight,
         "learning_rate": learning_rate(config, record.round),
@@ -217,6 +220,13 @@ def round_record(
             for a in assigned
         ],
     }
+
+
+def epsilon_spent(closed: ClosedRound, config: RunConfig) -> float | None:
+    """What a private run has spent so far; None for any other."""
+    if closed.privacy is None:
+        return None
+    return privacy.epsilon(closed.privacy.noise_multipliers, config.privacy.delta)
 
 
 def final_record(
@@ -280,6 +290,8 @@ def round_line(record: Mapping[str, Any], max_rounds: int) -> str:
         parts.append(f"retention {record['retention']:.3f}")
     if record["kl"] is not None:
         parts.append(f"kl {record['kl']:.4f}/{record['kl_budget']:g}")
+    if record["epsilon"] is not None:
+        parts.append(f"epsilon {record['epsilon']:.2f}")
     counts = list(record["coverage"].values())
     covered = sum(count > 0 for count in counts)
     parts.append(f"coverage {covered}/{len(counts)} (min {min(counts, default=0)})")

@@ -49,13 +49,23 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
         rules = methods.of(folder.config.run.method)
         model = run_rules.GlobalState.zero(shape.published())
         method = run_rules.initial_state(folder.config)
+        key = bytes.fromhex(ledger.get_run("noise_key") or "")
         found: list[ReplayedVersion] = []
         for record in ledger.rounds():
             if record.kind != "train" or record.phase != "folded":
                 continue
             updates = [accepted_update(folder, u, version=model.version) for u in ledger.updates_of(record.round)]
             settings = from_plain(run_rules.PublishSettings, record.settings, where="ledger.rounds")
-            folded = run_rules.fold_round(rules, updates, shape=shape, state=method, model=model, rule=settings.fold)
+            folded = run_rules.fold_round(
+                rules,
+                updates,
+                shape=shape,
+                state=method,
+                model=model,
+                rule=settings.fold,
+                noise_key=key,
+                round=record.round,
+            )
             method = run_rules.after_fold(method, updates, folded)
             published = rules.publish(model, folded, shape=shape, settings=settings)
             model = model if published is None else published[0]

@@ -35,6 +35,7 @@ from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.coverage import Coverage, Trained
 from fedblocks.aggregator.fold_rule import FoldRule, fold_rule
 from fedblocks.aggregator.growth import NLL_IMPROVEMENT, GrowthState, MeanScore
+from fedblocks.aggregator.privacy import PrivacyBooks, private_fold, spends_too_much
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.robust import combine_of
 from fedblocks.aggregator.server_optimizer import ServerRule, server_step
@@ -59,7 +60,7 @@ from fedblocks.protocol.run_config import ForgettingSection, RunConfig
 from fedblocks.protocol.tensors import FloatArray, State
 
 NO_PAYLOAD_SHA256: Final = hashlib.sha256(b"").hexdigest()
-StopReason = Literal["max_rounds", "target_score", "no_improvement", "diverged"] | SpentReason
+StopReason = Literal["max_rounds", "target_score", "no_improvement", "diverged", "privacy_budget"] | SpentReason
 
 #: The controller aims below the budget: room for the standard error used at export (methods.md 5.3).
 SET_POINT: Final = 0.9
@@ -854,6 +855,8 @@ class ClosedRound:
     folded: FoldResult
     stop_reason: StopReason | None
     settings: PublishSettings
+    privacy: PrivacyBooks | None = None
+    """Of a private run, after this round."""
 
 
 def fold_round(
@@ -864,9 +867,18 @@ def fold_round(
     state: MethodState,
     model: GlobalState,
     rule: FoldRule,
+    noise_key: bytes = b"",
+    round: int = 0,
 ) -> FoldResult:
     """The round's updates as one change per unit: by the method, or by the rule that the operator has put in its
-    place."""
+    place.
+
+    Args:
+        noise_key: of a private run; the noise is a function of it and of ``round``.
+    """
+    if rule.noise_multiplier > 0:
+        assert noise_key, "a private run has a key"
+        return private_fold(updates, shape=shape, rule=rule, key=noise_key, round=round)
     if rule.kind == "mean":
         return method.aggregate(updates, shape=shape, state=state, model=model)
     history = {norms.block: norms.rounds for norms in state.norms}
@@ -887,6 +899,7 @@ def close(
     blocks: Iterable[int] = (),
     spent: Spent | None = None,
     growing: Growing | None = None,
+    privacy: PrivacyBooks | None = None,
 ) -> ClosedRound:
     """Fold, observe, decide whether to grow and to go on, publish: a function of the set of updates and reports.
 
@@ -897,11 +910,13 @@ def close(
         blocks: ids of the active units.
         spent: in all rounds, this one included; default: as before.
         growing: where blocks may be added; default: nowhere.
+        privacy: of a private run, before this round.
     """
     pooled = pool(measured, version=model.version)
     state = observe(state, pooled, config)
     rule = fold_rule(config)
-    folded = fold_round(method, updates, shape=shape, state=state, model=model, rule=rule)
+    key = b"" if privacy is None else privacy.key
+    folded = fold_round(method, updates, shape=shape, state=state, model=model, rule=rule, noise_key=key, round=round)
     state = after_fold(state, updates, folded, topics, blocks)
     state = state if spent is None else replace(state, spent=spent)
     if growing is not None:  # from here on the configuration is not asked any more
@@ -909,6 +924,10 @@ def close(
     after_growth = state if growing is None else grow(state, growing, pooled.kl, round=round)
     may = growing is not None and may_grow(growing.run, state)
     reason = stop_reason(after_growth, config, round=round, may_grow=may)
+    if privacy is not None and folded.aggregate:
+        privacy = privacy.after(rule)
+    if reason is None and privacy is not None and spends_too_much(privacy.after(rule), config.privacy):
+        reason = "privacy_budget"
     if reason is None or after_growth.growth.refused:  # a run that ends does not grow any more
         state = after_growth
     settings = PublishSettings(
@@ -925,5 +944,12 @@ def close(
     published = method.publish(model, folded, shape=shape, settings=settings)
     after, step = (model, None) if published is None else published
     return ClosedRound(
-        model=after, step=step, state=state, pooled=pooled, folded=folded, stop_reason=reason, settings=settings
+        model=after,
+        step=step,
+        state=state,
+        pooled=pooled,
+        folded=folded,
+        stop_reason=reason,
+        settings=settings,
+        privacy=privacy,
     )

@@ -30,7 +30,7 @@ from typing import Any, Final, Protocol
 
 from typing_extensions import assert_never
 
-from fedblocks.aggregator import budgets, explain, growth, methods, progress, registry, rounds, run_rules
+from fedblocks.aggregator import budgets, explain, growth, methods, privacy, progress, registry, rounds, run_rules
 from fedblocks.aggregator.allocation import Deadline
 from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
 from fedblocks.aggregator.books import Books
@@ -252,6 +252,7 @@ class Aggregator:
             version=version, published=published, residual=residual, sha256=sha256, moments=moments
         )
         self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
+        self._privacy: privacy.PrivacyBooks | None = privacy.open_books(self._config, self._ledger)
         self._ledger.set_run("quarantine_after", self._config.server.quarantine_after)
         self._folder.drop_parts()
         self._folder.write_metrics([r.metrics for r in folded])
@@ -374,6 +375,8 @@ class Aggregator:
         if refused is not None:
             self._refuse(key, refused)
             return
+        if self._privacy is not None:  # a histogram of its data is more than a private run asks for
+            hello = replace(hello, statistics=replace(hello.statistics, topics=()))
         client = registry.client_from_hello(key, hello, self._books.clients.get(key))
         self._unanswered.discard(key)
         self._books.save(client)
@@ -540,6 +543,8 @@ class Aggregator:
         """What a counted update teaches about its client."""
         self._answered(client.key, delta.attempt_id)
         profiled = run_rules.profiled(client, assignment, delta.train, self._run)
+        if self._privacy is not None:  # what is planned from gradients would depend on them without noise
+            delta = replace(delta, train=replace(delta.train, gradient_energy=()))
         client, note = registry.after_update(client, assignment, delta, profiled)
         if note:
             self._books.note(note)
@@ -732,6 +737,7 @@ class Aggregator:
             blocks=before.unit_ids,
             spent=self._spent(stored, opened.elapsed_s),
             growing=run_rules.Growing(run=self._run, clients=[self._books.clients[key] for key in cohort]),
+            privacy=self._privacy,
         )
         model = closed.model
         if closed.step is not None:
@@ -777,7 +783,7 @@ class Aggregator:
         refused = closed.state.growth.refused
         if refused and refused != self._method.growth.refused:
             self._books.note(f"round {number}: not grown: {refused}")
-        self._model, self._method = model, closed.state
+        self._model, self._method, self._privacy = model, closed.state, closed.privacy
         self._updates_to.clear()
         self._durations_s = [*self._durations_s, metrics["round_s"]][-progress.ETA_ROUNDS :]
         self._folder.append_metrics(metrics)

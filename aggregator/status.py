@@ -35,6 +35,7 @@ _OF_LAST_ROUND: Final = (
     "retention",
     "kl",
     "kl_over_budget",
+    "epsilon",
     "anchor_weight",
     "next_active_blocks",
     "growth_refused",
@@ -60,6 +61,7 @@ def run_status(run: Path) -> dict[str, Any]:
         "method": folder.config.run.method,
         "max_rounds": folder.config.run.max_rounds,
         "kl_budget": folder.config.forgetting.max_kl,
+        "max_epsilon": folder.config.privacy.max_epsilon if folder.config.privacy.noise_multiplier > 0 else None,
     }
     if not is_made(folder.ledger_path):
         nothing = dict.fromkeys(_OF_LAST_ROUND)
@@ -222,6 +224,8 @@ def describe(status: Mapping[str, Any]) -> str:
             values.append(f"{name.replace('_', ' ')} {status[name]:{form}}")
     if status["kl"] is not None:
         values.append(f"kl {status['kl']:.4f}/{status['kl_budget']:g}")
+    if status["epsilon"] is not None:
+        values.append(f"epsilon {status['epsilon']:.2f}")
     lines.append("  ".join(values))
     for row in status["rounds"]:
         after = row.get("next_active_blocks", ())  # rows of older releases have none

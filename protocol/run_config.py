@@ -132,6 +132,16 @@ class DeltaSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacySection:
+    """Differential privacy for whole clients; needs fedblocks[privacy] (docs/security.md)."""
+
+    noise_multiplier: float = _key(0.0, "standard deviation of the noise on a round's sum over clip_norm; 0: off")
+    clip_norm: float = _key(0.0, "most that one client's part in a round may measure (norm over all its blocks)")
+    delta: float = _key(1e-5, "chance with which epsilon may fail to hold; far below 1 over the number of clients")
+    max_epsilon: float = _key(8.0, "the run ends before it has spent more than this")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AllocationSection:
     """Who trains what, and how long a round may last (methods.md 6)."""
 
@@ -181,6 +191,7 @@ class RunConfig:
     data: DataSection = field(default_factory=DataSection)
     forgetting: ForgettingSection = field(default_factory=ForgettingSection)
     delta: DeltaSection = field(default_factory=DeltaSection)
+    privacy: PrivacySection = field(default_factory=PrivacySection)
     allocation: AllocationSection = field(default_factory=AllocationSection)
     server: ServerSection = field(default_factory=ServerSection)
 
@@ -213,6 +224,8 @@ class RunConfig:
             "training.weight_decay",
             "training.anchor_batch_size",
             "server.quarantine_after",
+            "privacy.noise_multiplier",
+            "privacy.clip_norm",
             "allocation.deadline_s",
             "allocation.debt_weight",
             "allocation.rarity_weight",
@@ -246,6 +259,7 @@ class RunConfig:
             "mean where int8 updates send a part of their rows: a row that is not sent would count as zero; "
             "set delta.density to 1, or delta.format to bf16 or fp32",
         )
+        self._check_privacy()
         self._require(
             "forgetting.max_kl",
             self.forgetting.max_kl > 0,
@@ -267,6 +281,24 @@ class RunConfig:
     def most_blocks(self) -> int:
         """Expanded blocks that the run may come to have."""
         return max(self.expansion.blocks, self.expansion.max_blocks)
+
+    def _check_privacy(self) -> None:
+        self._require("privacy.delta", 0 < self.privacy.delta < 1, "a number above 0 and below 1")
+        self._require("privacy.max_epsilon", self.privacy.max_epsilon > 0, "a positive number")
+        if self.privacy.noise_multiplier == 0:
+            return
+        private = "with privacy.noise_multiplier set"
+        self._require("privacy.clip_norm", self.privacy.clip_norm > 0, f"a positive number {private}")
+        self._require("run.method", self.run.method == "fedbe", f"fedbe {private}")
+        self._require("training.fold", self.training.fold == "mean", f"mean {private}")
+        self._require(
+            "allocation.rarity_weight", self.allocation.rarity_weight == 0, f"0 {private}: no topics are shared"
+        )
+        self._require(
+            "delta.format",
+            self.delta.format != "int8",
+            f"bf16 or fp32 {private}: int8 leaves a rest for later rounds",
+        )
 
     def value(self, key: str) -> Any:
         """The value of ``section.key``."""

@@ -437,7 +437,7 @@ def test_rounds_from_before_robust_folds_were_folded_by_the_mean(tmp_path: Path)
     db.commit()
     db.close()
     [stored] = [r for r in opened(tmp_path).rounds() if r.round == 0]
-    assert stored.settings == {**settings, "fold": {"kind": "mean"}}
+    assert stored.settings == {**settings, "fold": {"kind": "mean", "clip_norm": 0.0, "noise_multiplier": 0.0}}
 
 
 def test_tasks_and_updates_from_before_slim_blocks_are_of_whole_blocks(tmp_path: Path) -> None:
