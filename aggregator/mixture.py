@@ -107,14 +107,20 @@ def fit(points: Float64s, num_components: int) -> MixtureFit:
 
 
 def _start(points: Float64s, num_components: int, start: int) -> Float64s:
-    """Hard memberships by the nearest of K spread points, the first of which depends on the start."""
-    num_points = len(points)
-    chosen = [(start * num_points) // STARTS]
-    distance = _square_distance(points, points[chosen[0]])
+    """Hard memberships by the nearest of K spread points, seen in the first ``start + 1`` principal directions.
+
+    In few directions what a group has in common outweighs what is each client's own; in all of them the spread points
+    would be outliers.
+    """
+    centered = points - np.sum(points, axis=0) / len(points)
+    u, singular, _ = np.linalg.svd(centered, full_matrices=False)
+    seen = np.multiply(u, singular)[:, : start + 1]
+    chosen = [int(np.argmax(np.sum(np.square(seen), axis=1)))]
+    distance = _square_distance(seen, seen[chosen[0]])
     while len(chosen) < num_components:
         chosen.append(int(distance.argmax()))
-        distance = np.minimum(distance, _square_distance(points, points[chosen[-1]]))
-    nearest = np.stack([_square_distance(points, points[one]) for one in chosen]).argmin(axis=0)
+        distance = np.minimum(distance, _square_distance(seen, seen[chosen[-1]]))
+    nearest = np.stack([_square_distance(seen, seen[one]) for one in chosen]).argmin(axis=0)
     return np.eye(num_components)[nearest]
 
 

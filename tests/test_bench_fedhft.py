@@ -128,6 +128,7 @@ def test_the_summary_keeps_what_others_wrote_into_the_file(tmp_path, monkeypatch
     file = tmp_path / "methods.json"
     file.write_text('{"other": {"rows": [1]}}')
     found = [row("fedhft", 1, [8] * 20), row("fedit", 1, [7] * 20), row("fedit", 0, [6] * 20)]
+    found.append(row("fedit", 1, [1] * 20, learning_rate=7.0, id="not in the plan"))
     monkeypatch.setattr(fedhft_minilm, "read_rows", lambda: found)
     fedhft_minilm.write_summary(file)
     content = json.loads(file.read_text())
@@ -138,11 +139,19 @@ def test_the_summary_keeps_what_others_wrote_into_the_file(tmp_path, monkeypatch
     assert [r["seed"] for r in content["fedhft"]["rows"]] == [1, 1]
 
 
+@pytest.mark.parametrize(("best", "extra"), [(3e-4, {1e-4}), (1e-3, set()), (1e-2, {3e-2})])
+def test_a_best_rate_at_an_edge_gives_every_line_one_more_point(best, extra):
+    rows = [row("fedit", 0, [9] * 20, learning_rate=best), row("fedit", 0, [2] * 20, learning_rate=2e-3)]
+    swept = [*fedhft_minilm.sweep(rows)]
+    assert len(swept) == (20 if extra else 16)
+    assert extra <= {s.learning_rate for s in swept if s.line == "hetlora"}
+
+
 def test_every_planned_run_has_a_name_of_its_own_and_the_sweep_is_on_the_pilot_seed():
-    planned = [*fedhft_minilm.sweep(), *fedhft_minilm.measurements(fedhft_minilm.CUSTOMARY)]
+    planned = [*fedhft_minilm.sweep([]), *fedhft_minilm.reported([])]
     assert len({fedhft_minilm.run_id(s) for s in planned}) == len(planned)
-    assert {s.seed for s in fedhft_minilm.sweep()} == {0}
-    assert 0 not in {s.seed for s in fedhft_minilm.measurements(fedhft_minilm.CUSTOMARY)}
+    assert {s.seed for s in fedhft_minilm.sweep([])} == {0}
+    assert 0 not in {s.seed for s in fedhft_minilm.reported([])}
     assert fedhft_minilm.run_id(planned[0]) != fedhft_minilm.run_id(replace(planned[0], steps=9))
 
 

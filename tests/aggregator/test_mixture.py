@@ -27,6 +27,17 @@ def test_bic_finds_the_number_of_planted_groups_and_the_fit_finds_them(groups, p
     assert len(set(found[:, 0])) == groups
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_are_found_where_each_clients_own_part_is_larger_than_the_common_one(seed):
+    """From spread points in all 64 dimensions EM ends at outliers."""
+    rng = np.random.default_rng(seed)
+    common = rng.standard_normal(mixture.DIMENSIONS)
+    group = np.arange(20) % 2
+    points = 0.45 * np.where(group[:, None], common, -common) + rng.standard_normal((20, mixture.DIMENSIONS))
+    found = mixture.fit(points, 2).memberships.argmax(axis=1)
+    assert (found == group).all() or (found == 1 - group).all()
+
+
 @pytest.mark.parametrize("clients", [8, 20, 50])
 def test_one_population_is_never_cut_up(clients):
     assert all(mixture.best_number(planted(seed, groups=1, each=clients, spread=1.0), 1) == 1 for seed in range(5))
