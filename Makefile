@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu fuzz check format lint types imports docs wheel clean
-.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic experiments test-kernels packs budgets
+.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic bench-aggregator experiments test-kernels packs budgets
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ experiments: setup  ## methods beside each other on the starter model, 3 hours a
 
 bench-traffic: setup  ## bytes at the socket for updates of the Qwen2.5-0.5B shape (30 minutes)
 	$(BENCH) benchmarks/traffic.py
+
+bench-aggregator: setup  ## rounds beside the bare wire, memory by clients, 1,000 clients, 10,000 rounds (an hour)
+	$(BENCH) benchmarks/bench_aggregator.py
 
 test-kernels: setup  ## all tests of kernels/, with the matrix of all compiled forms (10 minutes)
 	$(BIN)/pytest -m "not gpu" tests/kernels
