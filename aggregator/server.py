@@ -59,6 +59,7 @@ from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
 from fedblocks.aggregator.replay import accepted_update, state_at
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
+from fedblocks.aggregator.stopping import stop_requested, withdraw_request
 from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.errors import RETRY_CODES
@@ -961,6 +962,7 @@ def serve(
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(os.close, folder.lock())
         cleanup.enter_context(_interrupts(stop))
+        withdraw_request(run)
         folder.save_effective_config()
         ledger = open_ledger(folder.ledger_path, folder.identity())
         cleanup.callback(ledger.close)
@@ -972,9 +974,11 @@ def serve(
         )
         cleanup.callback(endpoint.close)
         say(f"serving {folder.info.run_id} at {endpoint.address}")
+        if folder.config.server.metrics_address:
+            _show_status(run, folder.config.server.metrics_address, say, cleanup)
         aggregator = Aggregator(folder, ledger, endpoint, roster=roster, on_event=say)
         try:
-            while not aggregator.finished and not stop.is_set():
+            while not aggregator.finished and not stop.is_set() and not stop_requested(run):
                 aggregator.step(POLL_S)
         except sqlite3.OperationalError as error:
             say(f"{folder.ledger_path}: {error}; nothing that was acknowledged is lost, serve again to go on")
@@ -990,6 +994,16 @@ def serve(
         while time.monotonic() < until_s:
             aggregator.step(POLL_S)
         return EXIT_DONE
+
+
+def _show_status(run: Path, address: str, say: Callable[[str], None], cleanup: contextlib.ExitStack) -> None:
+    """The status page until ``cleanup``."""
+    from fedblocks.aggregator.status_page import StatusServer  # http.server is not needed by who does not want it
+
+    page = StatusServer(run, address)
+    cleanup.callback(page.close)
+    who = "" if page.is_loopback else "; whoever reaches this address can read it, no password is asked"
+    say(f"status page at {page.address}{who}")
 
 
 @contextlib.contextmanager

@@ -46,8 +46,11 @@ _OF_LAST_ROUND: Final = (
 )
 
 
-def run_status(run: Path) -> dict[str, Any]:
+def run_status(run: Path, *, newest_rounds: int | None = None) -> dict[str, Any]:
     """The state of the run as JSON values.
+
+    Args:
+        newest_rounds: so many of ``rounds``; default: all.
 
     Raises:
         RunFolderError, ConfigError: ``run`` is no run folder.
@@ -77,7 +80,7 @@ def run_status(run: Path) -> dict[str, Any]:
         return {**status, **never, **nothing, **rest}
     ledger = open_read_only(folder.ledger_path)
     try:
-        return {**status, **_served(folder, ledger)}
+        return {**status, **_served(folder, ledger, newest_rounds)}
     finally:
         ledger.close()
 
@@ -109,8 +112,8 @@ def follow(
         sleep(interval_s)
 
 
-def _served(folder: RunFolder, ledger: Ledger) -> dict[str, Any]:
-    rounds = ledger.rounds()
+def _served(folder: RunFolder, ledger: Ledger, newest_rounds: int | None) -> dict[str, Any]:
+    rounds = ledger.rounds(newest=newest_rounds)
     last = rounds[-1] if rounds else None
     folded = [r for r in rounds if r.kind == "train" and r.phase == "folded"]
     final = ledger.get_run("final")
@@ -126,7 +129,7 @@ def _served(folder: RunFolder, ledger: Ledger) -> dict[str, Any]:
         phase = "running" if is_served(folder.path) else "stopped"
     return {
         "phase": phase,
-        "round": last.round if last is not None and last.kind == "train" else len(folded),
+        "round": last.round if last is not None and last.kind == "train" else (folded[-1].round if folded else 0),
         "version": final["version"] if final is not None else (folded[-1].new_version if folded else 0),
         "state_sha256": final["state_sha256"] if final is not None else newest.get("state_sha256"),
         "stop_reason": folded[-1].stop_reason if folded else None,

@@ -169,6 +169,18 @@ def serve(run: RunArgument, overrides: SetOption = None) -> None:
     raise typer.Exit(serve_run(run, overrides or (), on_event=lambda line: typer.echo(line)))
 
 
+@app.command(epilog="Example: fedblocks stop runs/clinic")
+def stop(
+    run: RunArgument,
+    timeout_s: Annotated[float, typer.Option(min=0, help="give up after so many seconds")] = 60.0,
+) -> None:
+    """Stop the aggregator that serves a run, as Ctrl-C does, and wait until it has. `serve` goes on from there."""
+    from fedblocks.aggregator.stopping import stop as stop_run
+
+    stop_run(run, timeout_s=timeout_s)
+    typer.echo(f"stopped; fedblocks serve {run} goes on")
+
+
 @app.command(epilog="Example: fedblocks status runs/clinic --json")
 def status(
     run: RunArgument,

@@ -171,6 +171,10 @@ class ServerSection:
         "tcp://127.0.0.1:5555", "address that goes into the site files; the name sites can reach"
     )
     heartbeat_interval_s: float = _key(5.0, "clients report this often")
+    metrics_address: str = _key(
+        "",
+        "host:port of a read-only page, /status.json and /metrics (Prometheus), e.g. 127.0.0.1:9100; empty: off",
+    )
     quarantine_after: int = _key(
         3, "a client whose updates were refused so often gets no task until `fedblocks keys release`; 0: never"
     )
@@ -259,6 +263,11 @@ class RunConfig:
             "mean where int8 updates send a part of their rows: a row that is not sent would count as zero; "
             "set delta.density to 1, or delta.format to bf16 or fp32",
         )
+        self._require(
+            "server.metrics_address",
+            not self.server.metrics_address or split_address(self.server.metrics_address) != NO_ADDRESS,
+            "host:port with a port from 0 to 65535, or nothing",
+        )
         self._check_privacy()
         self._require(
             "forgetting.max_kl",
@@ -308,6 +317,18 @@ class RunConfig:
     def _require(self, key: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ConfigError(f"{key} is {self.value(key)!r}, expected {expected}")
+
+
+#: What :func:`split_address` says of a text that is no address.
+NO_ADDRESS = ("", -1)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port``; :data:`NO_ADDRESS` where it is none."""
+    host, colon, port = address.rpartition(":")
+    if not host or not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
+        return NO_ADDRESS
+    return host.strip("[]"), int(port)
 
 
 def known_keys() -> list[str]:

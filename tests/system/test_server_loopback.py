@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -306,6 +307,31 @@ def test_ctrl_c_stops_the_aggregator_resumably_and_tells_the_clients(make_run) -
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=20) == 7
     assert run_status(run)["phase"] == "stopped"
+    with serving(run) as process:
+        joined(clients)
+        assert process.wait(timeout=20) == 0
+    assert all(r.equal for r in replay(run))
+
+
+def test_the_stop_verb_stops_the_aggregator_resumably_and_the_status_page_shows_the_run(make_run) -> None:
+    port = free_port()
+    run, address = prepared(make_run, "run.max_rounds=3", f"server.metrics_address=127.0.0.1:{port}")
+    fedblocks = str(Path(sys.executable).parent / "fedblocks")
+    nobody = subprocess.run([fedblocks, "stop", str(run)], capture_output=True, text=True)
+    assert nobody.returncode == 2
+    assert "is not being served" in nobody.stderr
+    clients = [PayloadClient(name, run, address, work_s=0.3) for name in ("ann", "bob", "cid")]
+    for client in clients:
+        client.start()
+    with serving(run) as process:
+        wait_for_updates(run, process, at_least=2)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            assert b'fedblocks_phase{phase="running"} 1' in answer.read()
+        done = subprocess.run([fedblocks, "stop", str(run)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert process.wait(timeout=5) == 7
+    assert not (run / "stop.request").exists()
+    (run / "stop.request").touch()  # left by a stop that was killed: serving anew forgets it
     with serving(run) as process:
         joined(clients)
         assert process.wait(timeout=20) == 0

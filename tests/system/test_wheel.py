@@ -70,6 +70,7 @@ def test_the_wheel_holds_nothing_at_its_top_level_but_fedblocks(wheel):
     tops = {n.split("/")[0] for n in names}
     assert tops == {"fedblocks", next(t for t in tops if t.endswith(".dist-info"))}
     assert "fedblocks/edge_client/starter/model/model.safetensors" in names
+    assert "fedblocks/aggregator/status_page.html" in names
     assert any(n.startswith("fedblocks/profiles/catalog/") and n.endswith(".toml") for n in names)
     assert not any("/tests/" in n or "/benchmarks/" in n for n in names)
 
