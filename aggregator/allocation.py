@@ -14,7 +14,9 @@ frozen layers decoded at each use and 8-bit moments save memory and leave the we
 What is given up when nothing of that helps: blocks and width, then steps (halved down to four), then training itself
 (evaluate, else rest).
 
-That is the policy ``fitted``; the others (``run_config.Policy``) exist to be compared with it.
+Where a method asks for everything at once (policy ``whole``), the only options are all blocks, at each width.
+
+``fitted`` is the usual policy; the others (``run_config.Policy``) exist to be compared with it.
 """
 
 from __future__ import annotations
@@ -37,15 +39,15 @@ from fedblocks.profiles.cost import (
     StepParts,
     TimeFactors,
     Workload,
-    download_bytes,
     fill_time,
     measure_memory,
     measure_time,
     step_parts,
-    upload_bytes,
+    unit_bytes,
 )
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.model_shape import WIDTHS, ModelShape
+from fedblocks.profiles.units import ExpandedBlocks, LowRankPairs, TrainedUnits, Units, unit_parameters
 from fedblocks.protocol.messages import ClientKey, DataStatistics, DeltaFormat
 from fedblocks.protocol.run_config import Policy
 
@@ -84,6 +86,8 @@ class AllocationSettings:
     anchor_sequences: int = 448
     """Sequences of the anchor set that train; what is not cached yet costs a first pass."""
     anchor_every: int = 1
+    keeps_start: bool = False
+    """There is a proximal term."""
     measure_sequences: int = 8
     """Anchor sequences on which a client measures the published state before it trains."""
     delta_format: DeltaFormat = "int8"
@@ -295,7 +299,7 @@ def plan_round(
     """
     if not clients or len({client.key for client in clients}) != len(clients):
         raise ValueError(f"plan of round {round}: {len(clients)} clients, expected at least one and each key only once")
-    problem = _Problem(layout=layout, shape=shape, settings=settings, round=round)
+    problem = _Problem(layout=layout, shape=shape, settings=settings, round=round, num_clients=len(clients))
     slowness = {client.key: problem.seconds_of_top_block(client) for client in clients if _is_assignable(client)}
     deadline = next_deadline(deadline, settings=settings, seconds=tuple(slowness.values()), round=round)
     gains = relative_gains(clients, layout.blocks)
@@ -561,6 +565,7 @@ class _Problem:
     shape: ModelShape
     settings: AllocationSettings
     round: int
+    num_clients: int = 1
     searches: dict[tuple[DeviceProfile, TimeFactors, Workload], ModeSearch] = field(
         default_factory=dict[tuple[DeviceProfile, TimeFactors, Workload], ModeSearch]
     )
@@ -597,6 +602,7 @@ class _Problem:
             anchor_batch_size=settings.anchor_batch_size,
             anchor_tokens=settings.anchor_tokens,
             anchor_every=settings.anchor_every,
+            keeps_start=settings.keeps_start,
             dtype_bytes=4 if client.profile.compute_dtype == "float32" else 2,
             new_tokens=mean_tokens * max(0, task_sequences - client.cached_examples),
             new_anchor_tokens=settings.anchor_tokens
@@ -607,7 +613,7 @@ class _Problem:
     def seconds_of_top_block(self, client: AllocationClient) -> float:
         """Predicted time of the cheapest option at full steps, in the best mode that fits, else in the best of all."""
         candidate = _Candidate(self, client, self.settings.steps, self.limits(client, math.inf))
-        blocks = (self.layout.top_block,)
+        blocks = tuple(sorted(self.layout.blocks)) if self.settings.policy == "whole" else (self.layout.top_block,)
         width = self.settings.widths[0]
         mode = candidate.best_mode(blocks, width) or candidate.free_mode(blocks, width)
         return candidate.prediction(blocks, mode, width).seconds
@@ -643,20 +649,34 @@ class _Problem:
         scale = client.time_scale * client.time_factors.measuring
         return measure_time(client.profile, self.shape, self.layout, work, scale=scale)
 
+    @property
+    def units(self) -> Units:
+        """What has the tensors of a block, whatever a block is here."""
+        if isinstance(self.layout.trainable, ExpandedBlocks):
+            return self.shape
+        return TrainedUnits(shape=self.shape, trainable=self.layout.trainable)
+
     def upload_bytes(self, num_blocks: int, width: float) -> int:
         """Largest payload of an update."""
         settings = self.settings
-        return upload_bytes(self.shape, num_blocks, settings.delta_format, settings.delta_density, width)
+        of_block = unit_bytes(self.units, self.layout.blocks[0], settings.delta_format, settings.delta_density, width)
+        return num_blocks * of_block + self._beside_bytes(settings.delta_format)
 
     def download_bytes(self, client: AllocationClient) -> int:
-        """Largest payload of catching up."""
-        return download_bytes(
-            self.shape,
-            len(self.layout.positions),
-            self.settings.delta_format,
-            self.settings.down_density,
-            client.versions_behind,
-        )
+        """Largest payload of catching up: each version replayed, or an fp32 snapshot if that is smaller (methods.md
+        7.2). Of merged pairs a version is the pairs of all clients."""
+        settings, num_blocks, block = self.settings, len(self.layout.positions), self.layout.blocks[0]
+        of_block = unit_bytes(self.units, block, settings.delta_format, settings.down_density)
+        replay = num_blocks * of_block + self._beside_bytes(settings.delta_format)
+        whole, trainable = self.units, self.layout.trainable
+        if isinstance(trainable, LowRankPairs) and trainable.merged and isinstance(whole, TrainedUnits):
+            whole, replay = whole.published(), replay * self.num_clients
+        snapshot = num_blocks * unit_bytes(whole, block, "fp32") + self._beside_bytes("fp32")
+        return min(client.versions_behind * replay, snapshot)
+
+    def _beside_bytes(self, payload_format: DeltaFormat) -> int:
+        """Of the units that stand nowhere in the stack."""
+        return sum(self.layout.beside.values()) * {"int8": 1, "bf16": 2, "fp32": 4}[payload_format]
 
     def choose(
         self,
@@ -692,7 +712,7 @@ class _Problem:
 
     def _worth(self, client: AllocationClient, coverage: Coverage, gains: Mapping[int, float]) -> _Worth:
         beta = self.settings.debt_weight
-        sizes = [self.shape.slice_parameters(width) for width in WIDTHS]
+        sizes = [unit_parameters(self.units, self.layout.blocks[0], width) for width in WIDTHS]
         return _Worth(
             gains=gains,
             debts={block: tuple(beta * debt for debt in coverage.debts(block)) for block in self.layout.blocks},
@@ -756,6 +776,9 @@ class _Problem:
         The highest lowest block comes first. Blocks above the lowest cost the same, save one at the top of the stack,
         which costs less: so the sets with it and those without it are two branches.
         """
+        if self.settings.policy == "whole":
+            yield [tuple(sorted(self.layout.blocks))]
+            return
         positions = self.layout.positions
         top = self.layout.top_block if positions[self.layout.top_block] == self.layout.num_entries - 1 else None
         for lowest in reversed(self.layout.blocks):

@@ -147,6 +147,10 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     UPDATE rounds SET settings = json_set(settings, '$.fold.clip_norm', 0.0, '$.fold.noise_multiplier', 0.0)
         WHERE settings NOT NULL;
     """,
+    """
+    UPDATE assignments SET message = json_set(message, '$.proximal_weight', 0.0)
+        WHERE json_extract(message, '$.blocks') NOT NULL;
+    """,
 )
 
 #: Refusals that say something about what a client computes; after ``server.quarantine_after`` of them it gets no task.

@@ -41,7 +41,7 @@ from fedblocks.aggregator.robust import combine_of
 from fedblocks.aggregator.server_optimizer import ServerRule, server_step
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS
-from fedblocks.profiles.units import EXTRA_UNIT, Units, block_units
+from fedblocks.profiles.units import Units, block_units
 from fedblocks.protocol import state as states
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -208,6 +208,7 @@ class Run:
             # The last eighth is kl_val (methods.md 5.2).
             anchor_sequences=self.anchor_sequences - self.anchor_sequences // 8,
             anchor_every=training.anchor_every,
+            keeps_start=training.proximal_weight > 0,
             delta_format=delta.format,
             delta_density=delta.density,
             down_density=delta.down_density,
@@ -372,8 +373,8 @@ def assignment(
         payload_bytes=0,
         payload_sha256=NO_PAYLOAD_SHA256,
         active_blocks=run.plan.block_ids,
-        # Everybody who trains trains the extra tensor set too: it costs next to nothing.
-        blocks=choice.blocks if run.plan.extra is None else (*choice.blocks, EXTRA_UNIT),
+        # Everybody who trains trains what stands beside the stack too: an extra tensor set costs next to nothing.
+        blocks=tuple(sorted((*choice.blocks, *run.layout.beside))),
         width=choice.width,
         steps=choice.steps,
         batch_size=choice.batch_size,
@@ -384,6 +385,7 @@ def assignment(
         warmup_steps=warmup_steps(choice.steps, choice.blocks, state.seen),
         weight_decay=training.weight_decay,
         clip_norm=training.clip_norm,
+        proximal_weight=training.proximal_weight,
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         adam_eps=training.adam_eps,

@@ -213,13 +213,14 @@ class Teacher:
         """Makes the missing records of these sequences, and their prefix states."""
         self._prefix.fill([self.anchors.sequences[i] for i in indices])
         new: list[tuple[bytes, bytes]] = []
-        for i in indices:
-            if self._read(i) is None:
-                record = self._make(i)
-                if self._store is None or not self._store.usable:
-                    self._made[i] = record
-                else:
-                    new.append((sample_key(self.anchors.sequences[i]), self._pack(record)))
+        with self._model.base_only():  # what it reads of the base serves all of them
+            for i in indices:
+                if self._read(i) is None:
+                    record = self._make(i)
+                    if self._store is None or not self._store.usable:
+                        self._made[i] = record
+                    else:
+                        new.append((sample_key(self.anchors.sequences[i]), self._pack(record)))
         if self._store is not None:
             self._store.put(new)
 
@@ -230,8 +231,9 @@ class Teacher:
     @torch.no_grad()
     def _make(self, index: int) -> TeacherRecord:
         hidden = self._prefix.padded([self.anchors.sequences[index]])
-        h = self._model.forward_base(hidden, self._model.base_cut)[0, :-1]
-        ids, logp, log_tail = top_k(self._model.final_rows(h), self._model.head, self._k)
+        with self._model.base_only():
+            h = self._model.forward_base(hidden, self._model.base_cut)[0, :-1]
+            ids, logp, log_tail = top_k(self._model.final_rows(h), self._model.head, self._k)
         return TeacherRecord(ids=ids.cpu(), logp=logp.cpu(), log_tail=log_tail.cpu())
 
     def _read(self, index: int) -> TeacherRecord | None:

@@ -534,6 +534,7 @@ class Shell:
             cache=client.options.cache,
             emulation=Emulation(profile=client.profile) if client.options.emulate else None,
             shared=self.shared,
+            allow_base_training=client.options.site.limits.allow_base_training,
             least_width=welcome.least_width,
             active_blocks=welcome.active_blocks,
             say=client.say,

@@ -333,13 +333,14 @@ def linear(
     names: Sequence[str] = (),
 ) -> Tensor:
     """``x Wᵀ + bias`` in whatever form W is held, and the low-rank pairs of the linears ``names`` beside it."""
-    if isinstance(weight, PackedRows):
-        return frozen_nf4_linear(x, weight.parts, bias)
     if isinstance(weight, SlimMatrix):
         if weight.rows is None:
             return slim_linear(x, weight.whole, weight.leaf, None, bias, bias)
         return slim_linear(x, weight.whole, weight.leaf, weight.rows, weight.bias, weight.bias_leaf)
-    y = functional.linear(x, weight, bias)
+    if isinstance(weight, PackedRows):
+        y = frozen_nf4_linear(x, weight.parts, bias)
+    else:
+        y = functional.linear(x, weight, bias)
     if not pairs:
         return y
     additions = [

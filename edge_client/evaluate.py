@@ -7,6 +7,7 @@ exactly when greedy decoding would produce it. Source: methods.md 5.3 (kl_t), 12
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -139,7 +140,9 @@ def kl_full(
         p_rows = p_forward(inputs).flatten(0, 1)[rows]
         q_rows = model_q.forward(inputs).flatten(0, 1)[rows]
         for p_part, q_part in zip(p_rows.split(_chunk(model_p)), q_rows.split(_chunk(model_p)), strict=True):
-            p_logits, q_logits = model_p.rows_logits(p_part), model_q.rows_logits(q_part)
+            with model_p.base_only() if p_is_base else contextlib.nullcontext():
+                p_logits = model_p.rows_logits(p_part)
+            q_logits = model_q.rows_logits(q_part)
             log_p = torch.log_softmax(p_logits.double(), dim=-1)
             log_q = torch.log_softmax(q_logits.double(), dim=-1)
             of_tokens.append((log_p.exp() * (log_p - log_q)).sum(-1))

@@ -1,14 +1,15 @@
 """How does the expanded model compute, and which of its tensors train? A stack of blocks over one frozen base.
 
 A position of the stack holds a frozen base layer, a frozen expanded block, or weights that train: an expanded block as
-a client trains it, or, for the baselines, base layers (all of them) or low-rank pairs over them. Nothing else differs,
-so all of them run through the same functions.
+a client trains it, or, for other methods, base layers or low-rank pairs over them. Nothing else differs, so all of them
+run through the same functions. The plan says which of them a run has (``profiles/units.py``).
 
 Rows are right-padded. The hidden state "at cut c" is the residual stream that enters position c.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fedblocks.edge_client.backbone import FrozenLayers
-from fedblocks.edge_client.checkpoint import Checkpoint, at_strength, initial_tensor
+from fedblocks.edge_client.checkpoint import Checkpoint, at_strength
 from fedblocks.edge_client.decoder_block import (
     LINEARS,
     BlockSpec,
@@ -34,9 +35,18 @@ from fedblocks.edge_client.decoder_block import (
 from fedblocks.edge_client.recompute import recomputed
 from fedblocks.edge_client.rotary import Rotary
 from fedblocks.edge_client.store import LazyTensors
+from fedblocks.edge_client.unit_values import initial_value
 from fedblocks.kernels.ops import merge_split, rms_norm, split_fp32
 from fedblocks.profiles.model_shape import ModelShape, TensorSpec
-from fedblocks.profiles.units import unit_tensors
+from fedblocks.profiles.units import (
+    EXPANDED_BLOCKS,
+    BaseTensors,
+    ExpandedBlocks,
+    LowRankPairs,
+    MergedLinears,
+    Trainable,
+    unit_tensors,
+)
 from fedblocks.protocol.expansion import ExpansionPlan, StackEntry
 
 if TYPE_CHECKING:
@@ -44,6 +54,7 @@ if TYPE_CHECKING:
 
 EMBEDDING: Final = "model.embed_tokens.weight"
 HEAD: Final = "lm_head.weight"
+FINAL_NORM: Final = "model.norm.weight"
 ROWS_APART_SHARE: Final = 0.9
 """Above this share of rows the topmost block computes all of them: choosing rows is not free."""
 
@@ -56,7 +67,7 @@ class ParamGroup:
     """Leaf tensors that train together, and how they are called outside."""
 
     name: str
-    """``block 2``, ``layer 0``, ``embeddings``, ``lora``."""
+    """``block 2``, ``layer 0``, ``tables 8``: the last word is the unit's number; of benchmarks also ``lora``."""
     tensors: tuple[Tensor, ...]
     """fp32, or the bf16 high halves of fp32 values; what the arithmetic reads, but for slim blocks."""
     lows: tuple[Tensor, ...] = ()
@@ -89,8 +100,8 @@ class ExpandedModel:
     Args:
         backbone: the frozen base layers, NF4 or dense; its device is the model's.
         checkpoint: the base checkpoint: embeddings, final norm, head, and the blocks' initial values.
-        plan: which blocks are where; None is the plain base (for the baselines).
-        state: accumulated deltas of the expanded blocks; read again whenever a block's value is made.
+        plan: which blocks are where, or what else trains; None is the plain base.
+        state: accumulated deltas; read again whenever a value is made.
         dtype: compute dtype; trained values are fp32 whatever it is.
     """
 
@@ -127,6 +138,12 @@ class ExpandedModel:
         self._packed: dict[int, BlockWeights] = {}  # base layer -> its packed form
         self._strength = 1.0
         self._state: State = state or {}
+        self._version = 0
+        self._trainable: Trainable = plan.trainable if plan is not None else EXPANDED_BLOCKS
+        self._trains_tables = isinstance(self._trainable, BaseTensors) and self._trainable.tables
+        self._pairs: dict[int, dict[str, LoraPair]] = {}  # base layer -> published low-rank pairs at the strength
+        self._as_base = False
+        self._base_parts: dict[int | str, BlockWeights | Tensor] = {}  # of the base itself, where others stand in
         self._set_up(checkpoint.config)
 
     def _set_up(self, config: Mapping[str, Any]) -> None:
@@ -140,7 +157,7 @@ class ExpandedModel:
         self._specs = [BlockSpec(shape=self.shape, eps=eps, window=windows[source], fused=fused) for source in sources]
         self._eps = eps
         self._rotary = Rotary(config, self.shape.head_dim, self.dtype, self.device)
-        self._final_norm = self.checkpoint.tensor("model.norm.weight").to(self.device, self.dtype)
+        self._final_norm = self.checkpoint.tensor(FINAL_NORM).to(self.device, self.dtype)
 
     # What the model is
 
@@ -151,25 +168,53 @@ class ExpandedModel:
 
     @property
     def base_cut(self) -> int:
-        """Position of the lowest expanded block; the depth of the base where there is none."""
+        """Position of the lowest layer that trains; the depth of the base where there is none."""
         return self.plan.base_cut if self.plan is not None else self.num_positions
 
     @property
+    def takes_tokens(self) -> bool:
+        """True where the embedding itself trains: inputs are token ids, and no hidden state can be kept."""
+        return self._trains_tables
+
+    @property
     def strength(self) -> float:
-        """Factor on the out-tensors of all expanded blocks."""
+        """Factor on what the run has learnt: on out-tensors, on pairs, or on the change of base tensors."""
         return self._strength
 
-    def load_state(self, state: State) -> None:
-        """Sets every expanded block to its initial value plus its accumulated delta; ends any training."""
-        self._state = state
-        self._replaced.clear()
-        self._placed.clear()
+    def load_state(self, state: State, version: int = 0) -> None:
+        """Sets everything that trains to its initial value plus its accumulated delta; ends any training.
+
+        Args:
+            version: of the published state; merged pairs start in other directions in each.
+        """
+        self._state, self._version = state, version
+        self._forget_values()
 
     def set_strength(self, strength: float) -> None:
-        """Multiplies the out-tensors of all expanded blocks, in fp32; ends any training."""
+        """Multiplies the out-tensors of all expanded blocks, the pairs, or the change of the base's tensors, in fp32;
+        ends any training. 0 is the base itself."""
         self._strength = strength
+        self._forget_values()
+
+    def _forget_values(self) -> None:
         self._replaced.clear()
         self._placed.clear()
+        self._pairs.clear()
+        if self._trains_tables:
+            self._tables.clear()
+
+    @contextlib.contextmanager
+    def base_only(self) -> Iterator[None]:
+        """Inside, the model is the base, whatever has been learnt and whatever trains: the teacher."""
+        if self._as_base:
+            yield
+            return
+        self._as_base = True
+        try:
+            yield
+        finally:
+            self._as_base = False
+            self._base_parts.clear()
 
     def hold(self, *, residency: Residency, frozen: FrozenForm) -> None:
         """Chooses what stays in memory between passes (runtime.md 4.1); the numbers computed stay the same.
@@ -183,8 +228,9 @@ class ExpandedModel:
         if residency == "suffix" and not self.shape.tied_embeddings:
             self._tables.pop(self.embedding_name, None)
         entries = [entry.index for entry in self.stack if entry.kind == "base"]
-        above = [entry.index for entry in self.stack[self.base_cut :] if entry.kind == "base"]
-        below = [layer for layer in entries if layer not in above]
+        trained = self._trainable.layers if isinstance(self._trainable, BaseTensors) else ()
+        above = [e.index for e in self.stack[self.base_cut :] if e.kind == "base" and e.index not in trained]
+        below = [layer for layer in entries if layer not in above and layer not in trained]
         held: dict[str, list[int]] = {"decoded": [], "packed": []}
         held["decoded" if frozen == "decoded" else "packed"] += above
         if residency == "resident":
@@ -196,6 +242,7 @@ class ExpandedModel:
         if not any(table.requires_grad for table in self._tables.values()):
             self._tables.clear()
         self._placed.clear()
+        self._pairs.clear()
         self._packed.clear()
         self.backbone.release()
 
@@ -208,9 +255,17 @@ class ExpandedModel:
             state: default: the loaded one.
         """
         assert self.plan is not None
-        value = initial_tensor(self.checkpoint, self.plan, block_id, spec)
+        value = initial_value(self.checkpoint, self.plan, block_id, spec, self._version)
         delta = (self._state if state is None else state).get(block_id, {}).get(spec.name)
         return value if delta is None else value.add_(torch.from_numpy(np.ascontiguousarray(delta)))
+
+    def _moved(self, start: Tensor, unit: int, name: str) -> Tensor:
+        """``start`` plus the accumulated change of a base tensor times the strength, fp32; ``start`` is overwritten."""
+        delta = self._state.get(unit, {}).get(name)
+        if delta is None or self._strength == 0.0:
+            return start
+        change = torch.from_numpy(np.ascontiguousarray(delta)).to(start.device)
+        return start.add_(change if self._strength == 1.0 else change * self._strength)
 
     def _block(self, block_id: int, dtype: torch.dtype) -> BlockWeights:
         """An expanded block at the strength; strength is applied in fp32, then the value is rounded once."""
@@ -224,13 +279,81 @@ class ExpandedModel:
 
     def weights(self, position: int) -> BlockWeights:
         """The weights at a position of the stack; base layers are decoded by the backbone."""
+        entry = self.stack[position]
+        if self._as_base and entry.kind == "base":
+            return self._base_layer(position, entry)
         if position in self._replaced:
             return self._replaced[position]
-        entry = self.stack[position]
         if entry.kind == "block":
             if entry.index not in self._placed:
                 self._placed[entry.index] = self._block(entry.index, self.dtype)
             return self._placed[entry.index]
+        match self._trainable:
+            case BaseTensors(layers=layers) if entry.index in layers:
+                return self._changed_layer(entry)
+            case LowRankPairs(merged=True):
+                return self._changed_layer(entry)
+            case LowRankPairs():
+                pairs = self._published_pairs(entry.index)
+                frozen = self._frozen_layer(position, entry)
+                return replace(frozen, lora=pairs) if pairs else frozen
+            case _:
+                return self._frozen_layer(position, entry)
+
+    def _base_layer(self, position: int, entry: StackEntry) -> BlockWeights:
+        """A layer of the base as it was before the run: where it trains itself, from the checkpoint."""
+        if not isinstance(self._trainable, BaseTensors) or entry.index not in self._trainable.layers:
+            return self._frozen_layer(position, entry)
+        found = self._base_parts.get(entry.index)
+        if not isinstance(found, BlockWeights):
+            tensors = self.checkpoint.layer_tensors(entry.index)
+            found = self._base_parts[entry.index] = BlockWeights.of(self.shape, tensors, self.dtype, self.device)
+        return found
+
+    def _changed_layer(self, entry: StackEntry) -> BlockWeights:
+        """A base layer whose own weights have changed, in the compute dtype: one fp32 addition, rounded once."""
+        if entry.index not in self._placed:
+            weights = BlockWeights.empty(self.shape, self.dtype, self.device)
+            places = weights.named(self.shape)
+            if isinstance(self._trainable, BaseTensors):
+                for name, value in self.checkpoint.layer_tensors(entry.index).items():
+                    places[name].copy_(self._moved(value.float(), entry.index, name))
+            else:
+                for name, value in self.backbone.block(entry.index, self.dtype).named(self.shape).items():
+                    places[name].copy_(self._moved(value.float().clone(), entry.index, name))
+            self._placed[entry.index] = weights
+        return self._placed[entry.index]
+
+    def _published_pairs(self, layer: int) -> dict[str, LoraPair]:
+        """The pairs of a layer at the strength; none where nothing was learnt."""
+        assert isinstance(self._trainable, LowRankPairs)
+        if self._strength == 0.0 or layer not in self._state:
+            return {}
+        if layer not in self._pairs:
+            values = {spec.name: self._start(layer, spec).to(self.device, self.dtype) for spec in self._specs_of(layer)}
+            self._pairs[layer] = self._pairs_from(values, self._strength)
+        return self._pairs[layer]
+
+    def _specs_of(self, unit: int) -> tuple[TensorSpec, ...]:
+        assert self.plan is not None
+        return unit_tensors(self.plan.units, unit)
+
+    def _pairs_from(self, values: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, LoraPair]:
+        """A pair for every linear; those that are no target get one of rank 0, which adds zeros."""
+        assert isinstance(self._trainable, LowRankPairs)
+        sizes = {spec.name: spec.shape for spec in self.shape.block_tensors()}
+        pairs: dict[str, LoraPair] = {}
+        for linear in LINEARS:
+            a, b = values.get(f"{linear}.lora_A"), values.get(f"{linear}.lora_B")
+            if a is None or b is None:
+                out, inner = sizes[f"{linear}.weight"]
+                a = torch.zeros(0, inner, dtype=self.dtype, device=self.device)
+                b = torch.zeros(out, 0, dtype=self.dtype, device=self.device)
+            pairs[linear] = LoraPair(a, b, strength * self._trainable.scaling)
+        return pairs
+
+    def _frozen_layer(self, position: int, entry: StackEntry) -> BlockWeights:
+        """A base layer as the backbone has it."""
         if self._frozen == "nf4" and position >= self.base_cut:
             if entry.index not in self._packed:
                 stored = self.backbone.packed(entry.index)
@@ -239,11 +362,20 @@ class ExpandedModel:
         return self.backbone.block(entry.index, self.dtype)
 
     def _table(self, name: str) -> Tensor:
-        """Embedding or head (V, H) in the compute dtype, read when it is first needed."""
+        """Embedding or head (V, H), or the final norm where it trains, in the compute dtype or as it trains; read when
+        it is first needed."""
         if name == HEAD and self.shape.tied_embeddings:
             name = EMBEDDING
+        if self._as_base and self._trains_tables:
+            found = self._base_parts.get(name)
+            if not isinstance(found, Tensor):
+                found = self._base_parts[name] = self.checkpoint.tensor(name).to(self.device, self.dtype)
+            return found
         if name not in self._tables:
-            self._tables[name] = self.checkpoint.tensor(name).to(self.device, self.dtype)
+            value = self.checkpoint.tensor(name)
+            if self._trains_tables:
+                value = self._moved(value.float(), self.shape.num_layers, name)
+            self._tables[name] = value.to(self.device, self.dtype)
         return self._tables[name]
 
     # How it computes
@@ -255,7 +387,7 @@ class ExpandedModel:
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> (B, T, H); only the rows of these tokens are read where the table is not held."""
         name = self.embedding_name
-        if self._residency == "suffix" and name not in self._tables:
+        if self._residency == "suffix" and name not in self._tables and not self._trains_tables:
             rows = self.checkpoint.rows(name, ids.flatten().cpu().numpy(), self.dtype)
             return rows.view(*ids.shape, self.shape.hidden_size).to(self.device)
         return torch.nn.functional.embedding(ids.to(self.device), self._table(name)).to(self.dtype)
@@ -283,17 +415,18 @@ class ExpandedModel:
     def _pays(self, rows: Tensor, h: Tensor, position: int) -> bool:
         """Is it worth computing these rows apart? Also: no rows at all need the ordinary way to have a gradient."""
         replaced = self._replaced.get(position)
-        if replaced is not None and replaced.lora:
+        if isinstance(self._trainable, LowRankPairs) or (replaced is not None and replaced.lora):
             return False
         return 0 < len(rows) <= ROWS_APART_SHARE * h.shape[0] * h.shape[1]
 
     def forward_base(self, inputs: Tensor, from_position: int = 0) -> Tensor:
         """As :meth:`forward` to the top, skipping every expanded block: the base itself (the teacher)."""
-        h = inputs if inputs.is_floating_point() else self.embed(inputs)
-        for position in range(from_position, self.num_positions):
-            if self.stack[position].kind == "base":
-                h = self.run(h, position)
-        return h
+        with self.base_only():
+            h = inputs if inputs.is_floating_point() else self.embed(inputs)
+            for position in range(from_position, self.num_positions):
+                if self.stack[position].kind == "base":
+                    h = self.run(h, position)
+            return h
 
     def run(
         self,
@@ -316,7 +449,8 @@ class ExpandedModel:
 
     def final_rows(self, h: Tensor) -> Tensor:
         """The final norm on rows (N, H) of the residual stream: what the head reads."""
-        return rms_norm(h, self._final_norm.to(h.dtype), self._eps)
+        weight = self._table(FINAL_NORM) if self._trains_tables else self._final_norm
+        return rms_norm(h, weight.to(h.dtype), self._eps)
 
     @property
     def head(self) -> Tensor:
@@ -352,6 +486,65 @@ class ExpandedModel:
         ]
 
     # What trains
+
+    def train_units(
+        self, units: Sequence[int], optimizer: OptimizerMode = "fp32", width: float = 1.0
+    ) -> list[ParamGroup]:
+        """Makes these units of the plan leaf parameters, at this width where they have one; all else stays frozen.
+
+        Returns:
+            One group for each unit, in their order, its tensors named and shaped as ``unit_tensors`` says.
+
+        Raises:
+            ValueError: the strength is not 1, or there is no such width.
+        """
+        match self._trainable:
+            case ExpandedBlocks():
+                return self.train_blocks(units, optimizer, width)
+            case LowRankPairs() | BaseTensors():
+                if self._strength != 1.0:
+                    raise ValueError(f"training at strength {self._strength}, expected 1: it is for evaluation only")
+                self._replaced.clear()
+                train = self._train_pairs if isinstance(self._trainable, LowRankPairs) else self._train_base_unit
+                return [train(unit, width) for unit in units]
+            case MergedLinears():
+                raise ValueError("merged weights are published, not trained: the pairs train")
+
+    def _train_pairs(self, layer: int, width: float) -> ParamGroup:
+        """Low-rank pairs over one layer, which is frozen beside them."""
+        assert self.plan is not None
+        named: dict[str, Tensor] = {}
+        decayed: list[Tensor] = []
+        trained = unit_tensors(self.plan.units, layer, width)
+        for spec, part in zip(self._specs_of(layer), trained, strict=True):
+            value = _first(self._start(layer, spec), part.shape)
+            named[spec.name] = value.to(self.device).contiguous().clone().requires_grad_()
+            if spec.is_out:
+                decayed.append(named[spec.name])
+        position = self.stack.index(StackEntry(kind="base", index=layer))
+        entry, trainable = self.stack[position], self._trainable
+        merged = isinstance(trainable, LowRankPairs) and trainable.merged
+        frozen = self._changed_layer(entry) if merged else self._frozen_layer(position, entry)
+        self._pairs.pop(layer, None)
+        self._replaced[position] = replace(frozen, lora=self._pairs_from(named))
+        return ParamGroup(name=f"layer {layer}", tensors=tuple(named.values()), decayed=tuple(decayed), named=named)
+
+    def _train_base_unit(self, unit: int, width: float) -> ParamGroup:
+        """One base layer, or embedding, final norm and head, in fp32."""
+        del width
+        if unit == self.shape.num_layers:
+            self._tables.clear()
+            for spec in self._specs_of(unit):
+                self._tables[spec.name] = self._start(unit, spec).to(self.device).requires_grad_()
+            return ParamGroup(name=f"tables {unit}", tensors=tuple(self._tables.values()), named=dict(self._tables))
+        self._placed.pop(unit, None)
+        weights = BlockWeights.empty(self.shape, torch.float32, self.device)
+        places = weights.named(self.shape)
+        for spec in self._specs_of(unit):
+            places[spec.name].copy_(self._start(unit, spec))
+        leaves = weights.as_leaves()
+        self._replaced[self.stack.index(StackEntry(kind="base", index=unit))] = leaves
+        return _group(f"layer {unit}", leaves, leaves.named(self.shape))
 
     def train_blocks(
         self, blocks: Sequence[int], optimizer: OptimizerMode = "fp32", width: float = 1.0
@@ -443,7 +636,7 @@ class ExpandedModel:
                 groups.append(_group(f"layer {entry.index}", leaves, named))
         if embeddings:
             self._final_norm = self._final_norm.detach().float().clone().requires_grad_()
-            named = {"model.norm.weight": self._final_norm}
+            named = {FINAL_NORM: self._final_norm}
             for name in (EMBEDDING,) if self.shape.tied_embeddings else (EMBEDDING, HEAD):
                 self._tables[name] = self._table(name).detach().float().clone().requires_grad_()
                 named[name] = self._tables[name]
@@ -495,7 +688,7 @@ class ExpandedModel:
         return both
 
     def deltas(self, groups: Sequence[ParamGroup]) -> dict[int, LazyTensors]:
-        """Trained value minus the value that training started from, of the groups of :meth:`train_blocks`; of slim
+        """Trained value minus the value that training started from, of the groups of :meth:`train_units`; of slim
         blocks in the shapes that were trained.
 
         Computed tensor by tensor as they are asked for; the start is derived again from the checkpoint and the state
@@ -529,8 +722,8 @@ def open_model(
 
 
 def _by_block(groups: Sequence[ParamGroup]) -> dict[int, ParamGroup]:
-    """Those of :meth:`ExpandedModel.train_blocks` by the id of their block."""
-    return {int(group.name.removeprefix("block ")): group for group in groups}
+    """Those of :meth:`ExpandedModel.train_units` by the number of their unit."""
+    return {int(group.name.rpartition(" ")[2]): group for group in groups}
 
 
 def _first(values: Tensor, shape: Sequence[int]) -> Tensor:

@@ -22,8 +22,9 @@ from fedblocks.edge_client.starter import starter_folder
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.durable import write_durably
-from fedblocks.protocol.expansion import ExpansionPlan, plan_expansion
+from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import ResourceInfo
+from fedblocks.protocol.method_plan import plan_of
 from fedblocks.protocol.run_config import ConfigError
 
 #: Largest general validation file: it travels to every client that evaluates.
@@ -63,13 +64,9 @@ def init_run(
     config = run_config.from_mapping({}, overrides)
     checkpoint = Checkpoint.open(model)
     content_hash = base_hash(checkpoint.folder)
-    plan = plan_expansion(
-        base_hash=content_hash,
-        config=checkpoint.config,
-        placement=config.expansion.placement,
-        num_blocks=config.most_blocks,
-    )
-    verify_identity(checkpoint, plan)
+    plan = plan_of(config, base_hash=content_hash, model_config=checkpoint.config)
+    if plan.blocks:
+        verify_identity(checkpoint, plan)
     files = {"plan.json": plan.to_json().encode()}
     if general is not None:
         files["general.jsonl"] = _general_file(general)

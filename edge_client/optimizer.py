@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fedblocks.kernels.ops import Moments, Moments8Bit, adamw_step_, square_norm
+from fedblocks.kernels.ops import Moments, Moments8Bit, adamw_step_, merge_split, square_norm
 
 if TYPE_CHECKING:
     from fedblocks.edge_client.expanded_model import ParamGroup
@@ -67,11 +67,25 @@ class AdamW:
                 decay = weight_decay if id(tensor) in decayed else 0.0
                 self._slots.append(_Slot(tensor, low, decay, eight_bit=mode == "split_8bit", group=group.name))
         self._slot_of = {id(slot.tensor): slot for slot in self._slots}
+        self._proximal_weight = 0.0
 
-    def begin(self) -> None:
-        """Makes m and v, zero, and begins to collect gradients."""
+    def begin(self, proximal_weight: float = 0.0) -> None:
+        """Makes m and v, zero, and begins to collect gradients.
+
+        Args:
+            proximal_weight: mu of :meth:`pull_to_start`; above 0 the values of this moment are kept, in fp32.
+        """
+        self._proximal_weight = proximal_weight
         for slot in self._slots:
-            slot.begin()
+            slot.begin(keep_start=proximal_weight > 0)
+
+    @torch.no_grad()
+    def pull_to_start(self) -> None:
+        """Adds mu·(theta - theta_start) to every gradient: that of mu/2·|theta - theta_start|² (FedProx, Li et al.,
+        1812.06127). To be called once a step, before :meth:`clip_norm`."""
+        if self._proximal_weight > 0:
+            for slot in self._slots:
+                slot.pull_to_start(self._proximal_weight)
 
     def close(self) -> None:
         """Drops the state and all gradients; the tensors collect like any others again."""
@@ -154,6 +168,7 @@ class _Slot:
         self._buffer: Tensor | None = None
         self._collected = False
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._start: Tensor | None = None
 
     @property
     def gradient(self) -> Tensor | None:
@@ -162,8 +177,20 @@ class _Slot:
             return self.tensor.grad
         return self._buffer if self._collected else None
 
-    def begin(self) -> None:
+    @property
+    def _value(self) -> Tensor:
+        """fp32; the tensor itself where that is fp32."""
+        value = self.tensor.detach()
+        return value if self._low is None else merge_split(value, self._low)
+
+    def pull_to_start(self, weight: float) -> None:
+        gradient = self.gradient
+        if gradient is not None and self._start is not None:
+            gradient.add_(self._value - self._start, alpha=weight)
+
+    def begin(self, *, keep_start: bool = False) -> None:
         self.close()
+        self._start = self._value.clone() if keep_start else None
         self._moments = self._kind.zeros(self.tensor.numel(), self.tensor.device)
         self._steps = 0
         if self._low is not None:
@@ -174,7 +201,7 @@ class _Slot:
         self.forget()
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._buffer = self._moments = None
+        self._hook = self._buffer = self._moments = self._start = None
 
     def forget(self) -> None:
         self.tensor.grad = None

@@ -602,6 +602,23 @@ class PrefixStates:
             yield from itertools.repeat(None, self.cut - start)
 
 
+class TokenInputs(PrefixStates):
+    """Stands in where the embedding trains: the inputs are the token ids themselves, and nothing can be kept."""
+
+    def __init__(self, model: ExpandedModel) -> None:
+        super().__init__(model, None, cut=0)
+
+    def fill(self, samples: Iterable[npt.NDArray[np.int32]]) -> None:
+        """Nothing can be prepared."""
+
+    def padded(self, samples: Sequence[npt.NDArray[np.int32]]) -> Tensor:
+        """Token ids (B, longest) int64, right-padded with 0: no real token looks at a pad."""
+        batch = torch.zeros(len(samples), max(map(len, samples)), dtype=torch.int64)
+        for row, ids in zip(batch, samples, strict=True):
+            row[: len(ids)] = torch.from_numpy(ids.astype(np.int64))
+        return batch.to(self._model.device)
+
+
 def _waves(samples: Iterable[npt.NDArray[np.int32]], most: int) -> Iterator[list[npt.NDArray[np.int32]]]:
     """Parts of at most ``most`` tokens, or of one sample, in ascending length; equal lengths by their tokens.
 

@@ -26,7 +26,6 @@ from fedblocks.profiles.cost import (
     MEMORY_SAFETY,
     NF4_BYTES_PER_WEIGHT,
     NoFit,
-    StackLayout,
     Workload,
     choose_mode,
 )
@@ -202,7 +201,7 @@ def _fits(
     except ExpansionError as error:
         yield Check(name="fit", answer="no", text=str(error), remedy="this base cannot be expanded; ask the operator")
         return
-    layout = StackLayout(num_entries=len(plan.stack()), positions={b: plan.position(b) for b in plan.block_ids})
+    layout = plan.layout
     by_height = sorted(layout.positions, key=lambda block: -layout.positions[block])
     limit = options.runtime.memory_bytes
     usable = MEMORY_SAFETY * max(0, profile.memory_usable_bytes - profile.runtime_memory_bytes)

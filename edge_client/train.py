@@ -2,7 +2,9 @@
 
 Loss and optimizer are those of methods.md 5.1 and 5.4:
 
-    L = CE + lambda·KL_K,   CE = sum of -log p over the target tokens of the window / their number,
+    L = CE + lambda·KL_K + mu/2·|theta - theta_start|²
+
+                            CE = sum of -log p over the target tokens of the window / their number,
                             KL_K = mean over the anchor tokens of the window
 
 A *window* is what one optimizer step sees; it is cut into micro-batches, each of which weighs by its tokens, so the cut
@@ -30,7 +32,6 @@ from fedblocks.edge_client.optimizer import AdamW
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.kernels.ops import linear_cross_entropy, linear_kl_topk
 from fedblocks.profiles.cost import ExecutionMode
-from fedblocks.profiles.units import EXTRA_UNIT
 from fedblocks.protocol.messages import Assignment
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ class Hyper:
     weight_decay: float = 0.01
     """On the ``decayed`` tensors of each group only."""
     clip_norm: float = 1.0
+    proximal_weight: float = 0.0
+    """mu of FedProx."""
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     anchor_weight: float = 0.0
@@ -101,6 +104,7 @@ class Hyper:
             warmup_steps=task.warmup_steps,
             weight_decay=task.weight_decay,
             clip_norm=task.clip_norm,
+            proximal_weight=task.proximal_weight,
             betas=(task.adam_beta1, task.adam_beta2),
             eps=task.adam_eps,
             anchor_weight=task.anchor_weight,
@@ -193,7 +197,7 @@ def run_steps(
     windows, anchors = _with_targets(task), iter(anchor)
     result = StepsResult()
     skips = 0
-    optimizer.begin()
+    optimizer.begin(proximal_weight=hyper.proximal_weight)
     try:
         for step in range(hyper.steps):
             began = now()
@@ -209,6 +213,7 @@ def run_steps(
                 scale = weight / sum(len(batch.rows) for batch in anchor_window)
                 kl = sum(_backward(losses.anchor(batch, scale)) for batch in anchor_window)
                 result.anchor_kl.append((step, kl / weight))
+            optimizer.pull_to_start()
             in_second_half = step >= hyper.steps - second_half
             energies = optimizer.energies(groups) if in_second_half else []
             if math.isfinite(optimizer.clip_norm(hyper.clip_norm)):
@@ -312,8 +317,9 @@ def _states_at_own_cut(
     from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore
 
     assert model.plan is not None
-    low = min(model.plan.position(block) for block in task.blocks if block != EXTRA_UNIT)
-    if low == prefix.cut or max_bytes <= 0:
+    positions = model.plan.layout.positions
+    low = min(positions[block] for block in task.blocks if block in positions)
+    if model.takes_tokens or low == prefix.cut or max_bytes <= 0:
         return prefix
     store = RecordStore(Path(), location="ram", max_bytes=max_bytes, warn=warn)
     return PrefixStates(model, store, cut=low, source=prefix)
@@ -406,7 +412,7 @@ def train(
 
     began = now()
     model.recompute = mode.checkpoint
-    groups = model.train_blocks(task.blocks, mode.optimizer, task.width)
+    groups = model.train_units(task.blocks, mode.optimizer, task.width)
     result = run_steps(
         groups=groups,
         losses=objective.losses(model, states.cut),
@@ -417,8 +423,6 @@ def train(
         now=now,
         status=status,
     )
-    # Weight decay and energy are of out-tensors: an extra tensor set has none.
-    energy = (*result.gradient_energy, *(0.0 for block in task.blocks if block == EXTRA_UNIT))
     quarter = max(1, task.steps // 4)
     last_kl = [kl for step, kl in result.anchor_kl if step >= task.steps - quarter] or [
         kl for _, kl in result.anchor_kl[-1:]
@@ -434,5 +438,11 @@ def train(
         prefix_s=prefix_s,
         train_s=now() - began,
         step_s=statistics.median(result.step_s),
-        gradient_energy=energy,
+        gradient_energy=_energy_of_each(groups, result.gradient_energy),
     )
+
+
+def _energy_of_each(groups: Sequence[ParamGroup], found: Iterable[float]) -> tuple[float, ...]:
+    """One number for each group; 0 where it has no out-tensors to measure it on: base layers, an extra tensor set."""
+    energies = iter(found)
+    return tuple(next(energies) if group.decayed else 0.0 for group in groups)

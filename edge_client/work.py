@@ -32,7 +32,7 @@ from fedblocks.edge_client.memory import (
     give_back_freed_memory,
     return_large_blocks,
 )
-from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, cut_fields, cut_key, evict_others
+from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, TokenInputs, cut_fields, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.store import ClientStore
@@ -40,7 +40,7 @@ from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
 from fedblocks.kernels.ops import DISPATCHER
 from fedblocks.profiles.cost import ModeChoice, NoFit, Workload, choose_mode, step_time
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.profiles.units import block_units
+from fedblocks.profiles.units import BaseTensors, LowRankPairs, block_units
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -88,10 +88,27 @@ class Shared:
     """Name of the folder -> store."""
 
 
+class BaseTrainingRefusedError(RuntimeError):
+    """The run trains the base's own weights, which this site does not allow; the text names the key."""
+
+    exit_code = 5
+
+
 class DoesNotFitError(RuntimeError):
     """This device cannot train even the smallest assignment of the run; the text says what it would take."""
 
     exit_code = 5
+
+
+def _refuse_base_training(plan: ExpansionPlan, allowed: bool) -> None:
+    trainable = plan.trainable
+    merges = isinstance(trainable, LowRankPairs) and trainable.merged
+    if allowed or not (merges or isinstance(trainable, BaseTensors)):
+        return
+    raise BaseTrainingRefusedError(
+        "this run changes the base model's own weights, which this site has not allowed; to take part, set "
+        "allow_base_training = true in the section [limits] of the site file"
+    )
 
 
 class Workbench:
@@ -109,6 +126,7 @@ class Workbench:
         emulation: the device to emulate, if any.
         shared: with other clients of this process, none of which can be told apart by its memory: what a task takes is
             then reported as predicted.
+        allow_base_training: may the base's own weights train, or be changed by the published state?
         least_width: the smallest share of a block that this run may ask for: who cannot train that takes no part.
         active_blocks: ids of the plan's blocks that the model has now; empty: all. A task may bring another set.
         say: for warnings.
@@ -127,6 +145,7 @@ class Workbench:
         cache: CacheSettings | None = None,
         emulation: Emulation | None,
         shared: Shared | None = None,
+        allow_base_training: bool = False,
         least_width: float = 1.0,
         active_blocks: Sequence[int] = (),
         say: Callable[[str], None],
@@ -137,6 +156,7 @@ class Workbench:
         self.data = data
         self.client = client
         self.plan = ExpansionPlan.from_json(store.resource("plan.json").read_bytes())
+        _refuse_base_training(self.plan, allow_base_training)
         self.memory_limit_bytes = memory_limit_bytes
         self.emulation = emulation
         self._checkpoint = checkpoint
@@ -183,13 +203,20 @@ class Workbench:
         cut, lowest = self.model.base_cut, self.plan.base_cut
         fields = cut_fields(self.model, self._base_hash, cut=cut)
         key = cut_key(self.model, self._base_hash, cut=cut)
-        of_teacher = f"{cut_key(self.model, self._base_hash, cut=lowest)}.teacher"
+        # Where base layers train, the teacher has them as the checkpoint stores them, not in 4 bits.
+        teacher = "dense.teacher" if isinstance(plan.trainable, BaseTensors) else "teacher"
+        of_teacher = f"{cut_key(self.model, self._base_hash, cut=lowest)}.{teacher}"
         folder = self.store.cache_folder / "prefix"
         if self._shared is None:
             for name in [name for name in self._stores if name not in (key, of_teacher)]:
                 self._stores.pop(name).close()
             evict_others(folder, [key, of_teacher], self._say, now=fields)
-        self.prefix = PrefixStates(self.model, self._open_store(folder / key, fields))
+        if self.model.takes_tokens:
+            self.prefix: PrefixStates = TokenInputs(self.model)
+        elif cut == 0:  # embeddings alone are not worth keeping
+            self.prefix = PrefixStates(self.model, None)
+        else:
+            self.prefix = PrefixStates(self.model, self._open_store(folder / key, fields))
         records = self._open_store(folder / of_teacher, cut_fields(self.model, self._base_hash, cut=lowest))
         self.teacher = open_teacher(anchors=self._anchors, model=self.model, prefix=self.prefix, store=records)
 
@@ -259,7 +286,7 @@ class Workbench:
             version, state = self.store.held_state()
             if version == update.to_version:  # from here on read from the file, when a block's value is made
                 self.state = state
-        self.model.load_state(self.state)
+        self.model.load_state(self.state, self.held_version)
 
     def measure(
         self, wanted: Sequence[Measure], *, seed: int, strengths: Sequence[float] = (1.0,)
@@ -393,7 +420,7 @@ class Workbench:
         except (MemoryError, torch.OutOfMemoryError) as error:
             return self._failed(task, "oom", str(error)[:300] or type(error).__name__)
         finally:
-            self.model.load_state(self.state)
+            self.model.load_state(self.state, self.held_version)
             self.model.release()
         predicted = chosen.memory.peak
         peak_bytes = memory.peak_bytes if self._shared is None else predicted
@@ -486,10 +513,18 @@ class Workbench:
             steps=task.steps,
             anchor_batch_size=task.anchor_batch_size if task.anchor_weight > 0 else 0,
             anchor_every=task.anchor_every,
+            keeps_start=task.proximal_weight > 0,
         )
 
     def _workload(
-        self, *, batch_size: int, micro_batch_size: int, steps: int, anchor_batch_size: int, anchor_every: int
+        self,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        steps: int,
+        anchor_batch_size: int,
+        anchor_every: int,
+        keeps_start: bool = False,
     ) -> Workload:
         statistics = self.data.statistics()
         anchors = self.teacher.anchors
@@ -504,4 +539,5 @@ class Workbench:
             anchor_tokens=max(1, anchors.num_tokens // len(anchors.sequences)),
             anchor_every=anchor_every,
             dtype_bytes=self.model.dtype.itemsize,
+            keeps_start=keeps_start,
         )

@@ -148,6 +148,8 @@ class Fleet:
     chance: Chance = Chance()
     run: Mapping[str, Any] = field(default_factory=dict)
     """``section.key`` of run.toml -> value."""
+    method: str = ""
+    """``run.method``; empty: as ``run`` says, else the default."""
     seed: int = 0
     max_hours: float = 1000.0
     tick_s: float = 1.0
@@ -209,7 +211,7 @@ def _fleet(content: dict[str, Any]) -> Fleet:
     hints = typing.get_type_hints(Fleet)
     plain = {
         key: checked_value(key, hints[key], content[key])
-        for key in ("seed", "max_hours", "tick_s", "alpha", "share_topics", "costs_of")
+        for key in ("method", "seed", "max_hours", "tick_s", "alpha", "share_topics", "costs_of")
         if key in content
     }
     return Fleet(

@@ -27,10 +27,11 @@ import zmq
 
 from fedblocks.fleet_file import SHAPES, Event, Fleet, Group
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, plan_expansion
+from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan
 from fedblocks.protocol.keys import KeyPair
 from fedblocks.protocol.messages import Assignment, ClientKey, Evaluate
-from fedblocks.protocol.run_config import ConfigError, Placement
+from fedblocks.protocol.method_plan import plan_of
+from fedblocks.protocol.run_config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from fedblocks.virtual_client import Costs, Span, VirtualClient
@@ -273,7 +274,8 @@ def make_run(fleet: Fleet, inputs: Inputs, out: Path) -> None:
     """The run folder, as ``fedblocks init`` makes it."""
     from fedblocks.edge_client.init_run import init_run
 
-    settings = tuple(f"{key}={_text(value)}" for key, value in fleet.run.items())
+    named = {"run.method": fleet.method} if fleet.method else {}
+    settings = tuple(f"{key}={_text(value)}" for key, value in {**fleet.run, **named}.items())
     init_run(
         model=inputs.model,
         out=out / "run",
@@ -285,7 +287,9 @@ def make_run(fleet: Fleet, inputs: Inputs, out: Path) -> None:
 
 
 def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    return "inf" if value == math.inf else json.dumps(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -329,11 +333,12 @@ def _scaled(group: Group, default_scale: float, **of_host: Any) -> DeviceProfile
     )
 
 
-def priced_plan(name: str, plan: ExpansionPlan, placement: Placement) -> ExpansionPlan:
-    """The same number of blocks, placed by the same rule, in the model whose costs are meant.
+def priced_plan(name: str, plan: ExpansionPlan, run: RunConfig) -> ExpansionPlan:
+    """The same run over the model whose costs are meant.
 
     Args:
         name: of :data:`fedblocks.fleet_file.SHAPES`, or the path of a config.json.
+        run: says what trains.
 
     Raises:
         ConfigError: the file is no config.json of a model that can be expanded.
@@ -357,10 +362,14 @@ def priced_plan(name: str, plan: ExpansionPlan, placement: Placement) -> Expansi
         except (OSError, ValueError) as error:
             raise ConfigError(f"costs_of: {name} cannot be read ({error}), expected a config.json") from error
     try:
-        return plan_expansion(
-            base_hash=plan.base_hash, config=config, placement=placement, num_blocks=len(plan.block_ids)
-        )
-    except ExpansionError as error:
+        priced = plan_of(run, base_hash=plan.base_hash, model_config=config)
+        if priced.unit_ids != plan.unit_ids:
+            raise ConfigError(
+                f"run.method {run.run.method!r} trains the model's own layers, {plan.shape.num_layers} here and "
+                f"{priced.shape.num_layers} there; what works: a model with as many layers, or a method with blocks"
+            )
+        return priced
+    except (ConfigError, ExpansionError) as error:
         raise ConfigError(f"costs_of: {name}: {error}") from error
 
 
@@ -429,7 +438,7 @@ class _Simulation:
             registry.enrol(key_of(fleet.seed, name).public, name, now_unix_s=START_UNIX_S)
         plan, self._priced = self._folder.plan, self._folder.plan
         if fleet.costs_of:
-            self._priced = priced_plan(fleet.costs_of, plan, self._folder.config.expansion.placement)
+            self._priced = priced_plan(fleet.costs_of, plan, self._folder.config)
         self._shared = Shared(
             backbone=Backbone.open(
                 Checkpoint.open(inputs.model), out / "sites" / SHARED_FOLDER, base_hash=plan.base_hash
@@ -501,7 +510,11 @@ class _Simulation:
         own_rows = dealt(rows, group.examples, self._fleet.alpha, rng)
         (home / "data.jsonl").write_text("\n".join(own_rows) + "\n", encoding="utf-8")
         site = write_invitation(self._out / "run", name=name, out=home / "site.toml")
-        site = replace(site, join=replace(site.join, share_topics=self._fleet.share_topics))
+        site = replace(
+            site,
+            join=replace(site.join, share_topics=self._fleet.share_topics),
+            limits=replace(site.limits, allow_base_training=True),
+        )
         self._encoder = self._encoder or TextEncoder(inputs.model, site.data)
         data = load_site_data(home / "data.jsonl", self._encoder)
         costs, profile = self._costs(group)

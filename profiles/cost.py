@@ -12,12 +12,23 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple
 
 from fedblocks.profiles.device import Accelerator, DeviceProfile
 from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.units import (
+    EXPANDED_BLOCKS,
+    BaseTensors,
+    ExpandedBlocks,
+    LowRankPairs,
+    Trainable,
+    TrainedUnits,
+    Units,
+    unit_parameters,
+    unit_tensors,
+)
 
 PayloadFormat = Literal["int8", "bf16", "fp32"]
 OptimizerMode = Literal["fp32", "split", "split_8bit"]
@@ -62,7 +73,7 @@ MEMORY_SAFETY: Final = 0.9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackLayout:
-    """Where the expanded blocks stand in the expanded stack, position 0 at the bottom.
+    """Where the expanded blocks, or what else trains, stand in the stack, position 0 at the bottom.
 
     Raises:
         ValueError: no block, a position outside the stack, or two blocks at one position.
@@ -72,6 +83,10 @@ class StackLayout:
     """L' = base layers + expanded blocks."""
     positions: Mapping[int, int]
     """Block id -> position in the stack."""
+    trainable: Trainable = EXPANDED_BLOCKS
+    """What trains at these positions (``profiles/units.py``)."""
+    beside: Mapping[int, int] = field(default_factory=dict[int, int])
+    """Units that stand nowhere in the stack and always train (the tables, an extra set) -> their parameters."""
 
     def __post_init__(self) -> None:
         taken = sorted(self.positions.values())
@@ -85,6 +100,22 @@ class StackLayout:
     def base_cut(self) -> int:
         """Position of the lowest expanded block: what lies below is the same for the whole run and is cached."""
         return min(self.positions.values())
+
+    @property
+    def num_held(self) -> int:
+        """Entries of the stack that are kept as expanded blocks are: in the compute dtype, beside the frozen layers."""
+        return 0 if isinstance(self.trainable, LowRankPairs) else len(self.positions)
+
+    @property
+    def teacher_layers(self) -> int:
+        """Base layers from the cut up, through which the teacher goes."""
+        added = len(self.positions) if isinstance(self.trainable, ExpandedBlocks) else 0
+        return self.num_entries - self.base_cut - added
+
+    @property
+    def trains_tables(self) -> bool:
+        """Do embedding, final norm and head train?"""
+        return isinstance(self.trainable, BaseTensors) and self.trainable.tables
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -134,6 +165,8 @@ class Workload:
     round keeps its own cache there (first use over uses)."""
     fresh_anchor_share: float = 1.0
     """The same of anchor sequences."""
+    keeps_start: bool = False
+    """The values that training started from are kept beside those that train (the proximal term)."""
     cache_bytes: int = 0
     """Hidden states that are kept in memory instead of files: the round's own cache, or all."""
 
@@ -228,6 +261,21 @@ def _slice_sizes(shape: ModelShape, width: float) -> tuple[int, int, int]:
     return linear, sum(t.size for t in tensors), shape.hidden_size * max(joined)
 
 
+@lru_cache(maxsize=256)
+def _pair_sizes(shape: ModelShape, pairs: LowRankPairs, width: float) -> tuple[int, int, int]:
+    """The same of the low-rank pairs over one layer."""
+    specs = unit_tensors(TrainedUnits(shape=shape, trainable=pairs), 0, width)
+    total = sum(spec.size for spec in specs)
+    return total, total, max(spec.size for spec in specs)
+
+
+def _trained_sizes(shape: ModelShape, layout: StackLayout, width: float) -> tuple[int, int, int]:
+    """What trains at one position of the layout."""
+    if isinstance(layout.trainable, LowRankPairs):
+        return _pair_sizes(shape, layout.trainable, width)
+    return _slice_sizes(shape, 1.0 if isinstance(layout.trainable, BaseTensors) else width)
+
+
 class _Set(NamedTuple):
     """What the cost of a set of trained blocks depends on: all sets that agree in these cost the same."""
 
@@ -241,7 +289,7 @@ class _Set(NamedTuple):
 
 
 def _set_of(layout: StackLayout, blocks: Iterable[int], width: float = 1.0) -> _Set:
-    chosen = set(blocks)
+    chosen = set(blocks) - layout.beside.keys()
     positions = layout.positions
     if not chosen or not chosen <= positions.keys():
         unknown = sorted(chosen - positions.keys())
@@ -339,12 +387,18 @@ def _suffix_flops(
 ) -> float:
     above = layout.num_entries - of.low - 1  # with a gradient, the topmost left out
     trained = of.size - of.top_trains
-    rows = _rows_apart(label_share)
-    total = fresh_share * (of.low - layout.base_cut) * forward_block_flops(shape, context)
-    total += trained * trained_block_flops(shape, context, width=of.width)
+    pairs = isinstance(layout.trainable, LowRankPairs)
+    rows = _rows_of(layout, label_share)
+    if pairs:  # two products forward, two each for the gradients of inputs and pairs
+        trained, total = 0, 6.0 * of.size * _trained_sizes(shape, layout, of.width)[0]
+    else:
+        total = 0.0
+    width = 1.0 if isinstance(layout.trainable, BaseTensors) else of.width
+    total += fresh_share * (of.low - layout.base_cut) * forward_block_flops(shape, context)
+    total += trained * trained_block_flops(shape, context, width=width)
     total += (above - trained) * frozen_block_flops(shape, context)
-    if of.top_trains:
-        total += trained_block_flops(shape, context, rows, of.width)
+    if of.top_trains and not pairs:
+        total += trained_block_flops(shape, context, rows, width)
     else:
         total += frozen_block_flops(shape, context, rows)
     if checkpoint:
@@ -354,6 +408,11 @@ def _suffix_flops(
 
 def _rows_apart(label_share: float) -> float:
     return label_share if label_share <= ROWS_APART_SHARE else 1.0
+
+
+def _rows_of(layout: StackLayout, label_share: float) -> float:
+    """Of a layer with low-rank pairs all rows are computed."""
+    return 1.0 if isinstance(layout.trainable, LowRankPairs) else _rows_apart(label_share)
 
 
 def step_flops(
@@ -373,7 +432,7 @@ def _step_flops(shape: ModelShape, layout: StackLayout, of: _Set, work: Workload
         tokens
         * (
             _suffix_flops(shape, layout, of, context, share, fresh_share=fresh, checkpoint=checkpoint)
-            + head_flops(shape, share)
+            + (1.5 if layout.trains_tables else 1.0) * head_flops(shape, share)
         )
         for tokens, context, share, fresh in _token_kinds(work)
     )
@@ -391,8 +450,10 @@ def _token_kinds(work: Workload) -> Iterator[tuple[float, float, float, float]]:
 def fill_flops(shape: ModelShape, layout: StackLayout, work: Workload) -> float:
     """First pass over samples that are not cached: the prefix, and for anchor samples the base's remaining layers and
     its head as well (the teacher is the stack without the expanded blocks)."""
-    base_above = layout.num_entries - layout.base_cut - len(layout.positions)
-    teacher = base_above * forward_block_flops(shape, work.anchor_tokens) + 2.0 * shape.vocab_size * shape.hidden_size
+    teacher = (
+        layout.teacher_layers * forward_block_flops(shape, work.anchor_tokens)
+        + 2.0 * shape.vocab_size * shape.hidden_size
+    )
     return work.new_tokens * prefix_flops(shape, layout, work.mean_tokens) + work.new_anchor_tokens * (
         prefix_flops(shape, layout, work.anchor_tokens) + teacher
     )
@@ -494,7 +555,8 @@ class _Time:
         state_bytes = (work.batch_size * work.mean_tokens + anchor_tokens) * shape.hidden_size * work.dtype_bytes
         self._read_s = state_bytes / device.disk_read_bytes_per_s
         self._blocks_at = tuple(layout.positions.values())
-        self._base_above_cut = layout.num_entries - layout.base_cut - len(self._blocks_at)
+        self._base_above_cut = layout.num_entries - layout.base_cut - layout.num_held
+        self._beside = sum(layout.beside.values())
         #: Of a token in a block: residual and norm of both halves; gate, up, product; q, k, v; attention's output.
         self._token_elements = 4 * shape.hidden_size + 3 * (shape.intermediate_size + shape.q_size + shape.kv_size)
         # The overhead was measured on steps of one pass of each kind.
@@ -519,7 +581,7 @@ class _Time:
         moved = OPTIMIZER_BYTES_MOVED + (MOMENTS_8BIT_BYTES_MOVED if mode.approximate else 0)
         if self._work.dtype_bytes == 2 and mode.optimizer != "fp32":
             moved += HALVES_BYTES_MOVED
-        trained = of.size * _slice_sizes(self._shape, of.width)[1]
+        trained = of.size * _trained_sizes(self._shape, self._layout, of.width)[1] + self._beside
         per_pass_s = parts.weights_s + (parts.decoding_s if mode.frozen == "nf4" else 0.0)
         return StepParts(
             parts.arithmetic_s,
@@ -541,15 +603,17 @@ class _Time:
         above = layout.num_entries - of.low - 1  # with a gradient, the topmost left out
         attention = tokens_in_blocks = 0.0
         for tokens, context, share, fresh in _token_kinds(work):
-            rows = _rows_apart(share)
+            rows = _rows_of(layout, share)
             tokens_in_blocks += tokens * (fresh * below + (4 if checkpoint else 3) * (above + rows))
             backward = (4.5 if checkpoint else 3.5) * (above + 1 - (1 - rows) ** 2)
             attention += tokens * (fresh * below + backward) * attention_flops(shape, context)
         flops = _step_flops(shape, layout, of, work, checkpoint)
         # Read going forward, going back, and once more between; gradients are read and written where passes add up.
         weights = (below + (3 if checkpoint else 2) * (above + 1)) * self._block
-        weights += 2 * of.size * _slice_sizes(shape, of.width)[1] + 2 * shape.vocab_size * shape.hidden_size
-        frozen_above = above + 1 - sum(position >= of.low for position in self._blocks_at)
+        trained = of.size * _trained_sizes(shape, layout, of.width)[1] + self._beside
+        weights += 2 * trained + 2 * shape.vocab_size * shape.hidden_size
+        held = sum(position >= of.low for position in self._blocks_at) if layout.num_held else 0
+        frozen_above = above + 1 - held
         decoded = work.fresh_share * (self._base_above_cut - frozen_above) + (3 if checkpoint else 2) * frozen_above
         arithmetic_s, attention_s = (flops - attention) / device.gemm_flops_per_s, attention / device.gemm_flops_per_s
         decoding_s = decoded * self._decode_layer_s
@@ -683,19 +747,31 @@ def upload_bytes(
     Raises:
         ValueError: a density outside (0, 1].
     """
+    return num_blocks * unit_bytes(shape, 0, payload_format, density, width)
+
+
+@lru_cache(maxsize=4096)
+def unit_bytes(
+    of: Units, unit: int, payload_format: PayloadFormat = "int8", density: float = 1.0, width: float = 1.0
+) -> int:
+    """The part of one unit in such a payload.
+
+    Raises:
+        ValueError: a density outside (0, 1].
+    """
     if not 0 < density <= 1:
         raise ValueError(f"upload: density is {density}, expected a number in (0, 1]")
     if payload_format != "int8":
-        return num_blocks * shape.slice_parameters(width) * (2 if payload_format == "bf16" else 4)
+        return unit_parameters(of, unit, width) * (2 if payload_format == "bf16" else 4)
     total = 0
-    for spec in shape.block_tensors(width):
+    for spec in unit_tensors(of, unit, width):
         rows, columns = spec.rows_cols
         if len(spec.shape) == 1:
             total += columns + 4
             continue
         kept = math.ceil(density * rows)
         total += kept * (columns + 4) + (0 if density == 1 else math.ceil(rows / 8))
-    return num_blocks * total
+    return total
 
 
 def download_bytes(
@@ -884,9 +960,13 @@ class _Memory:
         linear, self._block = _sizes(shape)
         self._shape = shape
         self._e, self._h, self._i = e, h, i
-        self._base_cut, self._entries, self._num_blocks = layout.base_cut, layout.num_entries, len(layout.positions)
-        self._positions = tuple(layout.positions.values())
-        self._base_above = layout.num_entries - layout.base_cut - len(layout.positions)
+        self._layout = layout
+        self._base_cut, self._entries, self._num_blocks = layout.base_cut, layout.num_entries, layout.num_held
+        self._positions = tuple(layout.positions.values()) if layout.num_held else ()
+        self._base_above = layout.num_entries - layout.base_cut - layout.num_held
+        self._pairs = isinstance(layout.trainable, LowRankPairs)
+        self._value_bytes = 8 if work.keeps_start else 4
+        self._beside = sum(layout.beside.values())
         vectors = self._block - linear
         self._packed = math.ceil(linear * NF4_BYTES_PER_WEIGHT) + 4 * vectors + 7 * NF4_MATRIX_BYTES
         self._largest = max(2 * h * i, (q + 2 * kv) * h)
@@ -899,8 +979,9 @@ class _Memory:
         # Read in the checkpoint's two bytes, then widened.
         self._head_reading = shape.vocab_size * h * 2 if e == 4 else 0
         on_gpu = accelerator == "cuda"
+        fused = on_gpu and not self._pairs
         self._saved = {
-            trained: SavedBytes.of(shape, e, trained=trained, fused=on_gpu, shared_keys=on_gpu)
+            trained: SavedBytes.of(shape, e, trained=trained, fused=fused, shared_keys=on_gpu)
             for trained in (False, True)
         }
         #: Per token of a forward pass without a tape: residual, norm, gate, up, their product; q, k, v; what attention
@@ -956,12 +1037,16 @@ class _Memory:
         if self._base_cut:
             streamed = block * self._e + (0 if mode.residency == "resident" else 2 * self._packed)
             yield _Moment("prefix", frozen + streamed, blocks, head, 0, 0, kept, self._prefix_work)
+        if isinstance(self._layout.trainable, BaseTensors) and self._work.anchor_batch_size:  # the teacher: the base
+            tables = self._beside * self._e if self._layout.trains_tables else 0
+            yield _Moment("prefix", frozen + blocks, blocks, head + tables, 0, 0, kept, self._measuring_work)
         work = max(self._measuring_work + self._decoding(mode), self._head_reading)
         yield _Moment("measuring", frozen, blocks, head, 0, 0, kept, work)
 
     def after_training(self, of: _Set, mode: ExecutionMode) -> Iterator[_Moment]:
         """The change that the steps have made, one tensor after the other, and its encoding, beside nothing else."""
-        trained, largest, kept = of.size * self._slice(of)[0], self._largest_tensor, self._work.cache_bytes
+        trained, largest, kept = self._trained(of), self._largest_tensor, self._work.cache_bytes
+        largest = min(largest, trained)
         blocks = self._not_training(of)
         # Start and difference of one tensor, and its value where that is in two halves; the start is read in 2 bytes.
         work = largest * ((8 if self._e == 4 else 12) + 2)
@@ -972,10 +1057,10 @@ class _Memory:
 
     def training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, _Moment]:
         """The worst moment of a pass, and the optimizer's step."""
-        trained = of.size * self._slice(of)[0]
+        trained = self._trained(of)
         frozen, head, blocks = self._frozen(mode), self._tables(mode), self._not_training(of)
         moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
-        held = 4 * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
+        held = self._value_bytes * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
         gradients, saved, work = self._worst_of_pass(of, mode)
         return (
             _Moment("training", frozen, blocks, head, held + gradients, saved, self._inputs, work),
@@ -984,10 +1069,10 @@ class _Memory:
 
     def _step_moment(self, of: _Set, mode: ExecutionMode) -> _Moment:
         """The optimizer's step."""
-        trained = of.size * self._slice(of)[0]
+        trained = self._trained(of)
         chunked = self._e == 2 or mode.approximate
         scratch = 4 * OPTIMIZER_CHUNK_BUFFERS * min(OPTIMIZER_CHUNK, self._largest) if chunked else 0
-        every = trained * (4 + GRADIENT_BYTES) + math.ceil(trained * MOMENT_BYTES[mode.optimizer])
+        every = trained * (self._value_bytes + GRADIENT_BYTES) + math.ceil(trained * MOMENT_BYTES[mode.optimizer])
         blocks = self._not_training(of)
         return _Moment("training", self._frozen(mode), blocks, self._tables(mode), every, 0, self._inputs, scratch)
 
@@ -995,12 +1080,17 @@ class _Memory:
         """Parameters that train in one block, and the most of them in one matrix."""
         found = self._slices.get(of.width)
         if found is None:
-            found = self._slices[of.width] = _slice_sizes(self._shape, of.width)[1:]
+            found = self._slices[of.width] = _trained_sizes(self._shape, self._layout, of.width)[1:]
         return found
+
+    def _trained(self, of: _Set) -> int:
+        """All parameters that train."""
+        return of.size * self._slice(of)[0] + self._beside
 
     def _not_training(self, of: _Set) -> int:
         """Expanded blocks in the compute dtype: those of others, and the whole of those that train in part."""
-        whole = self._num_blocks - (of.size if of.width == 1.0 else 0)
+        trained_whole = of.width == 1.0 or isinstance(self._layout.trainable, BaseTensors)
+        whole = self._num_blocks - (of.size if trained_whole and not self._pairs else 0)
         return whole * self._block * self._e
 
     def _autograd_keeps(self, mode: ExecutionMode) -> bool:
@@ -1026,7 +1116,7 @@ class _Memory:
         above = self._entries - of.low - sum(position >= of.low for position in self._positions)
         for kind in self._kinds(mode):
             if of.low > self._base_cut:
-                before = of.size * self._slice(of)[0] * GRADIENT_BYTES if self._adds_up(kind, mode) else 0
+                before = self._trained(of) * GRADIENT_BYTES if self._adds_up(kind, mode) else 0
                 yield (before, 0, kind.sequences * kind.tokens * self._forward), True
             at_head, *behind = self._backward(of, mode, kind)
             yield at_head, False
@@ -1061,7 +1151,7 @@ class _Memory:
         e, row_bytes, block_gradient = self._e, self._h * self._e, trained_parameters * GRADIENT_BYTES
         last = self._entries - of.low - 1
         tokens = kind.sequences * kind.tokens
-        rows = _rows_apart(kind.rows)
+        rows = _rows_of(self._layout, kind.rows)
         wanted = kind.sequences * math.ceil(kind.rows * kind.tokens)
         top_trains = of.top_trains or last == 0
         middle = max(0, of.size - (2 if top_trains else 1))  # 1 ... middle train
@@ -1086,7 +1176,7 @@ class _Memory:
             return every + copies
 
         own_gradients = self._autograd_keeps(mode)
-        every_gradient = of.size * block_gradient if own_gradients else 0
+        every_gradient = self._trained(of) * GRADIENT_BYTES if own_gradients else 0
         at_head = (last + 1) * tokens * row_bytes if mode.checkpoint else saved_from(0)
         # Wanted rows, their norm and its gradient; the rows are gathered where the block computed all of them.
         head_work = (3 if rows < 1 else 4) * wanted * row_bytes + 4 * wanted + self._logits(wanted)
@@ -1098,14 +1188,17 @@ class _Memory:
                 continue
             count = wanted if index == 0 and rows < 1 else tokens
             work = (3 if trains(index) else 4) * count * self._i * e
+            if self._pairs:  # what the pairs add to gate and up, and the sum
+                work += 4 * count * self._i * e
             gradients = every_gradient
             if trains(index) and not growing:
                 work = max(work, self._new_gradient_bytes(mode, kind, largest))
             elif growing:
                 above = (top_trains and index > 0) + min(max(index - 1, 0), middle)
-                down = self._shape.slice_sizes(of.width)[2] * self._h
+                beside = self._beside * GRADIENT_BYTES
+                down = largest if self._pairs else self._shape.slice_sizes(of.width)[2] * self._h
                 first = down * GRADIENT_BYTES if trains(index) else 0
-                gradients = above * block_gradient + first
+                gradients = above * block_gradient + first + beside
             yield gradients, saved_from(index), (tokens + count) * row_bytes + work
 
     def _saved_totals(self, kind: _Pass, rows: float, top_trains: bool) -> tuple[int, int, int]:
@@ -1436,7 +1529,8 @@ def _modes(
         kinds.append("split_8bit")
     forms: tuple[FrozenForm, ...] = ("decoded", "nf4")
     residencies: tuple[Residency, ...] = ("suffix", "resident") if reads else ("suffix",)
-    if layout.num_entries - layout.base_cut == len(layout.positions):
+    merged = isinstance(layout.trainable, LowRankPairs) and layout.trainable.merged
+    if merged or layout.num_entries - layout.base_cut == layout.num_held:
         forms = ("decoded",)
     for optimizer in kinds:
         size = min(work.micro_batch_size, work.batch_size)

@@ -41,6 +41,7 @@ from fedblocks.profiles.units import (
     Trainable,
     TrainedUnits,
     trained_unit_ids,
+    unit_parameters,
 )
 
 ExpansionCode = Literal[
@@ -642,9 +643,16 @@ class ExpansionPlan:
 
     @property
     def layout(self) -> StackLayout:
-        """Where the blocks stand, as the cost model takes it."""
+        """Where what trains stands in the stack, as the cost model takes it."""
+        if isinstance(self.trainable, ExpandedBlocks):
+            positions = {block: self.position(block) for block in self.block_ids}
+        else:
+            positions = {unit: unit for unit in self.unit_ids if unit < self.shape.num_layers}
         return StackLayout(
-            num_entries=len(self.stack()), positions={block: self.position(block) for block in self.block_ids}
+            num_entries=len(self.stack()),
+            positions=positions,
+            trainable=self.trainable,
+            beside={unit: unit_parameters(self.units, unit) for unit in self.unit_ids if unit not in positions},
         )
 
     def reduced(self, block_ids: Collection[int]) -> ExpansionPlan:

@@ -227,7 +227,8 @@ class Assignment:
     active_blocks: tuple[int, ...] = ()
     """Ids of the plan's blocks that the model has, ascending; the others are the identity and left out. Empty: all."""
     blocks: tuple[int, ...]
-    """Ids of the expanded blocks to train, ascending, all of them active."""
+    """Numbers of the units to train, ascending: ids of expanded blocks, or what the plan trains in their place
+    (``profiles/units.py``), all of them active."""
     width: float = 1.0
     """Share of each block that trains, one of ``model_shape.WIDTHS``; the rest of the block is there, and frozen."""
     steps: int
@@ -242,6 +243,8 @@ class Assignment:
     weight_decay: float
     """On the out-tensors only."""
     clip_norm: float
+    proximal_weight: float = 0.0
+    """mu of FedProx (Li et al., 1812.06127): mu/2 times the squared distance from the start joins the loss."""
     adam_beta1: float
     adam_beta2: float
     adam_eps: float
@@ -280,7 +283,7 @@ class Assignment:
         for name in ("learning_rate", "deadline_s", "adam_eps", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"assignment: {name} is {getattr(self, name)}, expected a positive number")
-        for name in ("anchor_weight", "weight_decay", "predicted_seconds"):
+        for name in ("anchor_weight", "weight_decay", "proximal_weight", "predicted_seconds"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"assignment: {name} is {getattr(self, name)}, expected 0 or more")
         if not 0 < self.delta_density <= 1:

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import sys
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from fedblocks.profiles.units import Targets
 from fedblocks.protocol.messages import DeltaFormat
 
 if sys.version_info >= (3, 11):
@@ -24,15 +26,38 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MethodName = Literal["fedbe"]
+MethodName = Literal["fedbe", "fedavg", "fedprox", "fedit", "hetlora", "flexlora", "flora", "topn", "llamapro"]
 """What ``run.method`` may be; each has its file in ``aggregator/methods/``."""
 Placement = Literal["thirds", "top", "interleaved"]
 ServerOptimizer = Literal["avg", "avgm", "adam"]
 FoldKind = Literal["mean", "median", "trimmed_mean"]
-Policy = Literal["fitted", "uniform", "weakest", "random"]
-"""fitted: by hardware and need. The others are for comparisons. uniform: all blocks for everybody, whatever the
-deadline; weakest: for everybody what the weakest client that can train trains; random: for each client one of its
-options."""
+Policy = Literal["fitted", "whole", "uniform", "weakest", "random"]
+"""fitted: by hardware and need. whole: everything or nothing, at the largest width that fits. The others are for
+comparisons. uniform: all blocks for everybody, whatever the deadline; weakest: for everybody what the weakest client
+that can train trains; random: for each client one of its options."""
+
+#: As the papers have them: everything or nothing, no anchor, fp32 both ways, no weight decay.
+_AS_PUBLISHED: Final[dict[str, Any]] = {
+    "training.weight_decay": 0.0,
+    "forgetting.max_kl": math.inf,
+    "delta.format": "fp32",
+    "allocation.policy": "whole",
+    "allocation.slim": False,
+}
+#: Pairs of which each client trains as many components as its device allows: 4, 8, 16 or 32.
+_TIER_RANKS: Final[dict[str, Any]] = {**_AS_PUBLISHED, "allocation.slim": True, "trainable.rank": 32}
+#: Values that a method has where nobody says otherwise.
+METHOD_DEFAULTS: Final[Mapping[MethodName, Mapping[str, Any]]] = {
+    "fedbe": {},
+    "fedavg": _AS_PUBLISHED,
+    "fedprox": {**_AS_PUBLISHED, "training.proximal_weight": 0.01},
+    "fedit": _AS_PUBLISHED,
+    "hetlora": _TIER_RANKS,
+    "flexlora": _TIER_RANKS,
+    "flora": _TIER_RANKS,
+    "topn": _AS_PUBLISHED,
+    "llamapro": {**_AS_PUBLISHED, "expansion.placement": "interleaved"},
+}
 
 
 class ConfigError(ValueError):
@@ -49,7 +74,9 @@ def _key(default: Any, about: str) -> Any:
 class RunSection:
     """How long the run goes on."""
 
-    method: MethodName = _key("fedbe", "the method: expanded blocks, allocated by hardware, anchored to the base")
+    method: MethodName = _key(
+        "fedbe", "the method: expanded blocks, allocated by hardware, anchored to the base; others in docs/methods.md"
+    )
     max_rounds: int = _key(100, "the run ends after this many rounds")
     target_score: float = _key(0.0, "stop once the 3-round mean of the pooled validation score reaches this; 0: never")
     max_seconds: float = _key(0.0, "stop once the rounds have taken so many seconds; 0: no limit")
@@ -73,6 +100,16 @@ class ExpansionSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainableSection:
+    """What trains where a method adds no blocks (docs/methods.md); fixed when the run folder is made."""
+
+    rank: int = _key(16, "largest rank of the low-rank pairs; with allocation.slim also 1/2, 1/4 and 1/8 of it")
+    scaling: float = _key(2.0, "alpha / rank of the pairs, the same for every rank")
+    targets: Targets = _key("all", "all | qv: pairs over every projection, or over those of queries and values")
+    top_layers: int = _key(1, "topn: so many of the base's highest layers train")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSection:
     """The local training of one round (methods.md 5.4)."""
 
@@ -84,6 +121,7 @@ class TrainingSection:
     anchor_every: int = _key(1, "use the anchor in every n-th step, n times as strong")
     weight_decay: float = _key(0.01, "on the output projections only: it pulls to the identity")
     clip_norm: float = _key(1.0, "global gradient norm")
+    proximal_weight: float = _key(0.0, "mu of FedProx: pulls each client to the values that its round started from")
     server_optimizer: ServerOptimizer = _key(
         "avg", "what the aggregator does with a round's mean update: avg adds it; avgm, adam (docs/methods.md)"
     )
@@ -158,7 +196,8 @@ class AllocationSection:
     )
     slim: bool = _key(True, "let devices that cannot train a whole block train 1/2, 1/4 or 1/8 of it")
     policy: Policy = _key(
-        "fitted", "fitted: by hardware and need; uniform, weakest, random: for comparisons (docs/allocation.md)"
+        "fitted",
+        "fitted: by hardware and need; whole: everything or nothing; uniform, weakest, random: for comparisons",
     )
 
 
@@ -191,6 +230,7 @@ class RunConfig:
 
     run: RunSection = field(default_factory=RunSection)
     expansion: ExpansionSection = field(default_factory=ExpansionSection)
+    trainable: TrainableSection = field(default_factory=TrainableSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     data: DataSection = field(default_factory=DataSection)
     forgetting: ForgettingSection = field(default_factory=ForgettingSection)
@@ -203,6 +243,8 @@ class RunConfig:
         for key in (
             "run.max_rounds",
             "expansion.blocks",
+            "trainable.rank",
+            "trainable.top_layers",
             "training.steps",
             "training.batch_size",
             "training.anchor_every",
@@ -211,6 +253,7 @@ class RunConfig:
         ):
             self._require(key, self.value(key) >= 1, "at least 1")
         for key in (
+            "trainable.scaling",
             "training.learning_rate",
             "training.clip_norm",
             "training.adam_eps",
@@ -226,6 +269,7 @@ class RunConfig:
             "run.max_joules",
             "expansion.max_blocks",
             "training.weight_decay",
+            "training.proximal_weight",
             "training.anchor_batch_size",
             "server.quarantine_after",
             "privacy.noise_multiplier",
@@ -355,6 +399,8 @@ def from_mapping(sections: Mapping[str, Any], overrides: Sequence[str] = ()) -> 
             raise ConfigError(f"--set {override!r}: expected section.key=value")
         values[key.strip()] = _parse_scalar(text.strip())
     known = known_keys()
+    method = checked_value("run.method", MethodName, values.get("run.method", "fedbe"))
+    values = {**METHOD_DEFAULTS[method], **values}
     sections_out: dict[str, dict[str, Any]] = {f.name: {} for f in dataclasses.fields(RunConfig)}
     for key, value in values.items():
         if key not in known:
@@ -395,8 +441,12 @@ def to_toml(config: RunConfig) -> str:
         about = (type(part).__doc__ or "").strip()
         lines += ["", f"# {about}", f"[{section.name}]"]
         for f in dataclasses.fields(part):
-            lines.append(f"{f.name} = {json.dumps(getattr(part, f.name))}  # {f.metadata['about']}")
+            lines.append(f"{f.name} = {_toml(getattr(part, f.name))}  # {f.metadata['about']}")
     return "\n".join(lines) + "\n"
+
+
+def _toml(value: object) -> str:
+    return "inf" if value == math.inf else json.dumps(value)
 
 
 def _section(name: str) -> type[Any]:

@@ -167,6 +167,15 @@ class JoinSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsSettings:
+    """What this site lets a run do with the model."""
+
+    allow_base_training: bool = _key(
+        False, "true: runs that train the base's own weights, and send their changes, may use this site"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteFile:
     """The invitation of one site.
 
@@ -187,6 +196,7 @@ class SiteFile:
     runtime: RuntimeSettings = RuntimeSettings()
     kernels: KernelsSettings = KernelsSettings()
     join: JoinSettings = JoinSettings()
+    limits: LimitsSettings = LimitsSettings()
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.client_name):
@@ -210,6 +220,7 @@ _SITES_OWN: Final[dict[str, type[Any]]] = {
     "runtime": RuntimeSettings,
     "kernels": KernelsSettings,
     "join": JoinSettings,
+    "limits": LimitsSettings,
 }
 
 

@@ -17,11 +17,17 @@ difference  a header of the same kind that names the touched blocks, then of eac
             values of the whole rows. A row travels as codes or whole, whichever is shorter; the bits are the same
 snapshot    a step in format fp32 that replaces the state instead of being added to it
 ==========  =====================================================================================================
+
+Where pairs are merged into the weights (``units.MergedLinears``), a step is a *stack* instead: a header that names
+units and rank, then of each linear A ``[R, in]`` and B ``[out, R]`` in fp32. It adds ``scaling · B A``, summed
+component after component in fp64 without a matrix library, so that all hold the same bits. Of such steps there is no
+difference.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
@@ -31,11 +37,12 @@ from numpy.typing import NDArray
 from typing_extensions import assert_never
 
 from fedblocks.profiles.model_shape import TensorSpec
-from fedblocks.profiles.units import Units, unit_tensors
+from fedblocks.profiles.units import EXTRA_UNIT, MergedLinears, TrainedUnits, Units, unit_tensors
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import DeltaFormat, StateEncoding, StateUpdate, TensorHeader
 from fedblocks.protocol.tensors import (
+    CHUNK_ELEMENTS,
     DeltaLayout,
     FloatArray,
     Rows,
@@ -52,14 +59,17 @@ ReadStep = Callable[[int], "bytes | memoryview"]
 """The encoded step from version ``v`` to ``v + 1``; the aggregator maps its file."""
 
 LENGTH_BYTES: Final = 4
+LORA_A, LORA_B = ".lora_A", ".lora_B"
 #: Codes of t sendings cost t·(C + 4) bytes, a whole row 4·C: the fourth sending is never the shorter one.
 MAX_SENDINGS: Final = 3
 #: The tag of a row that travels as its fp32 values.
 WHOLE: Final = MAX_SENDINGS + 1
 TAG_BITS: Final = 3
+#: Of all clients of a round together.
+MAX_STACK_RANK: Final = 1 << 16
 
 
-H = TypeVar("H", "StepHeader", "DifferenceHeader")
+H = TypeVar("H", "StepHeader", "DifferenceHeader", "StackHeader")
 
 
 def _check_ascending(blocks: Sequence[int]) -> None:
@@ -90,6 +100,22 @@ class DifferenceHeader:
 
     def __post_init__(self) -> None:
         _check_ascending(self.blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StackHeader:
+    """What a stack of pairs holds: the same rank for every linear of every unit. Other units follow as they change."""
+
+    blocks: tuple[int, ...]
+    rank: int
+    scaling: float
+
+    def __post_init__(self) -> None:
+        _check_ascending(self.blocks)
+        if not 1 <= self.rank <= MAX_STACK_RANK:
+            raise ValueError(f"rank is {self.rank}, expected 1 to {MAX_STACK_RANK}")
+        if not self.scaling > 0:
+            raise ValueError(f"scaling is {self.scaling}, expected a positive number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +233,7 @@ def apply_step(state: State, step: bytes | memoryview, *, shape: Units, blocks: 
         RemoteProtocolError: the bytes are no step of this model.
     """
     after = _Changing(state)
-    rest = _add_step(after, memoryview(step), shape, blocks)
+    rest = (_add_stack if _merges(shape) else _add_step)(after, memoryview(step), shape, blocks)
     if rest:
         raise RemoteProtocolError(f"{len(rest)} bytes follow the step", code="length_mismatch")
     return after.state
@@ -235,8 +261,8 @@ def make_update(
     if 0 <= from_version < to_version:
         steps = [memoryview(read_step(v)) for v in range(from_version, to_version)]
         replay_bytes = sum(len(step) for step in steps)
-        difference = _Difference(steps, shape)
-        if difference.num_bytes < min(replay_bytes, snapshot_bytes):
+        difference = None if _merges(shape) else _Difference(steps, shape)
+        if difference is not None and difference.num_bytes < min(replay_bytes, snapshot_bytes):
             return update("difference"), difference.encode(published)
         if replay_bytes <= snapshot_bytes:
             return update("replay"), b"".join(steps)
@@ -267,7 +293,7 @@ def apply_update(
             pass
         case "replay":
             for _ in range(update.from_version, update.to_version):
-                rest = _add_step(after, rest, shape, blocks)
+                rest = (_add_stack if _merges(shape) else _add_step)(after, rest, shape, blocks)
         case "difference":
             rest = _apply_difference(after, rest, shape, blocks)
         case "snapshot":
@@ -302,7 +328,87 @@ class _Changing:
         return self.state[block][spec.name].reshape(spec.rows_cols)
 
 
-def _frame(header: StepHeader | DifferenceHeader) -> bytes:
+def published_units(of: Units) -> Units:
+    """What the published state of updates over these units consists of."""
+    return of.published() if isinstance(of, TrainedUnits) else of
+
+
+def publish_stack(published: State, stack: State, *, shape: Units, scaling: float) -> Publication:
+    """The next version of merged weights: published + scaling · B A of every linear of ``stack``.
+
+    Args:
+        stack: unit -> ``<linear>.lora_A`` ``[R, in]`` and ``.lora_B`` ``[out, R]``, one R for all; of an extra set its
+            own tensors, which are added.
+        shape: of the published state.
+    """
+    ranks = {t.shape[0] for tensors in stack.values() for name, t in tensors.items() if name.endswith(LORA_A)}
+    if len(ranks) != 1:
+        raise LocalProtocolError(f"a stack has ranks {sorted(ranks)}, expected one for all linears")
+    header = StackHeader(blocks=tuple(sorted(stack)), rank=ranks.pop(), scaling=scaling)
+    parts = [
+        stack[unit][name].astype("<f4", copy=False).tobytes()
+        for unit in header.blocks
+        for name, _ in _stacked(unit, shape, header.rank)
+    ]
+    step = b"".join([_frame(header), *parts])
+    return Publication(step=step, published=apply_step(published, step, shape=shape, blocks=header.blocks), residual={})
+
+
+def _stacked(unit: int, shape: Units, rank: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of what a stack holds of a unit, in order."""
+    specs = unit_tensors(shape, unit)
+    if unit == EXTRA_UNIT:
+        return [(spec.name, spec.shape) for spec in specs]
+    found: list[tuple[str, tuple[int, ...]]] = []
+    for spec in specs:
+        linear = spec.name.removesuffix(".weight")
+        found += [(linear + LORA_A, (rank, spec.shape[1])), (linear + LORA_B, (spec.shape[0], rank))]
+    return found
+
+
+def _add_stack(after: _Changing, data: memoryview, shape: Units, blocks: Collection[int]) -> memoryview:
+    """Add the stack at the start of ``data``; returns what follows it."""
+    header, rest = _read_frame(StackHeader, data)
+    _check_blocks(header.blocks, blocks)
+    for unit in header.blocks:
+        values: dict[str, FloatArray] = {}
+        for name, size in _stacked(unit, shape, header.rank):
+            part, rest = _split(rest, 4 * math.prod(size))
+            values[name] = np.frombuffer(part, dtype="<f4").astype(np.float32).reshape(size)
+            if not np.isfinite(values[name]).all():
+                raise RemoteProtocolError(f"unit {unit}: {name} holds a value that is not finite", code="non_finite")
+        for spec in unit_tensors(shape, unit):
+            matrix = after.rows(unit, spec)
+            if spec.name in values:
+                matrix += values[spec.name].reshape(spec.rows_cols)
+                continue
+            linear = spec.name.removesuffix(".weight")
+            _add_product(matrix, values[linear + LORA_A], values[linear + LORA_B], header.scaling)
+            if not np.isfinite(matrix).all():
+                raise RemoteProtocolError(f"unit {unit}: {spec.name} overflows", code="non_finite")
+    return rest
+
+
+def _add_product(matrix: FloatArray, a: FloatArray, b: FloatArray, scaling: float) -> None:
+    """``matrix += scaling · b a``: components one after the other in fp64, one rounding, one fp32 addition."""
+    num_rows, num_cols = matrix.shape
+    step = max(1, CHUNK_ELEMENTS // num_cols)
+    wide = a.astype(np.float64)
+    for start in range(0, num_rows, step):
+        left = b[start : start + step].astype(np.float64) * scaling
+        total = np.zeros((len(left), num_cols), dtype=np.float64)
+        for component in range(len(a)):
+            total += left[:, component, None] * wide[component]
+        with np.errstate(over="ignore", invalid="ignore"):
+            matrix[start : start + step] += total.astype(np.float32)
+
+
+def _merges(shape: Units) -> bool:
+    """Do the steps of this state consist of stacked pairs?"""
+    return isinstance(shape, TrainedUnits) and isinstance(shape.trainable, MergedLinears)
+
+
+def _frame(header: StepHeader | DifferenceHeader | StackHeader) -> bytes:
     body = codec.pack(codec.to_plain(header))
     return len(body).to_bytes(LENGTH_BYTES, "little") + body
 

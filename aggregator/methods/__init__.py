@@ -5,11 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from fedblocks.aggregator.methods import fedbe
+from fedblocks.aggregator.methods import (
+    fedavg,
+    fedbe,
+    fedit,
+    fedprox,
+    flexlora,
+    flora,
+    hetlora,
+    llamapro,
+    topn,
+)
 from fedblocks.aggregator.run_rules import Method
 from fedblocks.protocol.run_config import MethodName
 
-METHODS: Final[Mapping[MethodName, Method]] = {"fedbe": fedbe}
+METHODS: Final[Mapping[MethodName, Method]] = {
+    "fedbe": fedbe,
+    "fedavg": fedavg,
+    "fedprox": fedprox,
+    "fedit": fedit,
+    "hetlora": hetlora,
+    "flexlora": flexlora,
+    "flora": flora,
+    "topn": topn,
+    "llamapro": llamapro,
+}
 
 
 def of(name: MethodName) -> Method:

@@ -536,3 +536,13 @@ def test_a_ledger_whose_tables_are_still_being_written_counts_as_not_there_yet(t
 
     open_ledger(path, {"run_id": "r"}).close()
     assert is_made(path)
+
+
+def test_an_assignment_from_before_the_proximal_term_has_none(tmp_path: Path) -> None:
+    with_open_round(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("UPDATE assignments SET message = json_remove(message, '$.proximal_weight')")
+    db.execute("PRAGMA user_version = 13")
+    db.commit()
+    db.close()
+    assert [a.message for a in opened(tmp_path).assignments(0)] == [assignment("a0"), evaluate("b0")]
