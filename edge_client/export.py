@@ -20,8 +20,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 
 import fedblocks
 from fedblocks.edge_client.affine_migration import OUTPUT_NORM, normalised_layers, plain_norm
+from fedblocks.edge_client.changed_base import changed_tensors
 from fedblocks.edge_client.checkpoint import (
     TORCH_DTYPE,
     Checkpoint,
@@ -41,6 +43,7 @@ from fedblocks.edge_client.checkpoint import (
     initial_block,
     initial_tensor,
 )
+from fedblocks.profiles.units import BaseTensors, LowRankPairs
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
 from fedblocks.protocol.run_config import ConfigError
 from fedblocks.protocol.tensors import unflatten
@@ -272,10 +275,15 @@ def export_hf(
             exit_code=4,
         )
     out.parent.mkdir(parents=True, exist_ok=True)
-    dropped = plan.shape.encoder and strength == 0
+    if plan.blocks:
+        dropped = plan.shape.encoder and strength == 0
+        changed = {name: partial(_itself, norm) for name, norm in changed_norms(checkpoint, plan).items()}
+    else:
+        changed = changed_tensors(checkpoint, plan, state, strength)
+        dropped = not changed
     placed = () if dropped else plan.block_ids
     blocks = {block_id: _stored_block(checkpoint, plan, state, block_id, strength) for block_id in placed}
-    if dropped:
+    if dropped and plan.blocks:
         block_values(checkpoint, plan, state, plan.block_ids[0], strength)  # refuses what is no state of the plan
     needed = sum(file.stat().st_size for file in checkpoint.files) + sum(
         tensor.nbytes for block in blocks.values() for tensor in block.values()
@@ -286,11 +294,11 @@ def export_hf(
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     temporary.mkdir()
     try:
-        on_top = dropped or (plan.base_cut == plan.shape.num_layers and not plan.shape.encoder)
+        on_top = dropped or (plan.base_cut == plan.shape.num_layers and not changed)
         if dropped:
             _copy_base(temporary, checkpoint)
         else:
-            _write_weights(temporary, checkpoint, plan, blocks, copy_files=on_top)
+            _write_weights(temporary, checkpoint, plan, blocks, copy_files=on_top, changed=changed)
             _write_json(temporary / "config.json", expand_config(checkpoint.config, plan))
         for name in (*_COMPANIONS, *(_SENTENCE_FILES if plan.shape.encoder else ())):
             if (checkpoint.folder / name).is_file():
@@ -298,7 +306,7 @@ def export_hf(
                 shutil.copyfile(checkpoint.folder / name, temporary / name)
         if head is not None:
             _write_head(temporary / HEAD_FILE, head)
-        hashes = _verify(temporary, checkpoint, None if dropped else plan)
+        hashes = _verify(temporary, checkpoint, None if dropped else plan, changed)
         listed = json.dumps(sorted(hashes.items())).encode()
         summary = ExportSummary(
             path=out,
@@ -348,7 +356,7 @@ def export_run(run: Path, *, model: str | Path, out: Path, strength: float | Non
     """
     plan, state = load_final(run)
     trained = trained_part(plan, state)
-    state = {block: state[block] for block in trained.block_ids if block in state}
+    state = {unit: state[unit] for unit in trained.unit_ids if unit in state}
     final = load_final_record(run)
     strength = strength_of(run, strength)
     summary = export_hf(
@@ -438,15 +446,16 @@ def _write_weights(
     blocks: Mapping[int, Mapping[str, torch.Tensor]],
     *,
     copy_files: bool,
+    changed: Mapping[str, Callable[[], torch.Tensor]],
 ) -> None:
-    """One shard per weight file of the base, one with the blocks, and the index.
+    """One shard per weight file of the base, one with the blocks where there are any, and the index.
 
     With ``copy_files`` (no base tensor changes its name) the base's files are copied byte for byte. They are not
     hard-linked: a later ``save_pretrained`` into the exported folder would write through the link into the base.
     """
     new_names = base_names(checkpoint, plan)
-    changed = changed_norms(checkpoint, plan)
-    total = len(checkpoint.files) + 1
+    norms = changed_norms(checkpoint, plan)
+    total = len(checkpoint.files) + bool(blocks)
     weight_map: dict[str, str] = {}
     for i, file in enumerate(checkpoint.files):
         shard = f"model-{i + 1:05d}-of-{total:05d}.safetensors"
@@ -464,7 +473,7 @@ def _write_weights(
             parts = (
                 chunk
                 for name in inside
-                for chunk in ((_bytes_of(changed[name]),) if name in changed else checkpoint.chunks(name))
+                for chunk in ((_bytes_of(changed[name]()),) if name in changed else checkpoint.chunks(name))
             )
             _write_safetensors(folder / shard, entries, parts)
         weight_map |= {new_names[name]: shard for name in inside}
@@ -476,13 +485,14 @@ def _write_weights(
         )
     )
     names = {dtype: name for name, dtype in TORCH_DTYPE.items()}
-    _write_safetensors(
-        folder / shard,
-        {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()},
-        (_bytes_of(tensor) for tensor in tensors.values()),
-    )
-    if changed:
-        save_file({name: checkpoint.tensor(name) for name in changed}, folder / BASE_NORMS)
+    if blocks:
+        _write_safetensors(
+            folder / shard,
+            {name: (names[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()},
+            (_bytes_of(tensor) for tensor in tensors.values()),
+        )
+    if norms:
+        save_file({name: checkpoint.tensor(name) for name in norms}, folder / BASE_NORMS)
     weight_map |= dict.fromkeys(tensors, shard)
     size = sum(checkpoint.stored[name].num_bytes for name in new_names) + sum(t.nbytes for t in tensors.values())
     _write_json(
@@ -567,11 +577,18 @@ def _write_safetensors(
             f.write(part)
 
 
-def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan | None) -> dict[str, str]:
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _verify(
+    folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan | None, changed: Collection[str]
+) -> dict[str, str]:
     """Reads the written folder back: base tensors unmodified, and without its blocks the base's logits.
 
     Args:
-        plan: None for a folder without blocks.
+        plan: None for a folder that is the base itself.
+        changed: base tensors that are to be others.
 
     Returns:
         SHA-256 of each base tensor's bytes, by its name in the base.
@@ -579,7 +596,6 @@ def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan | None) ->
     written = Checkpoint.open(folder)
     hashes: dict[str, str] = {}
     names = base_names(checkpoint, plan) if plan is not None else {name: name for name in checkpoint.names()}
-    changed = changed_norms(checkpoint, plan) if plan is not None else {}
     for name, new_name in names.items():
         hashes[name] = _tensor_hash(checkpoint, name)
         if name not in changed and _tensor_hash(written, new_name) != hashes[name]:
@@ -587,7 +603,6 @@ def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan | None) ->
     if checkpoint.shape.encoder:
         _verify_encoder(folder, checkpoint, written, plan)
         return hashes
-    assert plan is not None
     from transformers import AutoModelForCausalLM
 
     with _quiet_transformers():
@@ -597,11 +612,13 @@ def _verify(folder: Path, checkpoint: Checkpoint, plan: ExpansionPlan | None) ->
         ).eval()
     parameters = dict(grown.named_parameters())
     with torch.no_grad():
-        for block_id in plan.block_ids:
-            for spec in plan.shape.block_tensors():
+        for block_id in () if plan is None else plan.block_ids:
+            for spec in checkpoint.shape.block_tensors():
                 if spec.is_out:
                     parameters[checkpoint.layer_name(plan.position(block_id), spec.name)].zero_()
-    _require_equal(base, grown, "the export with its blocks at strength 0")
+        for name in changed:
+            parameters[names[name]].copy_(checkpoint.tensor(name))
+    _require_equal(base, grown, "the export with its blocks at strength 0, and with the base's own tensors,")
     return hashes
 
 
@@ -679,30 +696,21 @@ def _quiet_transformers() -> Iterator[None]:
 def _model_card(
     checkpoint: Checkpoint, plan: ExpansionPlan, summary: ExportSummary, measured: Mapping[str, float | str]
 ) -> str:
-    base_files = "copied byte for byte" if summary.base_files_copied else "their bytes kept, layers renumbered"
     loader = "AutoModel" if plan.shape.encoder else "AutoModelForCausalLM"
-    placed = () if summary.num_blocks == 0 else plan.blocks
-    rows = "\n".join(
-        f"| {block.block_id} | {plan.position(block.block_id)} | {block.source_layer} | {block.after_layer} |"
-        for block in placed
-    )
     figures = "\n".join(f"* {name}: {_figure(value)}" for name, value in measured.items())
     return f"""# A {plan.shape.family} model with {summary.num_blocks} expanded blocks
 
-Trained by federated block expansion: layers were added and trained, and the base model was never changed.
+{_trained_by(plan)}
 The folder loads with `{loader}.from_pretrained`; it needs no other code.
 
 * Base hash (all tensors, sizes, tokenizer): `{plan.base_hash}`
-* Base tensors: {len(checkpoint.stored)}, {base_files};
+* Base tensors: {len(checkpoint.stored)}, {_base_files(plan, summary)};
   SHA-256 over their hashes `{summary.base_tensors_sha256}`, each hash in `{EXPORT_RECORD}`
 * Layers: {plan.shape.num_layers} of the base + {summary.num_blocks} = {summary.num_layers}
 * Strength: {summary.strength:g} (0 is the base, 1 is as trained)
-* Expansion plan: placement `{plan.placement}`, digest `{summary.plan_digest}`
+* Plan: {_plan_in_words(plan)}, digest `{summary.plan_digest}`
 
-| block | layer in this model | copy of base layer | after base layer |
-|---|---|---|---|
-{rows}
-
+{_blocks_table(plan) if summary.num_blocks else ""}
 ## Checked during the export
 
 {_checked(plan, summary)}
@@ -713,8 +721,46 @@ The folder loads with `{loader}.from_pretrained`; it needs no other code.
 """
 
 
+def _trained_by(plan: ExpansionPlan) -> str:
+    if plan.blocks:
+        return "Trained by federated block expansion: layers were added and trained, and the base was never changed."
+    return "Trained in a federation that changes the base's own tensors, and has no other layers."
+
+
+def _base_files(plan: ExpansionPlan, summary: ExportSummary) -> str:
+    if summary.base_files_copied:
+        return "copied byte for byte"
+    return "their bytes kept, layers renumbered" if plan.blocks else "those that were not trained with their bytes"
+
+
+def _plan_in_words(plan: ExpansionPlan) -> str:
+    match plan.trainable:
+        case LowRankPairs(rank=rank, targets=targets, merged=merged):
+            merging = ", merged in every round" if merged else ", merged here"
+            return f"low-rank pairs of rank {rank} over {'all' if targets == 'all' else 'q and v'} projections{merging}"
+        case BaseTensors(layers=layers, tables=tables):
+            return f"base layers {layers[0]} to {layers[-1]}" + (", embedding, final norm and head" if tables else "")
+        case _:
+            return f"placement `{plan.placement}`"
+
+
+def _blocks_table(plan: ExpansionPlan) -> str:
+    rows = "\n".join(
+        f"| {block.block_id} | {plan.position(block.block_id)} | {block.source_layer} | {block.after_layer} |"
+        for block in plan.blocks
+    )
+    return f"""| block | layer in this model | copy of base layer | after base layer |
+|---|---|---|---|
+{rows}
+"""
+
+
 def _checked(plan: ExpansionPlan, summary: ExportSummary) -> str:
     difference = summary.max_abs_logit_difference_at_zero
+    if not plan.blocks:
+        return f"""* With the base's values in the place of those that were trained the logits equal the base's bit for
+  bit (largest difference {difference}).
+* Every other tensor of the base is in this folder with its own bytes."""
     if not plan.shape.encoder:
         return f"""* With the output projections of the blocks at 0 the logits equal the base's bit for bit
   (largest difference {difference}).

@@ -35,5 +35,5 @@ def initial_pair_tensor(pairs: LowRankPairs, unit: int, spec: TensorSpec, *, ver
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
     drawn = generator.integers(0, 1 << BITS, size=spec.shape, dtype=np.int64).astype(np.float32)
     bound = np.float32(1.0 / math.sqrt(spec.shape[1]))
-    within: FloatArray = drawn / np.float32(1 << (BITS - 1)) - np.float32(1.0)
-    return within * bound
+    within = drawn / np.float32(1 << (BITS - 1)) - np.float32(1.0)
+    return np.multiply(within, bound, dtype=np.float32)
