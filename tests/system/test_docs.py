@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import configparser
 import importlib.util
 import re
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import typer
 
 from fedblocks.cli import app, keys_app
 from fedblocks.protocol.errors import REFUSAL_CODES
@@ -66,3 +72,49 @@ def test_every_test_that_the_reliability_page_names_exists_and_every_case_has_a_
     assert [name for name in named if f"def {name}(" not in written] == []
     assert re.findall(r"^\| \*\*F(\d+)\*\*", page, re.MULTILINE) == [str(number) for number in range(1, 21)]
     assert [row for row in page.splitlines() if row.startswith(("| F", "| **F")) and "`test_" not in row] == []
+
+
+def fixed_words() -> list[str]:
+    """Every fixed part of a text in the program: whole texts, and what stands between the fields of an f-string."""
+    found = []
+    for room in ("aggregator", "edge_client", "fedblocks", "kernels", "profiles", "protocol"):
+        for path in (REPO / room).rglob("*.py"):
+            nodes = ast.walk(ast.parse(path.read_text()))
+            found += [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    return found
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_program():
+    headings = re.findall(r"^### `(.+)`$", (REPO / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    words = fixed_words()
+    parts = {part.strip() for heading in headings for part in heading.split("…") if len(part.strip()) > 3}
+
+    assert len(headings) > 25
+    assert [part for part in sorted(parts) if not any(part in text for text in words)] == []
+
+
+UNITS = sorted((REPO / "docs" / "systemd").glob("*.service"))
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda p: p.stem)
+def test_a_unit_runs_a_verb_with_options_that_it_has_and_restarts_by_the_documented_exit_codes(unit, tmp_path):
+    parsed = configparser.ConfigParser(strict=False, interpolation=None)
+    parsed.optionxform = str
+    parsed.read(unit)
+    service = parsed["Service"]
+    program, verb, *arguments = shlex.split(service["ExecStart"])
+    command = typer.main.get_command(app).commands[verb]
+    codes = set(re.findall(r"^\| (\d) \|", (REPO / "docs" / "exit-codes.md").read_text(), re.MULTILINE))
+
+    assert Path(program).name == "fedblocks"
+    command.make_context(verb, arguments)
+    assert set(service["RestartPreventExitStatus"].split()) < codes
+    assert service["SuccessExitStatus"] == "7"
+    assert service["MemoryMax"]
+    if shutil.which("systemd-analyze"):
+        there = unit.read_text().replace("/opt/fedblocks/bin/fedblocks", "/bin/true")
+        copy = tmp_path / unit.name.replace("@", "-check@")
+        copy.write_text(there)
+        done = subprocess.run(["systemd-analyze", "verify", str(copy)], capture_output=True, text=True)
+        complaints = [line for line in done.stderr.splitlines() if copy.name in line]
+        assert complaints == []
