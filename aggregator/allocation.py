@@ -437,6 +437,15 @@ def cannot_train(
     return f"{client.name}: {_refused_text(candidate.refusal((block,), settings.widths[0]))}"
 
 
+def step_seconds(
+    client: AllocationClient, block: int, *, layout: StackLayout, shape: ModelShape, settings: AllocationSettings
+) -> float:
+    """One step on this block alone, whole, in the fastest mode, as the planner counts it."""
+    problem = _Problem(layout=layout, shape=shape, settings=settings, round=0)
+    candidate = _Candidate(problem, client, settings.steps, problem.limits(client, math.inf))
+    return candidate.prediction((block,), candidate.free_mode((block,), 1.0), 1.0).step_s
+
+
 def _is_assignable(client: AllocationClient) -> bool:
     return client.statistics.num_examples > 0 and client.speed_age_s <= MAX_SPEED_AGE_S
 

@@ -50,6 +50,8 @@ class GrowthState:
     """Ids of the blocks that compute and train, ascending; empty: those of the start."""
     last_round: int = 0
     """The last round that ended with a growth; 0: none did."""
+    probing: int = 0
+    """Blocks whose place the next round is to find out (``placement.py``)."""
     refused: str = ""
     """Why the block that the rule asks for was not added; empty once it was, or is not asked for."""
     window: tuple[MeanScore, ...] = ()
@@ -109,7 +111,7 @@ def wants_block(state: GrowthState, *, round: int, kl: float | None, max_kl: flo
 
 def with_block(state: GrowthState, active: tuple[int, ...], block: int, *, round: int) -> GrowthState:
     """The state once ``round`` has ended with this block added to the active ones."""
-    return replace(state, active=tuple(sorted((*active, block))), last_round=round, refused="")
+    return replace(state, active=tuple(sorted((*active, block))), last_round=round, refused="", probing=0)
 
 
 def growth_line(plan: ExpansionPlan, active: tuple[int, ...], block: int) -> str:

@@ -17,7 +17,17 @@ from fedblocks.aggregator.aggregation import map_payload
 from fedblocks.aggregator.ledger import Ledger
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.run_folder import RunFolder
-from fedblocks.protocol.messages import Ack, Assignment, ClientKey, Delta, Evaluate, Measurement, Refused
+from fedblocks.protocol.messages import (
+    Ack,
+    Assignment,
+    ClientKey,
+    Delta,
+    Evaluate,
+    Measurement,
+    Probe,
+    ProbeRow,
+    Refused,
+)
 from fedblocks.protocol.payloads import commit_file
 
 #: The operator's cap on n_k; above it a declared number is taken for a mistake.
@@ -141,6 +151,16 @@ class Intake:
             text = f"attempt {delta.attempt_id!r} has ended already ({issued.outcome}: {issued.detail})"
             return Refused(code="conflict", text=text[:1000], attempt_id=delta.attempt_id)
         return None
+
+
+def tried(task: Probe, rows: Iterable[ProbeRow]) -> tuple[ProbeRow, ...]:
+    """Of a client's table what it was asked for; of several rows alike the first."""
+    found: dict[tuple[int, float], ProbeRow] = {}
+    for row in rows:
+        asked = row.block in task.candidates and row.strength in task.strengths
+        if asked and row.num_tokens > 0 and row.num_anchor_tokens > 0:
+            found.setdefault((row.block, row.strength), row)
+    return tuple(found.values())
 
 
 def asked_for(task: Assignment | Evaluate, measurements: Iterable[Measurement]) -> tuple[Measurement, ...]:

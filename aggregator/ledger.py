@@ -22,10 +22,14 @@ from typing import Any, Final, Literal, cast
 from fedblocks.aggregator.rounds import Outcome
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.errors import RefusalCode
-from fedblocks.protocol.messages import Assignment, AttemptId, ClientKey, Delta, Evaluate, Measurement
+from fedblocks.protocol.messages import Assignment, AttemptId, ClientKey, Delta, Evaluate, Measurement, Probe, ProbeRow
 
 RoundPhase = Literal["open", "closing", "folded"]
-RoundKind = Literal["train", "final"]
+RoundKind = Literal["train", "probe", "final"]
+"""probe: clients try where a block should go (``placement.py``); nothing is trained or published."""
+Task = Assignment | Evaluate | Probe
+_TASKS: Final[Mapping[str, type[Task]]] = {"train": Assignment, "evaluate": Evaluate, "probe": Probe}
+_TASK_KINDS: Final = {cls: kind for kind, cls in _TASKS.items()}
 
 _MODE_AS_ASSIGNED: Final = """
     UPDATE updates SET message = json_set(message, '$.train.mode', (
@@ -151,6 +155,13 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     UPDATE assignments SET message = json_set(message, '$.proximal_weight', 0.0)
         WHERE json_extract(message, '$.blocks') NOT NULL;
     """,
+    """
+    CREATE TABLE IF NOT EXISTS probed (
+        attempt_id TEXT PRIMARY KEY REFERENCES assignments(attempt_id), client_key TEXT NOT NULL,
+        round INTEGER NOT NULL, rows TEXT NOT NULL
+    );
+    UPDATE rounds SET method_state = json_set(method_state, '$.growth.probing', 0) WHERE method_state NOT NULL;
+    """,
 )
 
 #: Refusals that say something about what a client computes; after ``server.quarantine_after`` of them it gets no task.
@@ -189,7 +200,7 @@ class StoredAssignment:
     attempt_id: AttemptId
     round: int
     client_key: ClientKey
-    message: Assignment | Evaluate
+    message: Task
     """As planned: its state update names the version only; the way there depends on what the client holds."""
     outcome: Outcome
     detail: str
@@ -323,7 +334,7 @@ class Ledger:
         version: int,
         deadline_s: float,
         plan: object,
-        tasks: Iterable[tuple[ClientKey, Assignment | Evaluate]],
+        tasks: Iterable[tuple[ClientKey, Task]],
         unix_s: float,
     ) -> None:
         """The round and all its assignments, in one transaction, before any of them is sent."""
@@ -336,8 +347,8 @@ class Ledger:
             for key, message in tasks:
                 self.add_assignment(key, message)
 
-    def add_assignment(self, key: ClientKey, message: Assignment | Evaluate, *, reissued: bool = False) -> None:
-        kind = "train" if isinstance(message, Assignment) else "evaluate"
+    def add_assignment(self, key: ClientKey, message: Task, *, reissued: bool = False) -> None:
+        kind = _TASK_KINDS[type(message)]
         with self.transaction():
             self._db.execute(
                 "INSERT INTO assignments (attempt_id, round, client_key, kind, message, outcome, reissued) "
@@ -487,6 +498,25 @@ class Ledger:
             self.set_outcome(attempt_id, "reported")
             self._add_measurements(key, attempt_id, stored.round, measurements)
 
+    def add_probed(self, key: ClientKey, attempt_id: AttemptId, rows: Iterable[ProbeRow]) -> None:
+        """The table that answers a probe task."""
+        stored = self.assignment(attempt_id)
+        assert stored is not None
+        with self.transaction():
+            self.set_outcome(attempt_id, "reported")
+            self._db.execute(
+                "INSERT OR REPLACE INTO probed VALUES (?, ?, ?, ?)",
+                (attempt_id, key, stored.round, json.dumps([to_plain(row) for row in rows])),
+            )
+
+    def probed(self, round: int) -> list[tuple[ClientKey, tuple[ProbeRow, ...]]]:
+        """The tables of a round of kind probe, by client key."""
+        found = self._db.execute("SELECT client_key, rows FROM probed WHERE round = ? ORDER BY client_key", (round,))
+        return [
+            (ClientKey(key), tuple(from_plain(ProbeRow, row, where="ledger.probed") for row in json.loads(rows)))
+            for key, rows in found
+        ]
+
     def _add_measurements(
         self,
         key: ClientKey,
@@ -559,7 +589,7 @@ class Ledger:
 
 
 def _assignment(row: Any) -> StoredAssignment:
-    cls: type[Assignment | Evaluate] = Assignment if row["kind"] == "train" else Evaluate
+    cls = _TASKS[row["kind"]]
     return StoredAssignment(
         attempt_id=AttemptId(row["attempt_id"]),
         round=row["round"],

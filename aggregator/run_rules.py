@@ -279,7 +279,7 @@ def _plan(
 ) -> PlannedRound:
     cohort = frozenset(client.key for client in clients)
     found = plan_round(
-        [_allocation_client(client, start.version, now_unix_s) for client in clients],
+        [allocation_client(client, start.version, now_unix_s) for client in clients],
         layout=run.layout,
         shape=run.plan.shape,
         settings=run.allocation_settings(),
@@ -329,7 +329,7 @@ def smaller_assignment(
         return None
     run = grown(run, state)
     (choice,) = plan_round(
-        [_allocation_client(client, start.version)],
+        [allocation_client(client, start.version)],
         layout=run.layout,
         shape=run.plan.shape,
         settings=replace(run.allocation_settings(), deadline_s=deadline_s),
@@ -369,7 +369,7 @@ def assignment(
     return Assignment(
         attempt_id=attempt_id(run.run_id, start.round, client.key, issue),
         round=start.round,
-        state=_named(start),
+        state=named_state(start),
         payload_bytes=0,
         payload_sha256=NO_PAYLOAD_SHA256,
         active_blocks=run.plan.block_ids,
@@ -420,7 +420,7 @@ def evaluation(
     return Evaluate(
         attempt_id=attempt_id(run.run_id, start.round, client.key, 0),
         round=start.round,
-        state=_named(start),
+        state=named_state(start),
         payload_bytes=0,
         payload_sha256=NO_PAYLOAD_SHA256,
         active_blocks=run.plan.block_ids,
@@ -442,13 +442,15 @@ def attempt_id(run_id: str, round: int, key: ClientKey, issue: int) -> AttemptId
     return AttemptId(f"r{round:05d}-{digest[:16]}")
 
 
-def _named(start: Start) -> StateUpdate:
+def named_state(start: Start) -> StateUpdate:
+    """The version that a task starts from; the way there is added when it is sent."""
     return StateUpdate(
         encoding="none", from_version=start.version, to_version=start.version, state_sha256=start.state_sha256
     )
 
 
-def _allocation_client(client: KnownClient, version: int, now_unix_s: float = 0.0) -> AllocationClient:
+def allocation_client(client: KnownClient, version: int, now_unix_s: float = 0.0) -> AllocationClient:
+    """The client as the planner sees it, for a task that starts from ``version``."""
     measured_unix_s = max(client.profile.measured_unix_s, client.last_update_unix_s)
     held = client.held_version if 0 <= client.held_version <= version else 0
     return AllocationClient(
@@ -472,7 +474,7 @@ def profiled(client: KnownClient, task: Assignment, report: TrainReport, run: Ru
     """What the client's profile predicts for a task that it carried out as it reports."""
     plan = run.plan.reduced(task.active_blocks) if task.active_blocks else run.plan
     return profiled_seconds(
-        _allocation_client(client, task.state.to_version),
+        allocation_client(client, task.state.to_version),
         layout=plan.layout,
         shape=plan.shape,
         settings=run.allocation_settings(),
@@ -698,7 +700,7 @@ def grow(state: MethodState, growing: Growing, kl: float | None, *, round: int) 
     plan = run.plan.reduced((*active, block))
     reasons = [
         cannot_train(
-            _allocation_client(client, client.held_version),
+            allocation_client(client, client.held_version),
             block,
             layout=plan.layout,
             shape=plan.shape,
@@ -711,6 +713,10 @@ def grow(state: MethodState, growing: Growing, kl: float | None, *, round: int) 
         refused = f"nobody can train block {block} after layer {plan.block(block).after_layer}: "
         nearest = min(reasons, key=len, default="no client took part")
         return replace(state, growth=replace(state.growth, refused=refused + nearest))
+    if config.expansion.placement == "adaptive":  # the next round finds out where (``probing.py``)
+        if round + 1 >= config.run.max_rounds:
+            return state
+        return replace(state, growth=replace(state.growth, probing=1, refused=""), rounds_since_best=0)
     return replace(state, growth=growth.with_block(state.growth, active, block, round=round), rounds_since_best=0)
 
 

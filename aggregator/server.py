@@ -30,7 +30,18 @@ from typing import Any, Final, Protocol
 
 from typing_extensions import assert_never
 
-from fedblocks.aggregator import budgets, explain, growth, methods, privacy, progress, registry, rounds, run_rules
+from fedblocks.aggregator import (
+    budgets,
+    explain,
+    growth,
+    methods,
+    privacy,
+    probing,
+    progress,
+    registry,
+    rounds,
+    run_rules,
+)
 from fedblocks.aggregator.allocation import Deadline
 from fedblocks.aggregator.auth import Registry, load_or_create_server_keys
 from fedblocks.aggregator.books import Books
@@ -48,13 +59,14 @@ from fedblocks.aggregator.endpoint import (
     UploadFinished,
     UploadId,
 )
-from fedblocks.aggregator.intake import Counted, Intake, Moment, asked_for
+from fedblocks.aggregator.intake import Counted, Intake, Moment, asked_for, tried
 from fedblocks.aggregator.ledger import (
     Ledger,
     StoredRound,
     StoredUpdate,
     open_ledger,
 )
+from fedblocks.aggregator.probing import PlannedProbe
 from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
 from fedblocks.aggregator.replay import accepted_update, state_at
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
@@ -79,6 +91,8 @@ from fedblocks.protocol.messages import (
     Hello,
     Measure,
     Message,
+    Probe,
+    ProbeRow,
     Ready,
     Refused,
     Report,
@@ -178,7 +192,7 @@ class Aggregator:
         )
         self._loading: set[ClientKey] = set()
         """Clients that said Hello to this process and are not Ready yet: not planned for."""
-        self._tasks: dict[ClientKey, Assignment | Evaluate] = {}
+        self._tasks: dict[ClientKey, Assignment | Evaluate | Probe] = {}
         self._sent_s: dict[ClientKey, float] = {}
         self._unanswered: set[ClientKey] = set()
         """Clients that were sent a task and have not answered it: they may hold its state, or the one before."""
@@ -233,7 +247,7 @@ class Aggregator:
     # restart
 
     def _restore(self, roster: Sequence[tuple[ClientKey, str]]) -> None:
-        folded = [r for r in self._ledger.rounds() if r.phase == "folded" and r.kind == "train"]
+        folded = [r for r in self._ledger.rounds() if r.phase == "folded" and r.kind != "final"]
         last = self._ledger.last_round()
         newest = folded[-1] if folded else None
         self._method = (
@@ -256,7 +270,7 @@ class Aggregator:
         self._privacy: privacy.PrivacyBooks | None = privacy.open_books(self._config, self._ledger)
         self._ledger.set_run("quarantine_after", self._config.server.quarantine_after)
         self._folder.drop_parts()
-        self._folder.write_metrics([r.metrics for r in folded])
+        self._folder.write_metrics([r.metrics for r in folded if r.metrics is not None])
         self._state = self._restored_rounds(last, roster)
         if last is not None:
             self._books.note(f"resumed: {self._state.phase} round {self._state.round} at version {self._model.version}")
@@ -284,13 +298,13 @@ class Aggregator:
                 self._unanswered.add(a.client_key)
         if last.kind == "final":
             self._use_final_state(last.version)
-        else:
+        elif last.kind == "train":
             self._restore_plan(last.plan)
-        earlier = self._ledger.assignments(last.round - 1) if last.kind == "train" else []
+        earlier = self._ledger.assignments(last.round - 1) if last.kind != "final" else []
         late = {a.client_key: a.attempt_id for a in earlier if a.outcome == "late"}
         state = replace(
             state,
-            phase="open" if last.kind == "train" else "measuring",
+            phase="open" if last.kind != "final" else "measuring",
             tasks=tasks,
             late=late,
             elapsed_s=last.elapsed_s,
@@ -308,6 +322,9 @@ class Aggregator:
         if plan["keep_deadline"]:
             deadline = from_plain(Deadline, plan["deadline"], where="ledger.rounds")
             self._method = replace(self._method, deadline=deadline)
+        if "growth" in plan:  # older releases had none
+            growth_state = from_plain(growth.GrowthState, plan["growth"], where="ledger.rounds")
+            self._method = replace(self._method, growth=growth_state)
 
     # events from the endpoint
 
@@ -455,8 +472,13 @@ class Aggregator:
             self._answered(client.key, report.attempt_id)
             self._books.save(replace(client, held_version=stored.message.state.to_version))
             self._feed(rounds.ReportReceived(key=client.key, attempt_id=report.attempt_id))
+        elif stored.outcome in ("open", "late") and isinstance(stored.message, Probe):
+            self._ledger.add_probed(client.key, report.attempt_id, tried(stored.message, report.probed))
+            self._answered(client.key, report.attempt_id)
+            self._books.save(replace(client, held_version=stored.message.state.to_version))
+            self._feed(rounds.ReportReceived(key=client.key, attempt_id=report.attempt_id))
 
-    def _on_failure(self, client: KnownClient, message: Assignment | Evaluate, report: Report) -> None:
+    def _on_failure(self, client: KnownClient, message: Assignment | Evaluate | Probe, report: Report) -> None:
         assert report.failure is not None
         task = self._state.tasks.get(client.key)
         self._answered(client.key, report.attempt_id)
@@ -620,6 +642,12 @@ class Aggregator:
             self._feed(rounds.PlanFailed(text=f"every client here was refused too often: {names}"))
             return
         start = self._start()
+        if probing.blocks_to_place(self._run, self._method):
+            probe = probing.plan_probe(clients, self._run, self._method, start)
+            if probe.tasks:
+                self._open_probe(probe)
+                return
+            self._place((), start.round)
         planned = self._rules_of_method.plan(clients, self._run, self._method, start, now_unix_s=self._books.now_unix_s)
         if not planned.tasks:
             self._feed(rounds.PlanFailed(text=planned.plan.no_client_fits))
@@ -636,6 +664,7 @@ class Aggregator:
                     "deadline": to_plain(planned.plan.deadline),
                     "keep_deadline": planned.deadline is not None,
                     "active_blocks": list(run_rules.active_blocks(self._run, self._method)),
+                    "growth": to_plain(self._method.growth),
                     "choices": [explain.record(choice) for choice in planned.plan.choices],
                     "not_in_cohort": [client.name for client in clients if client.key not in planned.cohort],
                 },
@@ -658,7 +687,54 @@ class Aggregator:
         }
         self._feed(rounds.RoundPlanned(tasks=tasks, deadline_s=deadline_s))
 
-    def _begin(self, tasks: Mapping[ClientKey, Assignment | Evaluate]) -> None:
+    def _open_probe(self, probe: PlannedProbe) -> None:
+        """A round in which a few clients try where a block should go."""
+        start = self._start()
+        names = [self._books.name(key) for key in sorted(probe.tasks)]
+        candidates = next(iter(probe.tasks.values())).candidates
+        self._ledger.open_round(
+            round=start.round,
+            kind="probe",
+            version=start.version,
+            deadline_s=probe.deadline_s,
+            plan={"choices": [], "candidates": list(candidates)},
+            tasks=probe.tasks.items(),
+            unix_s=self._books.now_unix_s,
+        )
+        self._books.say(f"round {start.round}: {', '.join(names)} try {len(candidates)} places for a block")
+        self._begin(probe.tasks)
+        tasks = {key: Task(attempt_id=m.attempt_id, kind="evaluate") for key, m in probe.tasks.items()}
+        self._feed(rounds.RoundPlanned(tasks=tasks, deadline_s=probe.deadline_s))
+
+    def _place(self, tables: Sequence[tuple[ClientKey, tuple[ProbeRow, ...]]], number: int) -> None:
+        """Block after block where the tables say."""
+        before = run_rules.grown(self._run, self._method).plan
+        placed = probing.place(self._run, self._method, tables, self._books.clients, round=number)
+        self._method = placed.state
+        if run_rules.grown(self._run, placed.state).plan.base_cut != before.base_cut:
+            self._books.forget_caches()
+        with self._ledger.transaction():
+            self._ledger.set_run("probe", placed.record)
+            self._books.note(f"round {number}: {placed.text}")
+
+    def _close_probe(self, number: int) -> None:
+        tables = self._ledger.probed(number)
+        with self._ledger.transaction():
+            self._place(tables, number)
+            self._books.save_all()
+            self._ledger.commit_round(
+                number,
+                new_version=self._model.version,
+                state_sha256=self._model.sha256,
+                settings=None,
+                method_state=self._method,
+                stop_reason=None,
+                metrics=None,
+                unix_s=self._books.now_unix_s,
+            )
+        self._feed(rounds.RoundFolded(version=self._model.version, accepted=len(tables), stop_reason=None))
+
+    def _begin(self, tasks: Mapping[ClientKey, Assignment | Evaluate | Probe]) -> None:
         self._tasks = dict(tasks)
         self._sent_s.clear()
         self._intake.new_round()
@@ -720,6 +796,9 @@ class Aggregator:
         self._ledger.start_closing(number)
         record = self._ledger.get_round(number)
         assert record is not None
+        if record.kind == "probe":
+            self._close_probe(number)
+            return
         stored = self._ledger.updates_of(number)
         assigned = self._ledger.assignments(number)
         before = run_rules.grown(self._run, self._method).plan

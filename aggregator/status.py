@@ -6,7 +6,8 @@
 ``max_rounds, version, state_sha256, stop_reason, waiting_for``; the newest round's ``score, accuracy, nll_per_token,
 retention, kl, kl_budget, kl_over_budget, anchor_weight, next_active_blocks, growth_refused, spent, coverage,
 coverage_weight, eta_s``; ``clients`` (one record each, see :func:`_client`), ``rounds`` (the records of
-metrics.jsonl), ``notes`` (``unix_s, text``), ``final`` (null or the record of final.json) and ``strangers`` (refusals
+metrics.jsonl), ``notes`` (``unix_s, text``), ``final`` (null or the record of final.json), ``probe`` (null or the
+newest table of an adaptive run) and ``strangers`` (refusals
 of keys that never were members, by code).
 """
 
@@ -74,6 +75,7 @@ def run_status(run: Path, *, newest_rounds: int | None = None) -> dict[str, Any]
             "clients": [],
             "rounds": [],
             "notes": [],
+            "probe": None,
             "final": None,
             "strangers": {},
         }
@@ -129,7 +131,7 @@ def _served(folder: RunFolder, ledger: Ledger, newest_rounds: int | None) -> dic
         phase = "running" if is_served(folder.path) else "stopped"
     return {
         "phase": phase,
-        "round": last.round if last is not None and last.kind == "train" else (folded[-1].round if folded else 0),
+        "round": last.round if last is not None and last.kind != "final" else (folded[-1].round if folded else 0),
         "version": final["version"] if final is not None else (folded[-1].new_version if folded else 0),
         "state_sha256": final["state_sha256"] if final is not None else newest.get("state_sha256"),
         "stop_reason": folded[-1].stop_reason if folded else None,
@@ -149,6 +151,7 @@ def _served(folder: RunFolder, ledger: Ledger, newest_rounds: int | None) -> dic
         ],
         "rounds": [r.metrics for r in folded],
         "notes": [{"unix_s": unix_s, "text": text} for unix_s, text in ledger.notes()],
+        "probe": ledger.get_run("probe"),
         "final": final,
         "strangers": refusals.get(ClientKey(""), {}),
     }
@@ -201,6 +204,16 @@ def _client(
     }
 
 
+def _places(probe: Mapping[str, Any]) -> Iterator[str]:
+    """The newest probe's slots, the chosen ones marked."""
+    for choice in probe["choices"]:
+        slots = [
+            f"{'*' if slot['block'] == choice['block'] else ''}after layer {slot['after_layer']} {slot['score']:.4f}"
+            for slot in choice["slots"]
+        ]
+        yield f"block {choice['block']} (round {probe['round']}; scores: {', '.join(slots)})"
+
+
 def is_served(run: Path) -> bool:
     """True while a process serves the folder."""
     try:
@@ -235,6 +248,8 @@ def describe(status: Mapping[str, Any]) -> str:
         if row.get("active_blocks", after) != after:
             new = ", ".join(str(block) for block in after if block not in row["active_blocks"])
             lines.append(f"grew after round {row['round']}: block {new}; active blocks are {list(after)}")
+    if status["probe"] is not None:
+        lines += [f"placed by probe: {line}" for line in _places(status["probe"])]
     if status["growth_refused"]:
         lines.append(f"not grown: {status['growth_refused']}")
     for client in status["clients"]:

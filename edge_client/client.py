@@ -52,6 +52,7 @@ from fedblocks.protocol.messages import (
     Goodbye,
     Hello,
     Message,
+    Probe,
     Ready,
     Report,
     Welcome,
@@ -206,7 +207,7 @@ def _what_would_leave(site: SiteFile, hello: Hello) -> str:
         "heartbeat (every few seconds): attempt id, phase, steps done",
         "fetch: names of the run's files (plan.json, anchor.bin, general.jsonl)",
         "delta (once per round): int8 changes of the assigned expanded blocks; number of examples; losses; scores",
-        "report (instead of a delta): sums of scores, or why a task failed",
+        "report (instead of a delta): sums of scores, what blocks that could be added gave, or why a task failed",
         "goodbye (when it leaves or rests): why",
         "no text, token or label is sent"
         + (", but how many rows there are in each of 64 topic bins" if site.join.share_topics else "")
@@ -542,7 +543,7 @@ class Shell:
         self.transport.set_status(attempt_id=None, phase="idle", steps_done=0)
         client.say(f"ready: run {welcome.run_id}, round {welcome.round}; {len(client.data.train)} examples")
 
-    def _start(self, task: Assignment | Evaluate, payload: bytes) -> s.Event:
+    def _start(self, task: Assignment | Evaluate | Probe, payload: bytes) -> s.Event:
         """Carry out a task and put its update into the outbox, or report."""
 
         def status(phase: str, steps_done: int) -> None:
@@ -554,6 +555,9 @@ class Shell:
             if isinstance(task, Evaluate):
                 status("evaluating", 0)
                 outcome = self.bench.evaluate(task, payload)
+            elif isinstance(task, Probe):
+                status("probing", 0)
+                outcome = self.bench.probe(task, payload, status=status)
             else:
                 outcome = self.bench.train(task, payload, status=status)
         except _StopTask:

@@ -37,6 +37,7 @@ from fedblocks.protocol.messages import (
     Goodbye,
     HeartbeatReply,
     Message,
+    Probe,
     Refused,
     Resource,
     ResourceInfo,
@@ -150,7 +151,7 @@ class Rest:
 class StartTask:
     """Carry out this assignment or evaluation."""
 
-    task: Assignment | Evaluate
+    task: Assignment | Evaluate | Probe
     payload: bytes
 
 
@@ -271,7 +272,7 @@ def _received(state: SessionState, message: Message, payload: bytes, now_s: floa
             )
             state, actions = _fetch_or_prepare(state, now_s)
             return state, [StoreResource(info=info, payload=payload), *actions]
-        case Assignment() | Evaluate():
+        case Assignment() | Evaluate() | Probe():
             if state.resting:  # sent before our Goodbye was read; sent again after our Ready if it is still wanted
                 return state, []
             if message.attempt_id in (state.outbox, state.busy):

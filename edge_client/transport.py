@@ -49,6 +49,7 @@ from fedblocks.protocol.messages import (
     HeartbeatReply,
     Hello,
     Message,
+    Probe,
     Refused,
     Resource,
     Welcome,
@@ -622,7 +623,7 @@ class Transport:
 
     def _answer(self, number: int, message: Message) -> None:
         assert self._connection is not None
-        assert isinstance(message, Resource | Assignment | Evaluate)
+        assert isinstance(message, Resource | Assignment | Evaluate | Probe)
         if message.payload_bytes <= self._max_payload_bytes:
             self.meter.payload_begins(number)
             self._translate(self._connection.accept(number, MemorySink()))

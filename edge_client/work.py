@@ -24,7 +24,7 @@ from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
 from fedblocks.edge_client.device_encoding import device_encoder
 from fedblocks.edge_client.encoder_objective import open_teacher
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
-from fedblocks.edge_client.expanded_model import open_model
+from fedblocks.edge_client.expanded_model import ExpandedModel, open_model
 from fedblocks.edge_client.memory import (
     PeakMemory,
     anonymous_bytes,
@@ -34,6 +34,7 @@ from fedblocks.edge_client.memory import (
 )
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, TokenInputs, cut_fields, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
+from fedblocks.edge_client.rollout import Bench, rollout
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.store import ClientStore
 from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
@@ -53,6 +54,7 @@ from fedblocks.protocol.messages import (
     FailureReason,
     Measure,
     Measurement,
+    Probe,
     Report,
     StateUpdate,
     TrainReport,
@@ -193,13 +195,10 @@ class Workbench:
     def _build(self, active: tuple[int, ...]) -> None:
         """The model with these blocks, and what is kept of it: hidden states by their cut, the teacher's records by the
         lowest cut that the run may come to, since the teacher is the base whatever has been added to it."""
-        dtype = torch.float32 if self.profile.compute_dtype == "float32" else torch.bfloat16
         plan = self.plan.reduced(active)
         self.active = plan.block_ids
         self._layout = plan.layout
-        self.model = open_model(
-            backbone=self._backbone, checkpoint=self._checkpoint, plan=plan, state=self.state, dtype=dtype
-        )
+        self.model = self._model_of(plan)
         cut, lowest = self.model.base_cut, self.plan.base_cut
         fields = cut_fields(self.model, self._base_hash, cut=cut)
         key = cut_key(self.model, self._base_hash, cut=cut)
@@ -217,8 +216,18 @@ class Workbench:
             self.prefix = PrefixStates(self.model, None)
         else:
             self.prefix = PrefixStates(self.model, self._open_store(folder / key, fields))
-        records = self._open_store(folder / of_teacher, cut_fields(self.model, self._base_hash, cut=lowest))
-        self.teacher = open_teacher(anchors=self._anchors, model=self.model, prefix=self.prefix, store=records)
+        fields = cut_fields(self.model, self._base_hash, cut=lowest)
+        self._teacher_records = self._open_store(folder / of_teacher, fields)
+        self.teacher = open_teacher(
+            anchors=self._anchors, model=self.model, prefix=self.prefix, store=self._teacher_records
+        )
+
+    def _model_of(self, plan: ExpansionPlan) -> ExpandedModel:
+        """The base with these blocks, at the state that is held."""
+        dtype = torch.float32 if self.profile.compute_dtype == "float32" else torch.bfloat16
+        return open_model(
+            backbone=self._backbone, checkpoint=self._checkpoint, plan=plan, state=self.state, dtype=dtype
+        )
 
     def use_blocks(self, active: Sequence[int]) -> None:
         """Give the model the blocks that a task names; does nothing if it has them.
@@ -353,6 +362,54 @@ class Workbench:
     def _anchors_for_measuring(self) -> list[int]:
         """``kl_val``, or all sequences of a set too small to have one."""
         return list(self.teacher.anchors.kl_val_indices) or list(self.teacher.anchors.train_indices)
+
+    def probe(self, task: Probe, payload: bytes, *, status: Status) -> Report:
+        """Try blocks that could be added (``rollout.py``); the model and the published state stay as they were."""
+        known = set(self.plan.block_ids)
+        if not known >= {*task.candidates, *task.active_blocks}:
+            text = f"blocks {task.candidates} with {task.active_blocks} are not in this run's plan {sorted(known)}"
+            return Report(attempt_id=task.attempt_id, round=task.round, failure="internal", text=text)
+        self.take_state(task.state, payload)
+        self.model.release()
+        work = self._workload(
+            batch_size=task.batch_size,
+            micro_batch_size=task.batch_size,
+            steps=task.steps,
+            anchor_batch_size=task.anchor_batch_size if task.anchor_weight > 0 else 0,
+            anchor_every=1,
+        )
+        limit = min((x for x in (self.memory_limit_bytes, task.memory_budget_bytes) if x > 0), default=0)
+        status("measuring", 0)
+        try:
+            rows = rollout(
+                task,
+                bench_with=lambda block: self._bench_with((*task.active_blocks, block), block, work, limit),
+                state=self.state,
+                data=self.data.train,
+                held_out=self.data.validation,
+                now=time.monotonic,
+                status=status,
+            )
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            text = str(error)[:300] or type(error).__name__
+            return Report(attempt_id=task.attempt_id, round=task.round, failure="oom", text=text)
+        return Report(attempt_id=task.attempt_id, round=task.round, probed=rows)
+
+    def _bench_with(self, blocks: tuple[int, ...], trained: int, work: Workload, limit: int) -> Bench | None:
+        """Another model with these blocks, its hidden states in memory only; None if this block does not fit."""
+        plan = self.plan.reduced(blocks)
+        own = max(0, anonymous_bytes() - self._after_imports_bytes)
+        budget = limit or free_bytes(self.model.device) + own
+        chosen = choose_mode(self.profile, plan.shape, plan.layout, (trained,), work, budget_bytes=budget)
+        if isinstance(chosen, NoFit):
+            self._say(f"block {trained} is not tried: it does not fit: {chosen.text}")
+            return None
+        model = self._model_of(plan)
+        room = psutil.virtual_memory().available // 4
+        store = RecordStore(Path(), location="ram", max_bytes=max(1, room), warn=lambda _line: None)
+        prefix = PrefixStates(model, store)
+        teacher = open_teacher(anchors=self._anchors, model=model, prefix=prefix, store=self._teacher_records)
+        return Bench(model=model, prefix=prefix, teacher=teacher, mode=chosen.mode)
 
     def evaluate(self, task: Evaluate, payload: bytes) -> Report:
         """Carry out an evaluation."""

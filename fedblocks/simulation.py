@@ -29,12 +29,12 @@ from fedblocks.fleet_file import SHAPES, Event, Fleet, Group
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan
 from fedblocks.protocol.keys import KeyPair
-from fedblocks.protocol.messages import Assignment, ClientKey, Evaluate
+from fedblocks.protocol.messages import ClientKey
 from fedblocks.protocol.method_plan import plan_of
 from fedblocks.protocol.run_config import ConfigError, RunConfig
 
 if TYPE_CHECKING:
-    from fedblocks.virtual_client import Costs, Span, VirtualClient
+    from fedblocks.virtual_client import Costs, Span, Task, VirtualClient
 
 MARKER: Final = ".fedblocks-simulation"
 SUBFOLDERS: Final = ("run", "sites", "data")
@@ -580,7 +580,7 @@ class _Simulation:
 
     # tasks
 
-    def _begin(self, client: VirtualClient, task: Assignment | Evaluate, payload: bytes) -> None:
+    def _begin(self, client: VirtualClient, task: Task, payload: bytes) -> None:
         from fedblocks.virtual_workers import Job
 
         self._jobs.append(Job(client=client, task=task, payload=payload))

@@ -50,7 +50,9 @@ from fedblocks.protocol.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    Measure,
     Message,
+    Probe,
     Report,
     Resource,
     Welcome,
@@ -129,7 +131,7 @@ class VirtualLink:
                 case transfer.MessageArrived(message=message):
                     arrived.append(s.Received(message=message))
                 case transfer.PayloadAnnounced(transfer=number, message=message):
-                    assert isinstance(message, Resource | Assignment | Evaluate)
+                    assert isinstance(message, Resource | Assignment | Evaluate | Probe)
                     self._take(self._connection.accept(number, MemorySink()), arrived)
                 case transfer.PayloadArrived(message=message, sink=MemorySink() as sink):
                     arrived.append(s.Received(message=message, payload=sink.payload()))
@@ -205,7 +207,7 @@ class AssumedSite(SiteClient):
         return replace(super().hello(), profile=self._assumed)
 
 
-Task = Assignment | Evaluate
+Task = Assignment | Evaluate | Probe
 Held = list[tuple[Message, Bytes | Path]]
 
 
@@ -452,6 +454,8 @@ class VirtualClient:
             bytes_up=up_bytes,
             bytes_down=down_bytes,
         )
+        if isinstance(task, Probe):
+            return replace(span, end_s=self.clock() + down_s + slow * self._probe_s(task))
         new_tokens = self._new_tokens(task) if isinstance(task, Assignment) and found is not None else 0.0
         work = replace(self._workload(task), new_tokens=new_tokens)
         layout = costs.layout(task)
@@ -490,6 +494,22 @@ class VirtualClient:
         end_s = self.clock() + down_s + measure_s + slow * cost.seconds + up_s
         return replace(span, end_s=end_s, peak_memory_bytes=report.peak_memory_bytes)
 
+    def _probe_s(self, task: Probe) -> float:
+        """Steps and measuring of every candidate."""
+        costs, work = self.costs, self._workload(task)
+        data = self.site.data.statistics()
+        tokens = task.num_examples * data.mean_tokens + task.num_anchor_sequences * work.anchor_tokens
+        measuring = replace(work, measure_tokens=int(len(task.strengths) * tokens))
+        seconds = 0.0
+        for block in task.candidates:
+            layout = costs.plan.reduced((*task.active_blocks, block)).layout
+            search = ModeSearch(costs.profile, costs.shape, layout, work)
+            mode = search.best((block,))
+            assert mode is not None
+            seconds += task.steps * search.cost((block,), mode).step_s
+            seconds += measure_time(costs.profile, costs.shape, layout, measuring)
+        return seconds
+
     def _predicted_bytes(self, task: Task, *, has_update: bool) -> tuple[int, int]:
         """Down and up, of the shape that the costs are of."""
         shape, blocks = self.costs.shape, self.costs.layout(task).blocks
@@ -510,22 +530,25 @@ class VirtualClient:
         mean_anchor_tokens = max(1, anchors.num_tokens // len(anchors.sequences))
         strengths = len(task.strengths) if isinstance(task, Evaluate) else 1
         kl_sequences = len(anchors.kl_val_indices) if strengths > 1 else KL_VAL_SEQUENCES
-        measure_tokens = kl_sequences * mean_anchor_tokens if "anchor" in task.measure else 0
-        if "validation" in task.measure:
+        measure: tuple[Measure, ...] = () if isinstance(task, Probe) else task.measure
+        measure_tokens = kl_sequences * mean_anchor_tokens if "anchor" in measure else 0
+        if "validation" in measure:
             measure_tokens += sum(len(sample.ids) for sample in self.site.data.validation)
-        if "general" in task.measure:
+        if "general" in measure:
             measure_tokens += sum(len(sample.ids) for sample in bench.general)
-        training = task if isinstance(task, Assignment) else None
+        assigned = task if isinstance(task, Assignment) else None
+        training = task if isinstance(task, Assignment | Probe) else None
+        batch_size = training.batch_size if training else 1
         return Workload(
-            batch_size=training.batch_size if training else 1,
-            micro_batch_size=training.micro_batch_size if training else 1,
+            batch_size=batch_size,
+            micro_batch_size=assigned.micro_batch_size if assigned else batch_size,
             mean_tokens=data.mean_tokens,
             max_tokens=data.max_tokens,
             label_share=data.num_target_tokens / (data.num_examples * data.mean_tokens),
             steps=training.steps if training else 1,
             anchor_batch_size=training.anchor_batch_size if training and training.anchor_weight > 0 else 0,
             anchor_tokens=mean_anchor_tokens,
-            anchor_every=training.anchor_every if training else 1,
+            anchor_every=assigned.anchor_every if assigned else 1,
             dtype_bytes=4 if self.costs.profile.compute_dtype == "float32" else 2,
             measure_tokens=strengths * measure_tokens,
         )

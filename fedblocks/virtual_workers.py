@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from fedblocks.protocol.messages import Assignment, Evaluate, Report, Welcome
-from fedblocks.virtual_client import Outcome, VirtualClient
+from fedblocks.protocol.messages import Report, Welcome
+from fedblocks.virtual_client import Outcome, Task, VirtualClient
 
 
 class WorkerError(RuntimeError):
@@ -30,7 +30,7 @@ class Job:
     """A task of a client that is to be carried out."""
 
     client: VirtualClient
-    task: Assignment | Evaluate
+    task: Task
     payload: bytes
 
     @property

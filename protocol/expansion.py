@@ -61,7 +61,7 @@ ExpansionCode = Literal[
 """methods.md 2.3, plus CONFIG (a size is missing or impossible), PLACEMENT (the blocks asked for do not fit the depth)
 and PLAN (a plan that is none). Local to one machine, never on the wire."""
 
-Placement = Literal["thirds", "top", "interleaved"]
+Placement = Literal["thirds", "top", "interleaved", "adaptive"]
 
 
 class ExpansionError(ValueError):
@@ -817,6 +817,12 @@ def plan_expansion(
         ExpansionError: the model cannot be expanded, or not with so many blocks in this placement.
     """
     shape = shape_from_config(config)
+    if shape.encoder and placement == "adaptive":
+        raise ExpansionError(
+            "E_EXPAND_PLACEMENT",
+            "placement 'adaptive' compares what blocks do to a decoder's predictions, and this is an encoder; what "
+            "works: 'thirds', 'top' or 'interleaved'",
+        )
     slots = _slots(placement, shape.num_layers, num_blocks)
     return ExpansionPlan(
         base_hash=base_hash,
@@ -848,10 +854,10 @@ def grow(plan: ExpansionPlan) -> ExpansionPlan:
         ExpansionError: this placement has no further slot.
     """
     slot = _slots(plan.placement, plan.shape.num_layers, len(plan.blocks) + 1)[-1]
-    if plan.placement == "interleaved":
+    if plan.placement in ("interleaved", "adaptive"):
         raise ExpansionError(
             "E_EXPAND_PLACEMENT",
-            "placement 'interleaved' places all its blocks at once and does not grow; what works: 'thirds' or 'top'",
+            f"placement {plan.placement!r} has all its blocks in the plan; what works: 'thirds' or 'top'",
         )
     if plan.shape.encoder and slot in plan.slots():
         # The norm of the block below would have to become (1, 0), and it is trained.
@@ -865,7 +871,11 @@ def grow(plan: ExpansionPlan) -> ExpansionPlan:
 
 
 def _slots(placement: Placement, num_layers: int, num_blocks: int) -> list[int]:
-    """Slots ("after base layer l") of the first ``num_blocks`` blocks in the order of their creation."""
+    """Slots ("after base layer l") of the first ``num_blocks`` blocks in the order of their creation.
+
+    Of ``adaptive`` all that it may choose from: those of ``thirds`` first, which it takes where nothing speaks against
+    it.
+    """
     if type(num_blocks) is not int or num_blocks < 1:
         raise ExpansionError("E_EXPAND_PLACEMENT", f"{num_blocks!r} blocks asked for, expected at least 1")
 
@@ -898,6 +908,16 @@ def _slots(placement: Placement, num_layers: int, num_blocks: int) -> list[int]:
             return [share(j, num_blocks) for j in range(1, num_blocks + 1)]
         case "top":
             return [num_layers - 1] * num_blocks
+        case "adaptive":
+            quarters = (share(j, 4) for j in (4, 3, 2, 1))
+            found = list(dict.fromkeys((share(2, 3), share(3, 3), share(1, 3), *quarters)))
+            if num_blocks > len(found):
+                raise ExpansionError(
+                    "E_EXPAND_PLACEMENT",
+                    f"placement 'adaptive' has {len(found)} slots in a model of {num_layers} layers, and {num_blocks} "
+                    f"blocks were asked for; what works: at most {len(found)} blocks, or placement 'top'",
+                )
+            return found
 
 
 def expand_config(config: Mapping[str, Any], plan: ExpansionPlan) -> dict[str, Any]:

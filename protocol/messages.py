@@ -320,6 +320,82 @@ class Evaluate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """Aggregator to client: try these blocks, one at a time, and report; nothing of it is uploaded (methods.md 4).
+
+    Each candidate is added to the active blocks, trained alone for a few steps from the identity, in the same order of
+    the same data, and measured at each strength of that block alone.
+    """
+
+    attempt_id: AttemptId
+    round: int
+    state: StateUpdate
+    payload_bytes: int
+    payload_sha256: str
+    active_blocks: tuple[int, ...] = ()
+    """There and frozen while a candidate is tried; empty: none."""
+    candidates: tuple[int, ...]
+    """Ids of blocks of the plan that are not active."""
+    strengths: tuple[float, ...]
+    """Ascending, from 0: the model without the candidate."""
+    num_examples: int
+    """Held-out examples to measure on, at most."""
+    num_anchor_sequences: int
+    """Held-out anchor sequences to measure on, at most."""
+    steps: int
+    batch_size: int
+    anchor_batch_size: int
+    anchor_weight: float
+    """0 means no anchor batches."""
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    clip_norm: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_eps: float
+    seed: int
+    deadline_s: float
+    memory_budget_bytes: int
+    """As in an assignment."""
+
+    def __post_init__(self) -> None:
+        _require_active("probe", self.active_blocks)
+        if not self.candidates or len({*self.candidates, *self.active_blocks}) != len(self.candidates) + len(
+            self.active_blocks
+        ):
+            raise ValueError(
+                f"probe: candidates are {self.candidates}, expected ids without repeats, at least one, none of them "
+                f"active ({self.active_blocks})"
+            )
+        if not 1 < len(self.strengths) <= MAX_STRENGTHS or self.strengths[0] != 0 or self.strengths[-1] > 1:
+            raise ValueError(f"probe: strengths are {self.strengths}, expected 0 and more up to 1, ascending")
+        if list(self.strengths) != sorted(set(self.strengths)):
+            raise ValueError(f"probe: strengths are {self.strengths}, expected 0 and more up to 1, ascending")
+        for name in ("num_examples", "num_anchor_sequences", "steps", "batch_size", "warmup_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"probe: {name} is {getattr(self, name)}, expected at least 1")
+        for name in ("learning_rate", "deadline_s", "adam_eps", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"probe: {name} is {getattr(self, name)}, expected a positive number")
+        _require_not_negative(self, "anchor_batch_size", "anchor_weight", "weight_decay", "memory_budget_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeRow:
+    """What a tried block gave at one strength: sums. A row that is not finite is not sent."""
+
+    block: int
+    strength: float
+    nll_sum: float
+    """nats over ``num_tokens`` target tokens of held-out examples."""
+    num_tokens: int
+    kl_sum: float
+    """KL to the base over ``num_anchor_tokens`` held-out anchor tokens, nats."""
+    num_anchor_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TensorHeader:
     """What the payload holds of one tensor: all its rows, or those named by its row bitmap."""
 
@@ -386,11 +462,13 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Client to aggregator: the answer to Evaluate, or a typed failure of a task (nothing is uploaded then)."""
+    """Client to aggregator: the answer to Evaluate or Probe, or a typed failure of a task; nothing is uploaded."""
 
     attempt_id: AttemptId
     round: int
     measurements: tuple[Measurement, ...] = ()
+    probed: tuple[ProbeRow, ...] = ()
+    """The answer to Probe."""
     failure: FailureReason | None = None
     text: str = ""
 
@@ -447,6 +525,7 @@ Message = (
     | Ready
     | Assignment
     | Evaluate
+    | Probe
     | Delta
     | Report
     | Ack
@@ -465,6 +544,7 @@ KINDS: Final[dict[str, type]] = {
     "ready": Ready,
     "assignment": Assignment,
     "evaluate": Evaluate,
+    "probe": Probe,
     "delta": Delta,
     "report": Report,
     "ack": Ack,

@@ -28,7 +28,7 @@ else:
 
 MethodName = Literal["fedbe", "fedavg", "fedprox", "fedit", "hetlora", "flexlora", "flora", "topn", "llamapro"]
 """What ``run.method`` may be; each has its file in ``aggregator/methods/``."""
-Placement = Literal["thirds", "top", "interleaved"]
+Placement = Literal["thirds", "top", "interleaved", "adaptive"]
 ServerOptimizer = Literal["avg", "avgm", "adam"]
 FoldKind = Literal["mean", "median", "trimmed_mean"]
 Policy = Literal["fitted", "whole", "uniform", "weakest", "random"]
@@ -92,7 +92,7 @@ class RunSection:
 class ExpansionSection:
     """Where the trainable blocks stand."""
 
-    placement: Placement = _key("thirds", "thirds | top | interleaved (docs/methods.md)")
+    placement: Placement = _key("thirds", "thirds | top | interleaved | adaptive (docs/methods.md)")
     blocks: int = _key(3, "number of expanded blocks at the start")
     max_blocks: int = _key(
         0, "a block is added whenever the score stands still, up to so many (docs/methods.md); 0: no growth"
@@ -342,6 +342,11 @@ class RunConfig:
             return
         private = "with privacy.noise_multiplier set"
         self._require("privacy.clip_norm", self.privacy.clip_norm > 0, f"a positive number {private}")
+        self._require(
+            "expansion.placement",
+            self.expansion.placement != "adaptive",
+            f"thirds, top or interleaved {private}: what clients find when they try a block is sent without noise",
+        )
         self._require("run.method", self.run.method == "fedbe", f"fedbe {private}")
         self._require("training.fold", self.training.fold == "mean", f"mean {private}")
         self._require(

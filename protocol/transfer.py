@@ -48,9 +48,9 @@ MAX_OUTGOING: Final = 64
 
 FROM_CLIENT: Final = frozenset({"hello", "fetch", "ready", "delta", "report", "heartbeat", "refused", "goodbye"})
 FROM_AGGREGATOR: Final = frozenset(
-    {"welcome", "resource", "assignment", "evaluate", "ack", "heartbeat_reply", "refused", "goodbye"}
+    {"welcome", "resource", "assignment", "evaluate", "probe", "ack", "heartbeat_reply", "refused", "goodbye"}
 )
-ANNOUNCING: Final = frozenset({"resource", "assignment", "evaluate", "delta"})
+ANNOUNCING: Final = frozenset({"resource", "assignment", "evaluate", "probe", "delta"})
 
 Frames = tuple[Bytes, ...]
 

@@ -31,7 +31,7 @@ from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
-from fedblocks.protocol.expansion import ExpansionPlan, plan_expansion
+from fedblocks.protocol.expansion import ExpansionPlan, Placement, plan_expansion
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
@@ -47,6 +47,8 @@ from fedblocks.protocol.messages import (
     Hello,
     Measurement,
     Message,
+    Probe,
+    ProbeRow,
     Ready,
     Refused,
     Report,
@@ -72,15 +74,15 @@ CONFIG = {
 }
 
 
-def tiny_plan(blocks: int = 3) -> ExpansionPlan:
-    return plan_expansion(base_hash=BASE_HASH, config=CONFIG, placement="thirds", num_blocks=blocks)
+def tiny_plan(blocks: int = 3, placement: Placement = "thirds") -> ExpansionPlan:
+    return plan_expansion(base_hash=BASE_HASH, config=CONFIG, placement=placement, num_blocks=blocks)
 
 
 def write_run_folder(path: Path, *overrides: str) -> Path:
     """What ``fedblocks init`` leaves behind, for a model that nobody has."""
     config = run_config.from_mapping({}, ("allocation.deadline_s=60.0", *overrides))
     (path / "resources").mkdir(parents=True)
-    plan = tiny_plan(config.most_blocks).to_json().encode()
+    plan = tiny_plan(config.most_blocks, config.expansion.placement).to_json().encode()
     files = {"plan.json": plan, "anchor.bin": b"anchor texts"}
     for name, content in files.items():
         (path / "resources" / name).write_bytes(content)
@@ -174,13 +176,27 @@ class Site:
     staged: dict[AttemptId, tuple[Delta, bytes, dict[int, dict[str, Any]]]] = field(default_factory=dict)
     acked: list[AttemptId] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
-    tasks: list[Assignment | Evaluate] = field(default_factory=list)
+    tasks: list[Assignment | Evaluate | Probe] = field(default_factory=list)
     welcome: Welcome | None = None
     goodbye: Goodbye | None = None
     accuracy: Callable[[int], float] = lambda version: 0.5
     kl: Callable[[int], float] = lambda version: 0.001 * version
     can_evaluate_general: bool = False
     scale: float = 1.0
+    gains: dict[int, float] = field(default_factory=dict)
+    """Block -> nats per token that a probe finds at full strength."""
+
+    def tried(self, block: int, strength: float) -> ProbeRow:
+        """What a probe finds of a block."""
+        nll = 3.0 - strength * self.gains.get(block, 0.1)
+        return ProbeRow(
+            block=block,
+            strength=strength,
+            nll_sum=100 * nll,
+            num_tokens=100,
+            kl_sum=strength * 1.0,
+            num_anchor_tokens=100,
+        )
 
     def __post_init__(self) -> None:
         self.key = ClientKey((self.name * 40)[:40])
@@ -218,7 +234,7 @@ class Site:
                     self.say(Ready())
                     for delta, data, _ in self.staged.values():
                         self.world.endpoint.announce(self.key, delta, data)
-                case Assignment() | Evaluate():
+                case Assignment() | Evaluate() | Probe():
                     self._take(message, payload)
                 case Ack(attempt_id=attempt_id):
                     self.acked.append(attempt_id)
@@ -243,7 +259,7 @@ class Site:
                 cut(whole, values.shape)[...] = values
                 owed[name] = whole
 
-    def _take(self, task: Assignment | Evaluate, payload: bytes) -> None:
+    def _take(self, task: Assignment | Evaluate | Probe, payload: bytes) -> None:
         if any(t.attempt_id == task.attempt_id for t in self.tasks):
             return  # at work on it
         assert len(payload) == task.payload_bytes
@@ -348,7 +364,10 @@ class Site:
     def work(self) -> None:
         """Answer the newest task: announce the update, or report."""
         task = self.tasks[-1]
-        if isinstance(task, Assignment):
+        if isinstance(task, Probe):
+            rows = [self.tried(block, g) for block in task.candidates for g in task.strengths]
+            self.say(Report(attempt_id=task.attempt_id, round=task.round, probed=tuple(rows)))
+        elif isinstance(task, Assignment):
             self.world.endpoint.announce(self.key, *self.train(task))
         else:
             self.say(Report(attempt_id=task.attempt_id, round=task.round, measurements=self.measurements(task)))
@@ -363,7 +382,7 @@ class World:
 
     def __init__(self, path: Path, *names: str, overrides: Sequence[str] = (), gather_s: float = 10.0) -> None:
         self.path = path if (path / "run.json").exists() else write_run_folder(path, *overrides)
-        self.plan = tiny_plan()
+        self.plan = ExpansionPlan.from_json((self.path / "plan.json").read_text())
         self.now_s = 1000.0
         self.wall_s = 5e8
         self.gather_s = gather_s

@@ -174,7 +174,8 @@ def example(cls: Any) -> Any:
         return example(hint) if dataclasses.is_dataclass(hint) else {int: 3, float: 0.5, str: "text", bool: True}[hint]
 
     hints = typing.get_type_hints(cls)
-    return cls(**{f.name: value(hints[f.name]) for f in dataclasses.fields(cls)})
+    own = {"candidates": (0, 1), "strengths": (0.0, 0.5)} if cls is messages.Probe else {}
+    return cls(**{**{f.name: value(hints[f.name]) for f in dataclasses.fields(cls)}, **own})
 
 
 def seeds(target: str) -> list[bytes]:

@@ -33,6 +33,7 @@ from fedblocks.protocol.messages import (
     Heartbeat,
     Hello,
     Measurement,
+    Probe,
     Refused,
     TensorHeader,
     TrainReport,
@@ -56,6 +57,11 @@ OWN_RULES = {
     Evaluate: {
         "active_blocks": ids,
         "strengths": st.sets(st.floats(0, 1).map(abs), min_size=1, max_size=11).map(lambda s: tuple(sorted(s))),
+    },
+    Probe: {
+        "active_blocks": st.sampled_from([(), (1, 3)]),
+        "candidates": st.permutations([0, 2, 4]).map(tuple),
+        "strengths": st.just((0.0, 0.5, 1.0)),
     },
     Measurement: {
         "num_items": st.integers(1000, 2000),
@@ -112,7 +118,8 @@ def make(cls, **changes):
         return make(hint) if dataclasses.is_dataclass(hint) else plain[hint]
 
     hints = typing.get_type_hints(cls)
-    return cls(**{**{f.name: value(hints[f.name]) for f in dataclasses.fields(cls)}, **changes})
+    own = {"candidates": (0, 1), "strengths": (0.0, 0.5)} if cls is Probe else {}
+    return cls(**{**{f.name: value(hints[f.name]) for f in dataclasses.fields(cls)}, **own, **changes})
 
 
 def plain_of(message):

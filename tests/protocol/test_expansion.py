@@ -257,7 +257,7 @@ def test_too_many_blocks_are_told_what_fits(layers: int, placement: str, blocks:
 
 
 def test_a_placement_that_does_not_exist_or_no_blocks_are_refused() -> None:
-    with pytest.raises(ExpansionError, match="thirds, top or interleaved"):
+    with pytest.raises(ExpansionError, match="thirds, top, interleaved or adaptive"):
         make_plan(placement="middle")
     with pytest.raises(ExpansionError, match="at least 1"):
         make_plan(num_blocks=0)
