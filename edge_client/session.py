@@ -10,12 +10,14 @@ it again.
 Sending the same update twice is harmless by construction (same client key, round and attempt id), so the client never
 needs to know whether an earlier send arrived.
 
-Three rules follow:
+Four rules follow:
 1. A task that arrives while an update is unanswered replaces nothing: the update is announced first, the task starts
    after its answer.
 2. A task with the attempt id of the update in the outbox is that update's own assignment, sent again: it is answered
    with the update, never trained twice.
 3. A refusal of an update that was acknowledged only ends a second transfer of the same bytes: nothing is said of it.
+4. An answer that comes before the session is prepared was meant for the process before this one: the residual cannot be
+   committed yet, so the update is announced again and answered again.
 
 Outside the hours in which its site takes part a client rests: connected, but not ready, so that it is not planned for.
 It begins to rest once nothing of it is unanswered: it says Goodbye and greets again (until it is Ready, its heartbeats
@@ -279,7 +281,7 @@ def _received(state: SessionState, message: Message, payload: bytes, now_s: floa
                 return _announce(state, now_s) if message.attempt_id == state.outbox else (state, [])
             return _proceed(replace(state, pending=StartTask(task=message, payload=payload)), now_s)
         case Ack(attempt_id=attempt_id):
-            if attempt_id != state.outbox:
+            if attempt_id != state.outbox or not state.prepared:
                 return state, []
             answered = replace(state, outbox=None, announced_s=None, retry_at_s=None, acked=attempt_id)
             state, actions = _proceed(answered, now_s)
@@ -300,6 +302,8 @@ def _refused(state: SessionState, refused: Refused, now_s: float) -> tuple[Sessi
     text = f"refused ({refused.code}): {refused.text}"
     if refused.code in FATAL_CODES:
         return _stop(state, EXIT_REFUSED, text)
+    if refused.attempt_id is not None and refused.attempt_id == state.outbox and not state.prepared:
+        return state, []
     if refused.attempt_id is None or refused.attempt_id != state.outbox:
         is_counted = refused.code == "conflict" and refused.attempt_id is not None and refused.attempt_id == state.acked
         return state, [] if is_counted else [Say(text=text)]

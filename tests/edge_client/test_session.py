@@ -137,6 +137,21 @@ def test_an_update_left_by_a_killed_process_is_announced_before_any_task():
     assert [type(a) for a in actions] == [s.CommitUpdate, s.StartTask]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Ack(attempt_id=AttemptId("old"), payload_sha256="x"),
+        Refused(code="over_norm", text="too large", attempt_id=AttemptId("old")),
+    ],
+)
+def test_an_answer_for_the_process_before_this_one_waits_until_the_residual_can_be_committed(answer):
+    state, actions = run(s.SessionState(outbox=AttemptId("old")), s.Connected(), received(answer))
+    assert actions == []
+
+    _, actions = run(state, received(welcome()))
+    assert [type(a) for a in actions] == [s.Prepare, s.SendReady, s.AnnounceUpdate]
+
+
 def test_the_assignment_of_the_update_in_the_outbox_is_answered_and_not_trained_again():
     state = ready(outbox=AttemptId("a"), announced_s=0.0)
 
