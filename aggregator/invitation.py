@@ -7,7 +7,6 @@ from pathlib import Path
 from fedblocks.aggregator.auth import load_or_create_server_keys
 from fedblocks.aggregator.run_folder import read_run_folder
 from fedblocks.protocol import site_file
-from fedblocks.protocol.messages import DataFormat
 from fedblocks.protocol.site_file import SiteFile
 
 
@@ -19,7 +18,6 @@ def write_invitation(run: Path, *, name: str, out: Path, overrides: tuple[str, .
         RunFolderError: ``run`` is no run folder.
     """
     folder = read_run_folder(run, overrides)
-    section = folder.config.data
     site = SiteFile(
         client_name=name,
         address=folder.config.server.public_address,
@@ -27,7 +25,7 @@ def write_invitation(run: Path, *, name: str, out: Path, overrides: tuple[str, .
         run_id=folder.info.run_id,
         base_name=folder.info.base_name,
         base_hash=folder.info.base_hash,
-        data=DataFormat(max_tokens=section.max_tokens, append_eos=section.append_eos, join=section.join),
+        data=folder.data_format,
     )
     out.write_text(site_file.dump(site), encoding="utf-8")
     return site

@@ -5,7 +5,7 @@ Keys of the record, units in their names (stable; docs/cli.md):
 ``round, version, state_sha256, stop_reason``;
 ``loss`` (weighted mean of the clients' last quarter, nats per target token);
 ``score, accuracy, nll_per_token`` (pooled validation of the version that the round started from), ``general_accuracy,
-general_nll_per_token, retention``; ``kl, kl_budget, kl_over_budget``;
+general_nll_per_token, retention``; ``kl, kl_budget, kl_over_budget, forgetting``;
 ``epsilon`` (spent by a private run, else null);
 ``anchor_weight`` (of this round), ``next_anchor_weight, learning_rate``;
 ``active_blocks`` (ids of the blocks that the model had), ``next_active_blocks`` (one more after a growth),
@@ -43,7 +43,7 @@ from fedblocks.aggregator.strength import choose_strength
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.messages import Assignment, ClientKey, Measurement
-from fedblocks.protocol.run_config import RunConfig
+from fedblocks.protocol.run_config import ForgettingSection, RunConfig
 
 ETA_ROUNDS: Final = 5
 
@@ -133,8 +133,9 @@ def contributors(updates: Sequence[StoredUpdate], blocks: Sequence[int]) -> dict
     return {str(block): sum(block in found for found in trained) for block in blocks}
 
 
-def measured_values(pooled: Pooled, kept: float | None, budget: float) -> dict[str, Any]:
-    """The measured part of a record; None where nobody measured."""
+def measured_values(pooled: Pooled, kept: float | None, forgetting: ForgettingSection) -> dict[str, Any]:
+    """The measured part of a record; None where nobody measured. Of an encoder ``kl`` is the drift."""
+    budget = forgetting.budget
     return {
         "score": score(pooled),
         "accuracy": pooled.accuracy,
@@ -144,8 +145,15 @@ def measured_values(pooled: Pooled, kept: float | None, budget: float) -> dict[s
         "retention": kept,
         "kl": pooled.kl,
         "kl_budget": budget,
-        "kl_over_budget": None if pooled.kl is None else pooled.kl / budget,
+        "kl_over_budget": None if pooled.kl is None or budget is None else pooled.kl / budget,
+        "forgetting": forgetting.name,
     }
+
+
+def forgetting_text(values: Mapping[str, Any]) -> str:
+    """``kl 0.0123/0.03``, ``drift 0.0040/0.01``, or ``drift 0.0040`` without a budget."""
+    text = f"{values['forgetting']} {values['kl']:.4f}"
+    return text if values["kl_budget"] is None else f"{text}/{values['kl_budget']:g}"
 
 
 def round_record(
@@ -183,7 +191,7 @@ def round_record(
         "state_sha256": closed.model.sha256,
         "stop_reason": closed.stop_reason,
         "loss": weighted_loss(updates),
-        **measured_values(closed.pooled, retention(closed.pooled, closed.state), config.forgetting.max_kl),
+        **measured_values(closed.pooled, retention(closed.pooled, closed.state), config.forgetting),
         "epsilon": epsilon_spent(closed, config),
         "anchor_weight": before.anchor_weight,
         "next_anchor_weight": closed.state.anchor_weight,
@@ -262,7 +270,7 @@ def final_record(
         "active_blocks": list(active),
         "growth_refused": method.growth.refused,
         "spent": to_plain(method.spent),
-        **measured_values(pooled, retention(pooled, method), config.forgetting.max_kl),
+        **measured_values(pooled, retention(pooled, method), config.forgetting),
         "strength": strength,
         "strengths": [] if choice is None else [to_plain(point) for point in choice.points],
         "num_clients_measured": len({key for key, _ in measured}),
@@ -289,7 +297,7 @@ def round_line(record: Mapping[str, Any], max_rounds: int) -> str:
     if record["retention"] is not None:
         parts.append(f"retention {record['retention']:.3f}")
     if record["kl"] is not None:
-        parts.append(f"kl {record['kl']:.4f}/{record['kl_budget']:g}")
+        parts.append(forgetting_text(record))
     if record["epsilon"] is not None:
         parts.append(f"epsilon {record['epsilon']:.2f}")
     counts = list(record["coverage"].values())
@@ -324,7 +332,7 @@ def final_line(record: Mapping[str, Any]) -> str:
     if record["retention"] is not None:
         parts.append(f"retention {record['retention']:.3f}")
     if record["kl"] is not None:
-        parts.append(f"kl {record['kl']:.4f}/{record['kl_budget']:g}")
+        parts.append(forgetting_text(record))
     return "  ".join([*parts, f"state {record['state_sha256'][:12]}"])
 
 

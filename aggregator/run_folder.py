@@ -38,7 +38,7 @@ from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.durable import sync_folder, write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
-from fedblocks.protocol.messages import AttemptId, ResourceInfo
+from fedblocks.protocol.messages import AttemptId, DataFormat, ResourceInfo
 from fedblocks.protocol.run_config import ConfigError, RunConfig
 from fedblocks.protocol.tensors import FloatArray, State, flatten, unflatten
 
@@ -68,6 +68,8 @@ class RunInfo:
     anchor_tokens: int
     """Of the longest anchor sequence."""
     resources: tuple[ResourceInfo, ...]
+    labels: tuple[str, ...] = ()
+    """Of an encoder's run, in the order of the head's rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,14 @@ class RunFolder:
     info: RunInfo
     plan: ExpansionPlan
     config: RunConfig
+
+    @property
+    def data_format(self) -> DataFormat:
+        """How every site turns its rows into tokens and labels."""
+        section = self.config.data
+        return DataFormat(
+            max_tokens=section.max_tokens, append_eos=section.append_eos, join=section.join, labels=self.info.labels
+        )
 
     @property
     def ledger_path(self) -> Path:
@@ -202,7 +212,8 @@ class RunFolder:
 
     def save_effective_config(self) -> None:
         """What this process goes by, overrides included."""
-        write_durably(self.path / "effective.toml", run_config.to_toml(self.config).encode())
+        text = run_config.to_toml(self.config, encoder=self.plan.shape.encoder)
+        write_durably(self.path / "effective.toml", text.encode())
 
     def lock(self) -> int:
         """A descriptor that holds the folder for this process until it ends.
@@ -265,7 +276,7 @@ def read_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
     config = run_config.load(path / "run.toml", overrides)
     try:
         described = json.loads((path / "run.json").read_text(encoding="utf-8"))
-        info = from_plain(RunInfo, {**DEFAULT_ANCHOR, **described}, where="run.json")
+        info = from_plain(RunInfo, {**DEFAULT_ANCHOR, "labels": [], **described}, where="run.json")
         plan = ExpansionPlan.from_json((path / "plan.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunFolderError(
@@ -275,6 +286,13 @@ def read_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
         raise RunFolderError(f"{path}: {error}") from error
     if plan.base_hash != info.base_hash:
         raise RunFolderError(f"{path}: plan.json is of base {plan.base_hash}, run.json of base {info.base_hash}")
+    try:
+        foreign = run_config.foreign_override(overrides, encoder=plan.shape.encoder)
+        if foreign is not None:
+            raise ConfigError(f"{foreign}: {run_config.foreign_key_text(foreign)}")
+        config = run_config.for_model(config, encoder=plan.shape.encoder)
+    except ConfigError as error:
+        raise ConfigError(f"{path / 'run.toml'}: {error}") from error
     return RunFolder(path=path, info=info, plan=plan, config=config)
 
 

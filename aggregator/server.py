@@ -81,7 +81,6 @@ from fedblocks.protocol.messages import (
     Assignment,
     AttemptId,
     ClientKey,
-    DataFormat,
     Delta,
     Evaluate,
     Fetch,
@@ -398,7 +397,6 @@ class Aggregator:
         client = registry.client_from_hello(key, hello, self._books.clients.get(key))
         self._unanswered.discard(key)
         self._books.save(client)
-        data = self._config.data
         welcome = Welcome(
             protocol_version=PROTOCOL_VERSION,
             run_id=self._folder.info.run_id,
@@ -406,7 +404,7 @@ class Aggregator:
             round=self._state.round,
             version=self._model.version,
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
-            data=DataFormat(max_tokens=data.max_tokens, append_eos=data.append_eos, join=data.join),
+            data=self._folder.data_format,
             resources=self._folder.info.resources,
             least_width=WIDTHS[0] if self._config.allocation.slim else 1.0,
             active_blocks=run_rules.active_blocks(self._run, self._method),

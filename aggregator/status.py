@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedblocks.aggregator.ledger import Ledger, StoredClient, StoredRound, is_made, open_read_only
+from fedblocks.aggregator.progress import forgetting_text
 from fedblocks.aggregator.registry import client_from_record
 from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
 from fedblocks.profiles.cost import ExecutionMode
@@ -64,7 +65,8 @@ def run_status(run: Path, *, newest_rounds: int | None = None) -> dict[str, Any]
         "base_hash": folder.info.base_hash,
         "method": folder.config.run.method,
         "max_rounds": folder.config.run.max_rounds,
-        "kl_budget": folder.config.forgetting.max_kl,
+        "kl_budget": folder.config.forgetting.budget,
+        "forgetting": folder.config.forgetting.name,
         "max_epsilon": folder.config.privacy.max_epsilon if folder.config.privacy.noise_multiplier > 0 else None,
     }
     if not is_made(folder.ledger_path):
@@ -239,7 +241,7 @@ def describe(status: Mapping[str, Any]) -> str:
         if status[name] is not None:
             values.append(f"{name.replace('_', ' ')} {status[name]:{form}}")
     if status["kl"] is not None:
-        values.append(f"kl {status['kl']:.4f}/{status['kl_budget']:g}")
+        values.append(forgetting_text(status))
     if status["epsilon"] is not None:
         values.append(f"epsilon {status['epsilon']:.2f}")
     lines.append("  ".join(values))

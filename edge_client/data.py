@@ -1,13 +1,14 @@
 """How do a site's rows become training samples, and what is wrong with them?
 
 One JSON object per line: ``{"text": ...}``, ``{"prompt": ..., "completion": ...}`` or ``{"messages": [...]}`` (through
-the tokenizer's chat template).
+the tokenizer's chat template); in an encoder's run ``{"text": ..., "label": ...}``.
 A row that cannot be read is an error with file and line (exit code 6); what is merely doubtful is counted and told in
 one line before training.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections import Counter
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.protocol.messages import MAX_TOPICS, DataFormat, DataStatistics
@@ -44,12 +46,15 @@ class Row:
     prompt: str | None = None
     completion: str | None = None
     messages: tuple[dict[str, str], ...] | None = None
+    label: str | None = None
+    """Beside ``text``: what an encoder's run learns of it."""
     topic: str = ""
     """What the row says it is about (key ``topic``); else its completion, where that is short enough for a label."""
 
     def digest(self) -> bytes:
         """16 bytes that two rows share only if they say the same."""
-        content = json.dumps([self.text, self.prompt, self.completion, self.messages], sort_keys=True)
+        parts = [self.text, self.prompt, self.completion, self.messages]
+        content = json.dumps(parts if self.label is None else [*parts, self.label], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).digest()
 
 
@@ -154,9 +159,16 @@ def _row(path: Path, number: int, line: str) -> Row:
             for f in fields:
                 if not isinstance(value[f], str) or (f != "prompt" and not value[f].strip()):
                     raise DataError(f"{where}: {f!r} is {str(value[f])[:40]!r}, expected text that is not empty")
-            if topic == "" and len(value.get("completion", "")) <= MAX_LABEL_CHARACTERS:
-                topic = value.get("completion", "").strip()
-            return Row(line=number, topic=str(topic), **{f: value[f] for f in fields})
+            label = None
+            if fields == ("text",) and "label" in value:
+                label = value["label"]
+                if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
+                    raise DataError(f"{where}: 'label' is {str(label)[:40]!r}, expected a text or a whole number")
+                label = str(label)
+            about = value.get("completion", label or "")
+            if topic == "" and len(about) <= MAX_LABEL_CHARACTERS:
+                topic = about.strip()
+            return Row(line=number, topic=str(topic), label=label, **{f: value[f] for f in fields})
     raise DataError(
         f"{where}: has the keys {sorted(map(str, value))[:6]}, "
         'expected "text", or "prompt" and "completion", or "messages"'
@@ -198,6 +210,40 @@ class TextEncoder:
     def _special_id(self, token: Any) -> int | None:
         text = token.get("content") if isinstance(token, dict) else token
         return None if text is None else self.tokenizer.token_to_id(text)
+
+    def sample(self, row: Row, *, where: str) -> tuple[TokenisedSample | None, bool]:
+        """The row cut to the context length, and whether anything was cut off; None if no target is left of it.
+
+        Raises:
+            DataError: the row has no label of the run's, or asks for a chat template that is not there.
+        """
+        if self.format.labels:
+            return self._labelled(row, where)
+        ids, mask = self.encode(row, where=where)
+        most = self.format.max_tokens
+        return _sample(ids[:most], mask[:most]), len(ids) > most
+
+    def _labelled(self, row: Row, where: str) -> tuple[TokenisedSample, bool]:
+        if row.text is None or row.label is None:
+            raise DataError(f'{where}: expected "text" and "label": this run trains an encoder')
+        if row.label not in self.format.labels:
+            near = difflib.get_close_matches(row.label, self.format.labels, n=1, cutoff=0.6)
+            raise DataError(
+                f"{where}: label {row.label[:40]!r} is none of the run's {len(self.format.labels)} labels"
+                + (f"; the nearest is {near[0]!r}" if near else "")
+            )
+        ids, cut = self.whole_text(row.text)
+        label = self.format.labels.index(row.label)
+        return TokenisedSample(ids=ids, label_mask=np.ones(len(ids), dtype=np.bool_), label=label), cut
+
+    def whole_text(self, text: str) -> tuple[npt.NDArray[np.int32], bool]:
+        """A text for an encoder: with the tokenizer's special tokens, the last of which outlives a cut; was it cut?"""
+        encoding = self.tokenizer.encode(text)
+        ids, most = list(encoding.ids), self.format.max_tokens
+        if len(ids) > most:
+            closing = [ids[-1]] if encoding.special_tokens_mask[-1] else []
+            return np.array([*ids[: most - len(closing)], *closing], dtype=np.int32), True
+        return np.array(ids, dtype=np.int32), False
 
     def encode(self, row: Row, *, where: str) -> tuple[list[int], list[bool]]:
         """Token ids and the mask of target tokens, untruncated.
@@ -286,9 +332,8 @@ def load_site_data(path: Path, encoder: TextEncoder, *, evaluation: Path | None 
     for row, digest in zip(rows, digests, strict=True):
         duplicates += digest in seen
         seen.add(digest)
-        ids, mask = encoder.encode(row, where=f"{path}, line {row.line}")
-        truncated += len(ids) > encoder.format.max_tokens
-        sample = _sample(ids[: encoder.format.max_tokens], mask[: encoder.format.max_tokens])
+        sample, cut = encoder.sample(row, where=f"{path}, line {row.line}")
+        truncated += cut
         if sample is None:
             labels_cut += 1
         elif digest[0] * 10 < 256:
@@ -315,7 +360,7 @@ def load_site_data(path: Path, encoder: TextEncoder, *, evaluation: Path | None 
         num_labels_cut=labels_cut,
         num_duplicates=duplicates,
         num_evaluation_overlap=sum(d in evaluation_digests for d in digests),
-        has_chat_template=encoder.has_chat_template,
+        has_chat_template=encoder.has_chat_template or bool(encoder.format.labels),
     )
     counts = Counter(topic_bin(topic) for topic in topics if topic)
     return SiteData(
@@ -328,21 +373,13 @@ def load_site_data(path: Path, encoder: TextEncoder, *, evaluation: Path | None 
 
 def tokenise_file(path: Path, encoder: TextEncoder) -> list[TokenisedSample]:
     """Every usable row of ``path`` as a sample, in order (evaluation files)."""
-    samples = (
-        _sample(*_cut(encoder.encode(r, where=f"{path}, line {r.line}"), encoder.format.max_tokens))
-        for r in read_rows(path)
-    )
+    samples = (encoder.sample(r, where=f"{path}, line {r.line}")[0] for r in read_rows(path))
     return [s for s in samples if s is not None]
 
 
 def write_jsonl(rows: Iterable[dict[str, Any]], path: Path) -> None:
     """One compact JSON object per line."""
     path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-
-
-def _cut(encoded: tuple[Sequence[int], Sequence[bool]], max_tokens: int) -> tuple[Sequence[int], Sequence[bool]]:
-    ids, mask = encoded
-    return ids[:max_tokens], mask[:max_tokens]
 
 
 def _sample(ids: Sequence[int], mask: Sequence[bool]) -> TokenisedSample | None:

@@ -103,9 +103,9 @@ class EncoderModel(ExpandedModel):
         delta = (self._state if state is None else state).get(EXTRA_UNIT, {}).get(spec.name)
         return torch.zeros(spec.shape) if delta is None else torch.from_numpy(np.array(delta, dtype=np.float32))
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: State, version: int = 0) -> None:
         """As the decoder's; the head too."""
-        super().load_state(state)
+        super().load_state(state, version)
         self._head.clear()
 
     def train_blocks(

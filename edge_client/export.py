@@ -43,7 +43,7 @@ from fedblocks.edge_client.checkpoint import (
     initial_block,
     initial_tensor,
 )
-from fedblocks.profiles.units import BaseTensors, LowRankPairs
+from fedblocks.profiles.units import EXTRA_UNIT, BaseTensors, LowRankPairs, block_units
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
 from fedblocks.protocol.run_config import ConfigError
 from fedblocks.protocol.tensors import unflatten
@@ -356,7 +356,8 @@ def export_run(run: Path, *, model: str | Path, out: Path, strength: float | Non
     """
     plan, state = load_final(run)
     trained = trained_part(plan, state)
-    state = {unit: state[unit] for unit in trained.unit_ids if unit in state}
+    head = head_of(run, plan, state)
+    state = {unit: state[unit] for unit in block_units(trained.unit_ids) if unit in state}
     final = load_final_record(run)
     strength = strength_of(run, strength)
     summary = export_hf(
@@ -366,8 +367,23 @@ def export_run(run: Path, *, model: str | Path, out: Path, strength: float | Non
         strength=strength,
         out=out,
         measured=measured_at(final, strength),
+        head=head,
     )
-    return replace(summary, left_out=tuple(block for block in plan.block_ids if block not in trained.block_ids))
+    placed = trained.block_ids if summary.num_blocks else ()
+    return replace(summary, left_out=tuple(block for block in plan.block_ids if block not in placed))
+
+
+def head_of(run: Path, plan: ExpansionPlan, state: State) -> Head | None:
+    """The classification head of an encoder's run as it was published last; None of a decoder's."""
+    if plan.extra is None:
+        return None
+    labels = json.loads((run / "run.json").read_text(encoding="utf-8"))["labels"]
+    found = state.get(EXTRA_UNIT, {})
+    weight, bias = (
+        np.array(found[spec.name]) if spec.name in found else np.zeros(spec.shape, dtype=np.float32)
+        for spec in plan.extra.tensors
+    )
+    return Head(weight=weight, bias=bias, labels=tuple(labels))
 
 
 def load_final_record(run: Path) -> dict[str, Any]:
@@ -388,8 +404,11 @@ def measured_at(final: Mapping[str, Any], strength: float) -> dict[str, float | 
         return {}
     found: dict[str, float | str] = {}
     if point["kl"] is not None:
-        found["KL to the base, nats per token"] = f"{point['kl']:.4f} +- {point['kl_error']:.4f}"
-        found["forgetting budget, nats per token"] = final["kl_budget"]
+        drift = final.get("forgetting") == "drift"
+        unit = "" if drift else ", nats per token"
+        what = "drift from the base's embeddings" if drift else f"KL to the base{unit}"
+        found[what] = f"{point['kl']:.4f} +- {point['kl_error']:.4f}"
+        found[f"forgetting budget{unit}"] = "none" if final["kl_budget"] is None else final["kl_budget"]
     for name, key in (("accuracy", "accuracy"), ("NLL per token", "nll"), ("retention", "retention")):
         if point[key] is not None:
             found[f"{name} on the clients' validation rows" if key != "retention" else "retention"] = point[key]
@@ -402,8 +421,12 @@ def trained_part(plan: ExpansionPlan, state: State) -> ExpansionPlan:
     """The plan without the blocks whose accumulated delta is zero; all of it where that would leave none.
 
     A block that nobody has trained is the identity (methods.md 6.7): the model computes the same without it, faster.
+    But the topmost block of an encoder's slot has the base's norm, which those below it then lack: a slot stays whole.
     """
-    trained = tuple(b for b in plan.blocks if any(np.any(delta) for delta in state.get(b.block_id, {}).values()))
+    ids = {b.block_id for b in plan.blocks if any(np.any(delta) for delta in state.get(b.block_id, {}).values())}
+    if plan.shape.encoder:
+        ids = {block for slot in plan.slots().values() if ids & set(slot) for block in slot}
+    trained = tuple(b for b in plan.blocks if b.block_id in ids)
     return replace(plan, blocks=trained) if trained else plan
 
 

@@ -27,6 +27,8 @@ def simulate(
     model: Path | str | None = None,
     train: Path | str | None = None,
     general: Path | str | None = None,
+    labels: Path | str | None = None,
+    anchor_texts: Path | str | None = None,
     workers: int = 1,
     say: Callable[[str], None] = lambda _line: None,
 ) -> SimulationResult:
@@ -38,6 +40,7 @@ def simulate(
         model: the base model; None is the bundled starter with its own task.
         train: with ``model``: JSONL to deal to the clients.
         general: with ``model``: JSONL that measures general ability.
+        labels, anchor_texts: with an encoder, as ``fedblocks init`` takes them.
         workers: processes that do the arithmetic; the result is the same with any number.
         say: takes lines about the rounds.
 
@@ -48,7 +51,9 @@ def simulate(
 
     wanted = fleet_file.load(Path(fleet)) if isinstance(fleet, Path | str) else fleet
     folder = Path(out)
-    inputs = simulation.inputs_of(_path(model), _path(train), _path(general), folder)
+    inputs = simulation.inputs_of(
+        _path(model), _path(train), _path(general), folder, labels=_path(labels), anchor_texts=_path(anchor_texts)
+    )
     result = simulation.simulate(wanted, inputs, folder, workers=workers, say=say)
     (folder / RESULT_FILE).write_text(json.dumps(result.to_plain(), indent=1), encoding="utf-8")
     return result

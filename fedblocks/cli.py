@@ -64,6 +64,14 @@ def init(
     ] = None,
     anchor_sequences: Annotated[int, typer.Option(help="anchor texts to sample from the base")] = 512,
     anchor_tokens: Annotated[int, typer.Option(help="longest anchor text, tokens")] = 256,
+    labels: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="encoders: JSONL rows with every label, or one label on each line"),
+    ] = None,
+    anchor_texts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="encoders: texts that the embedding is held to, JSONL or one on each line"),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
     """Make a run folder: on any machine with the base model and torch. Copy it to the aggregator."""
@@ -76,10 +84,12 @@ def init(
         overrides=overrides or (),
         anchor_sequences=anchor_sequences,
         anchor_tokens=anchor_tokens,
+        labels=labels,
+        anchor_texts=anchor_texts,
     )
     blocks = ", ".join(f"{b.block_id} after layer {b.after_layer}" for b in made.plan.blocks)
     typer.echo(f"run {made.run_id}: base {made.base_name} ({made.base_hash[:16]}…)")
-    typer.echo(f"expanded blocks: {blocks}; anchor: {made.num_anchor_tokens} tokens sampled from the base")
+    typer.echo(f"expanded blocks: {blocks}; anchor: {made.num_anchor_tokens} tokens {made.anchor_origin}")
     typer.echo(f"next: fedblocks invite {out} SITE, then fedblocks serve {out}")
 
 
@@ -286,6 +296,8 @@ def simulate(
     general: Annotated[
         Path | None, typer.Option(metavar="FILE", help="with --model: rows that measure general ability")
     ] = None,
+    labels: Annotated[Path | None, typer.Option(metavar="FILE", help="with an encoder: as for init")] = None,
+    anchor_texts: Annotated[Path | None, typer.Option(metavar="FILE", help="with an encoder: as for init")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="where to write the result; default: DIR/result.json")
     ] = None,
@@ -301,7 +313,8 @@ def simulate(
     from fedblocks.simulation_report import plot, print_result
 
     wanted = load(fleet)
-    result = run(wanted, inputs_of(model, train, general, out), out, workers=workers, say=lambda line: typer.echo(line))
+    inputs = inputs_of(model, train, general, out, labels=labels, anchor_texts=anchor_texts)
+    result = run(wanted, inputs, out, workers=workers, say=lambda line: typer.echo(line))
     print_result(result)
     path = json_file or out / "result.json"
     path.write_text(json.dumps(result.to_plain(), indent=1), encoding="utf-8")

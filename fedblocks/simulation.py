@@ -64,6 +64,7 @@ class Inputs:
     Args:
         train: JSONL that is dealt to the clients.
         general: JSONL that measures general ability, or None.
+        labels, anchor_texts: of an encoder, as ``fedblocks init`` takes them.
     """
 
     model: Path
@@ -72,6 +73,8 @@ class Inputs:
     overrides: tuple[str, ...] = ()
     anchor_sequences: int = 128
     anchor_tokens: int = 128
+    labels: Path | None = None
+    anchor_texts: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,8 +196,19 @@ class SimulationResult:
         return plain
 
 
-def inputs_of(model: Path | None, train: Path | None, general: Path | None, out: Path) -> Inputs:
+def inputs_of(
+    model: Path | None,
+    train: Path | None,
+    general: Path | None,
+    out: Path,
+    *,
+    labels: Path | None = None,
+    anchor_texts: Path | None = None,
+) -> Inputs:
     """The user's model and rows, or the bundled model with its frozen task.
+
+    Args:
+        labels, anchor_texts: of an encoder.
 
     Raises:
         ConfigError: a model without rows, or rows without a model.
@@ -202,8 +216,8 @@ def inputs_of(model: Path | None, train: Path | None, general: Path | None, out:
     if model is not None:
         if train is None:
             raise ConfigError("simulate --model DIR needs --train FILE: the rows to deal to the clients")
-        return Inputs(model=model, train=train, general=general)
-    if train is not None or general is not None:
+        return Inputs(model=model, train=train, general=general, labels=labels, anchor_texts=anchor_texts)
+    if any(file is not None for file in (train, general, labels, anchor_texts)):
         raise ConfigError("simulate --train and --general need --model DIR: the bundled model has a task of its own")
     from fedblocks.demo import STARTER_OVERRIDES
     from fedblocks.edge_client.starter import starter_folder
@@ -283,6 +297,8 @@ def make_run(fleet: Fleet, inputs: Inputs, out: Path) -> None:
         overrides=(*inputs.overrides, *settings, "server.bind=tcp://127.0.0.1:*"),
         anchor_sequences=inputs.anchor_sequences,
         anchor_tokens=inputs.anchor_tokens,
+        labels=inputs.labels,
+        anchor_texts=inputs.anchor_texts,
     )
 
 

@@ -42,7 +42,8 @@ def print_result(result: SimulationResult) -> None:
             if last[key] is not None
         ]
         if last["kl"] is not None:
-            scores.append(f"KL {last['kl']:.4f} of {last['kl_budget']:g}")
+            budget = "" if last["kl_budget"] is None else f" of {last['kl_budget']:g}"
+            scores.append(f"{'drift' if last['forgetting'] == 'drift' else 'KL'} {last['kl']:.4f}{budget}")
         console.print(f"last round: {', '.join(scores)}")
     even = f"{result.jain_index_of_updates:.2f}"
     console.print(f"fairness: Jain's index of the clients' updates {even} (1: all gave as many)")

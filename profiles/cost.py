@@ -257,7 +257,7 @@ def _slice_sizes(shape: ModelShape, width: float) -> tuple[int, int, int]:
     tensors = shape.block_tensors(width)
     linear = sum(t.size for t in tensors if len(t.shape) == 2)
     heads, kv_heads, neurons = shape.slice_sizes(width)
-    joined = (2 * neurons, (heads + 2 * kv_heads) * shape.head_dim)
+    joined = (neurons if shape.encoder else 2 * neurons, (heads + 2 * kv_heads) * shape.head_dim)
     return linear, sum(t.size for t in tensors), shape.hidden_size * max(joined)
 
 
@@ -306,8 +306,8 @@ def _set_of(layout: StackLayout, blocks: Iterable[int], width: float = 1.0) -> _
 
 
 def attention_flops(shape: ModelShape, context: float) -> float:
-    """a = 2·s·q: causal QKᵀ and PV of one token, half of the pairs masked."""
-    return 2.0 * context * shape.q_size
+    """a = 2·s·q: causal QKᵀ and PV of one token, half of the pairs masked; twice that in an encoder."""
+    return (4.0 if shape.encoder else 2.0) * context * shape.q_size
 
 
 def _block_flops(shape: ModelShape, context: float, rows: float, products: float, attentions: float) -> float:
@@ -342,7 +342,7 @@ def frozen_block_flops(shape: ModelShape, context: float, rows: float = 1.0) -> 
 
 def head_flops(shape: ModelShape, label_share: float) -> float:
     """4VH·f: frozen head, forward and input gradient, on the rows that carry a label."""
-    return 4.0 * shape.vocab_size * shape.hidden_size * label_share
+    return 4.0 * shape.head_rows * shape.hidden_size * label_share
 
 
 def prefix_flops(shape: ModelShape, layout: StackLayout, context: float) -> float:
@@ -452,7 +452,7 @@ def fill_flops(shape: ModelShape, layout: StackLayout, work: Workload) -> float:
     its head as well (the teacher is the stack without the expanded blocks)."""
     teacher = (
         layout.teacher_layers * forward_block_flops(shape, work.anchor_tokens)
-        + 2.0 * shape.vocab_size * shape.hidden_size
+        + 2.0 * shape.head_rows * shape.hidden_size
     )
     return work.new_tokens * prefix_flops(shape, layout, work.mean_tokens) + work.new_anchor_tokens * (
         prefix_flops(shape, layout, work.anchor_tokens) + teacher
@@ -611,7 +611,7 @@ class _Time:
         # Read going forward, going back, and once more between; gradients are read and written where passes add up.
         weights = (below + (3 if checkpoint else 2) * (above + 1)) * self._block
         trained = of.size * _trained_sizes(shape, layout, of.width)[1] + self._beside
-        weights += 2 * trained + 2 * shape.vocab_size * shape.hidden_size
+        weights += 2 * trained + 2 * shape.head_rows * shape.hidden_size
         held = sum(position >= of.low for position in self._blocks_at) if layout.num_held else 0
         frozen_above = above + 1 - held
         decoded = work.fresh_share * (self._base_above_cut - frozen_above) + (3 if checkpoint else 2) * frozen_above
@@ -722,7 +722,7 @@ def measure_time(
     """Seconds to run ``work.measure_tokens`` forward from the base cut through the head."""
     context = max(work.mean_tokens, work.anchor_tokens if work.anchor_batch_size else 0)
     per_token = (layout.num_entries - layout.base_cut) * forward_block_flops(shape, context)
-    per_token += 2.0 * shape.vocab_size * shape.hidden_size
+    per_token += 2.0 * shape.head_rows * shape.hidden_size
     return scale * work.measure_tokens * per_token / device.gemm_flops_per_s
 
 
@@ -896,6 +896,8 @@ class SavedBytes:
         if trained:
             every, wanted = every + h, wanted + h
             half += 0 if fused else h + i
+        if shape.encoder:  # both norms keep what they read, and GELU stands where the gate's product would
+            half += 2 * h
         if fused and not shape.qk_norm:  # one tensor of q, k and v, and nothing of the norm, however much was added
             row = q + 2 * kv + (2 * q if repeated and not shared_keys else 0) - every
         norms = (4 * shape.num_heads, 4 * shape.num_kv_heads) if shape.qk_norm else (0, 0)
@@ -973,11 +975,11 @@ class _Memory:
         """Elements of the largest matrix: gate and up are one."""
         self._largest_tensor = max(h * i, q * h)
         table = shape.vocab_size * h * e
-        self._vocab = shape.vocab_size
-        self._head = table
-        self._embedding = 0 if shape.tied_embeddings else table
+        self._vocab = shape.head_rows
+        self._head = 0 if shape.encoder else table
+        self._embedding = 0 if shape.tied_embeddings and not shape.encoder else table
         # Read in the checkpoint's two bytes, then widened.
-        self._head_reading = shape.vocab_size * h * 2 if e == 4 else 0
+        self._head_reading = shape.head_rows * h * 2 if e == 4 else 0
         on_gpu = accelerator == "cuda"
         fused = on_gpu and not self._pairs
         self._saved = {
@@ -1005,6 +1007,8 @@ class _Memory:
 
     def _logits(self, rows: int) -> int:
         """The buffer of logits for this many rows, and what is widened of it."""
+        if self._vocab == 0:
+            return 0
         most = min(max(LOGITS_BYTES // (self._vocab * self._e), LOGITS_MIN_ROWS), rows)
         if most == 0:
             return 0

@@ -94,6 +94,11 @@ class ModelShape:
         """Width of the key (and of the value) projection, nkv·hd."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def head_rows(self) -> int:
+        """Rows of the output matrix: V, or 0 of an encoder, whose classification head costs next to nothing."""
+        return 0 if self.encoder else self.vocab_size
+
     def slice_sizes(self, width: float) -> tuple[int, int, int]:
         """Query heads, key/value heads and neurons of a slim block (methods.md 3.1): always the first ones.
 

@@ -14,6 +14,7 @@ from typing import Final, Literal, NewType
 from fedblocks.profiles.cost import ExecutionMode, OptimizerMode
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.model_shape import WIDTHS
+from fedblocks.profiles.units import block_units
 from fedblocks.protocol.errors import RefusalCode
 
 PROTOCOL_VERSION: Final = 4
@@ -33,6 +34,9 @@ Measure = Literal["validation", "anchor", "general"]
 FailureReason = Literal[
     "oom", "over_memory_budget", "non_finite", "deadline", "data", "disk", "interrupted", "internal"
 ]
+#: Labels of an encoder's run, and the length of each.
+MAX_LABELS: Final = 1024
+MAX_LABEL_CHARACTERS: Final = 100
 #: Bins of a topic histogram.
 MAX_TOPICS: Final = 64
 #: Strengths at which a finished run is measured (methods.md 9), and the most of one evaluation.
@@ -157,10 +161,22 @@ class DataFormat:
     """True if the end-of-sequence token is a target at the end of each completion."""
     join: str
     """Stands between prompt and completion where neither brings white space of its own."""
+    labels: tuple[str, ...] = ()
+    """Of an encoder's run: every label that a row may have, in the order of the head's rows; empty for decoders."""
 
     def __post_init__(self) -> None:
         if self.max_tokens < 2:
             raise ValueError(f"data format: max_tokens is {self.max_tokens}, expected at least 2")
+        if len(set(self.labels)) != len(self.labels) or "" in self.labels:
+            raise ValueError(
+                f"data format: {len(self.labels)} labels, {len(set(self.labels))} of them different, expected each "
+                "once and none empty"
+            )
+        if len(self.labels) > MAX_LABELS or any(len(label) > MAX_LABEL_CHARACTERS for label in self.labels):
+            raise ValueError(
+                f"data format: {len(self.labels)} labels of up to {max(map(len, self.labels))} characters, expected at "
+                f"most {MAX_LABELS} of {MAX_LABEL_CHARACTERS}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +286,7 @@ class Assignment:
                 f"assignment: blocks are {self.blocks}, expected ascending ids without repeats, at least one"
             )
         _require_active("assignment", self.active_blocks)
-        if self.active_blocks and not set(self.blocks) <= set(self.active_blocks):
+        if self.active_blocks and not set(block_units(self.blocks)) <= set(self.active_blocks):
             raise ValueError(f"assignment: blocks are {self.blocks}, expected some of the active {self.active_blocks}")
         if self.width not in WIDTHS:
             raise ValueError(f"assignment: width is {self.width}, expected one of {', '.join(map(str, WIDTHS))}")

@@ -28,6 +28,9 @@ else:
 
 MethodName = Literal["fedbe", "fedavg", "fedprox", "fedit", "hetlora", "flexlora", "flora", "topn", "llamapro"]
 """What ``run.method`` may be; each has its file in ``aggregator/methods/``."""
+#: A budget that nothing exceeds, for an anchor without a budget. An infinite one means no anchor.
+NO_BUDGET: Final = sys.float_info.max
+
 Placement = Literal["thirds", "top", "interleaved", "adaptive"]
 ServerOptimizer = Literal["avg", "avgm", "adam"]
 FoldKind = Literal["mean", "median", "trimmed_mean"]
@@ -147,6 +150,11 @@ class ForgettingSection:
     """The forgetting budget and its controller (methods.md 5.3)."""
 
     max_kl: float = _key(0.03, "nats per token of KL to the base model that the run may spend")
+    max_drift: float = _key(
+        0.0,
+        "encoders: squared distance of a text's embedding to the base's, of length 1, that the run may spend, in the "
+        "mean over anchor texts; 0: no budget, and the anchor keeps lambda_start",
+    )
     min_retention: float = _key(
         0.0, "least share of the base's score on the general validation file that an export keeps; 0: no floor"
     )
@@ -156,6 +164,16 @@ class ForgettingSection:
     )
     lambda_max: float = _key(20.0, "largest weight of the anchor term")
     eta: float = _key(0.25, "step of the controller")
+
+    @property
+    def name(self) -> str:
+        """``kl``, or of an encoder's run (:func:`for_model`) ``drift``."""
+        return "drift" if self.max_drift > 0 or self.max_kl == NO_BUDGET else "kl"
+
+    @property
+    def budget(self) -> float | None:
+        """Of that; None where nothing is enforced."""
+        return None if self.max_kl == NO_BUDGET else self.max_kl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,6 +295,7 @@ class RunConfig:
             "allocation.deadline_s",
             "allocation.debt_weight",
             "allocation.rarity_weight",
+            "forgetting.max_drift",
             "forgetting.lambda_start",
             "forgetting.min_lambda",
         ):
@@ -436,8 +455,55 @@ def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def to_toml(config: RunConfig) -> str:
-    """The config as commented TOML; ``load`` reads it back unchanged."""
+#: Keys that only decoders' runs have, and only encoders'.
+_OF_DECODERS: Final = ("forgetting.max_kl", "forgetting.min_retention")
+_OF_ENCODERS: Final = ("forgetting.max_drift",)
+
+
+def for_model(config: RunConfig, *, encoder: bool) -> RunConfig:
+    """The config as the rules of a run read it: an encoder's drift and its budget stand in the place of KL and
+    ``forgetting.max_kl`` (methods.md 2.6).
+
+    Raises:
+        ConfigError: a key of the other kind of model is set.
+    """
+    foreign = _OF_DECODERS if encoder else _OF_ENCODERS
+    drift = config.forgetting.max_drift or NO_BUDGET
+    for key in foreign:
+        name = key.split(".")[1]
+        default = next(f.default for f in dataclasses.fields(ForgettingSection) if f.name == name)
+        already = encoder and name == "max_kl" and config.forgetting.max_kl == drift
+        if config.value(key) != default and not already:
+            raise ConfigError(f"{key} is {config.value(key)!r}: {foreign_key_text(key)}")
+    if not encoder:
+        return config
+    return dataclasses.replace(config, forgetting=dataclasses.replace(config.forgetting, max_kl=drift))
+
+
+def foreign_key_text(key: str) -> str:
+    """Why this key is not for the run's kind of model, and what to set instead; empty if any run may set it."""
+    return {
+        "forgetting.max_kl": "an encoder predicts no tokens, its forgetting is the drift of its embedding; set "
+        "forgetting.max_drift instead",
+        "forgetting.min_retention": "an encoder's general ability is measured by fedblocks evaluate, not in the run; "
+        "set forgetting.max_drift instead",
+        "forgetting.max_drift": "drift is for encoders; a decoder's forgetting is KL, set forgetting.max_kl instead",
+    }.get(key, "")
+
+
+def foreign_override(overrides: Sequence[str], *, encoder: bool) -> str | None:
+    """The first ``section.key=value`` that only the other kind of model has; None if there is none."""
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    return next((key for key in keys if key in (_OF_DECODERS if encoder else _OF_ENCODERS)), None)
+
+
+def to_toml(config: RunConfig, *, encoder: bool | None = None) -> str:
+    """The config as commented TOML; ``load`` reads it back unchanged.
+
+    Args:
+        encoder: whether the run's model is one: the keys of the other kind are left out; None: no key is.
+    """
+    absent = () if encoder is None else _OF_DECODERS if encoder else _OF_ENCODERS
     lines: list[str] = [
         "# A fedblocks run. Every key may also be given as: fedblocks serve RUN --set section.key=value"
     ]
@@ -446,6 +512,8 @@ def to_toml(config: RunConfig) -> str:
         about = (type(part).__doc__ or "").strip()
         lines += ["", f"# {about}", f"[{section.name}]"]
         for f in dataclasses.fields(part):
+            if f"{section.name}.{f.name}" in absent:
+                continue
             lines.append(f"{f.name} = {_toml(getattr(part, f.name))}  # {f.metadata['about']}")
     return "\n".join(lines) + "\n"
 

@@ -240,7 +240,11 @@ def dump(site: SiteFile) -> str:
     operators = [f.name for f in fields(site) if f.name not in (*_OPERATORS, *_SITES_OWN)]
     lines += [f"{name} = {json.dumps(getattr(site, name))}" for name in operators]
     lines += ["", "# How the run turns rows into tokens; the same for every site.", "[data]"]
-    lines += [f"{f.name} = {json.dumps(getattr(site.data, f.name))}" for f in fields(site.data)]
+    lines += [
+        f"{f.name} = {json.dumps(getattr(site.data, f.name))}"
+        for f in fields(site.data)
+        if f.name != "labels" or site.data.labels
+    ]
     lines += ["", "# From here on the site decides. Take the # away to set a key."]
     for section in _SITES_OWN:
         settings = getattr(site, section)
@@ -311,7 +315,8 @@ def _operators_part(content: Mapping[str, Any]) -> SiteFile:
             raise ConfigError(f"unknown key 'site.{key}'; nearest key: {nearest}")
     untouched = {name: {f.name: f.default for f in fields(settings)} for name, settings in _SITES_OWN.items()}
     try:
-        return from_plain(SiteFile, {**written, "data": content["data"], **untouched}, where="site file")
+        data: dict[str, Any] = {"labels": list[str](), **_section(content, "data")}
+        return from_plain(SiteFile, {**written, "data": data, **untouched}, where="site file")
     except (ConfigError, RemoteProtocolError) as error:
         raise ConfigError(f"{error}; ask the operator for a new one") from error
 

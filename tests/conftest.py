@@ -154,13 +154,17 @@ def write_tiny_checkpoint(
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    _write_character_tokenizer(folder, vocab, chat_template)
+    _write_character_tokenizer(folder, vocab, chat_template, framed=family == "bert")
     return folder
 
 
-def _write_character_tokenizer(folder: Path, vocab: int, chat_template: str | None) -> None:
-    """One token per printable ASCII character, as many as fit beside the four special tokens."""
-    from tokenizers import Tokenizer, decoders, models
+def _write_character_tokenizer(folder: Path, vocab: int, chat_template: str | None, *, framed: bool = False) -> None:
+    """One token per printable ASCII character, as many as fit beside the four special tokens.
+
+    Args:
+        framed: put ``<s>`` and ``</s>`` around every text, as an encoder's tokenizer does.
+    """
+    from tokenizers import Tokenizer, decoders, models, processors
 
     characters = (string.ascii_lowercase + " " + string.digits + string.ascii_uppercase + string.punctuation + "\n")[
         : vocab - len(SPECIAL_TOKENS)
@@ -169,6 +173,9 @@ def _write_character_tokenizer(folder: Path, vocab: int, chat_template: str | No
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    if framed:
+        special = [(token, ids[token]) for token in ("<s>", "</s>")]
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
     tokenizer.save(str(folder / "tokenizer.json"))
     fields = {
         "tokenizer_class": "PreTrainedTokenizerFast",

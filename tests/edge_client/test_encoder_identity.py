@@ -389,3 +389,14 @@ def test_another_pooling_than_the_mean_is_refused(base: Checkpoint, make_stack: 
     (base.folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
     with pytest.raises(CheckpointError, match="expected pooling_mode_mean_tokens"):
         make_stack(base, make_plan(base))
+
+
+def test_untrained_blocks_are_left_out_slot_by_slot(base: Checkpoint) -> None:
+    from fedblocks.edge_client.export import trained_part
+
+    plan = make_plan(base, "thirds", 3)
+    state = {0: random_state(plan)[0]}
+    assert trained_part(plan, state).block_ids == (0,)
+    plan = make_plan(base, "top", 3)
+    state = {0: random_state(plan)[0]}
+    assert trained_part(plan, state) == plan  # the uppermost of them holds the norm that ends them all

@@ -26,6 +26,7 @@ from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
     Ack,
     Assignment,
+    DataFormat,
     DataStatistics,
     Delta,
     Evaluate,
@@ -68,6 +69,7 @@ OWN_RULES = {
         "num_correct": st.integers(0, 1000),
         "strength": st.floats(0, 1),
     },
+    DataFormat: {"labels": st.sets(st.text(min_size=1, max_size=40), max_size=4).map(tuple)},
     DataStatistics: {
         "num_examples": st.integers(1000, 2**31),
         "topics": st.lists(st.integers(0, 15), max_size=64).map(tuple),

