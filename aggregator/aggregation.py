@@ -184,18 +184,22 @@ def fold(
     shape: Units,
     history: NormHistory | None = None,
     combine: Combine | None = None,
+    shares: Mapping[ClientKey, float] | None = None,
 ) -> FoldResult:
     """The mean update of every block that somebody trained, weighted unless ``combine`` says otherwise.
 
     Args:
         updates: in any order; a repeated (client, attempt) counts once. None at all gives an empty aggregate.
         history: the norms of earlier rounds, as returned by the last fold.
+        shares: factors on the clients' weights, above 0; default: 1 for everybody.
 
     Raises:
         RemoteProtocolError: a spooled payload is not what was admitted.
     """
     ordered = in_order(updates)
     weights = _weights(ordered)
+    if shares is not None:
+        weights = [weight * shares[update.client] for update, weight in zip(ordered, weights, strict=True)]
     accepted_weight = math.fsum(weights)
     members = by_block(ordered, weights, shape)
     norms = dict(history or {})

@@ -276,7 +276,15 @@ def final_record(
         "num_clients_measured": len({key for key, _ in measured}),
         "bytes_up": sum(c.received_bytes for c in known),
         "bytes_down": sum(c.sent_bytes for c in known),
+        **_memberships(method, known),
     }
+
+
+def _memberships(method: MethodState, clients: Sequence[KnownClient]) -> dict[str, Any]:
+    """By which shares each client's own model is mixed from the clusters; nothing where one model is everybody's."""
+    if method.mixture is None:
+        return {}
+    return {"memberships": {c.name: list(method.mixture.memberships(c.key)) for c in clients}}
 
 
 def eta_s(seconds: Sequence[float], rounds_left: int) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedblocks.aggregator import methods, run_rules
 from fedblocks.aggregator.aggregation import AcceptedUpdate, map_payload
 from fedblocks.aggregator.ledger import StoredUpdate, open_read_only
+from fedblocks.aggregator.personalisation import initial_mixture, published_ids
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, read_run_folder
 from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.state import apply_step, state_sha256
@@ -67,6 +68,7 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
                 round=record.round,
             )
             method = run_rules.after_fold(method, updates, folded)
+            method = run_rules.regrouped(method, updates, shape=shape)
             published = rules.publish(model, folded, shape=shape, settings=settings)
             model = model if published is None else published[0]
             found.append(
@@ -103,9 +105,11 @@ def state_at(folder: RunFolder, version: int) -> run_rules.GlobalState:
     """
     shape = folder.plan.units.published()
     published: State = {}
+    config = folder.config
+    blocks = published_ids(folder.plan.unit_ids, initial_mixture(config.mixture, config.run.seed))
     for from_version in range(version):
         step = folder.read_step(from_version)
-        published = apply_step(published, step, shape=shape, blocks=folder.plan.unit_ids)
+        published = apply_step(published, step, shape=shape, blocks=blocks)
     return run_rules.GlobalState(
         version=version, published=published, residual={}, sha256=state_sha256(shape, published)
     )

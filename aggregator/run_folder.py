@@ -26,7 +26,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -190,6 +190,11 @@ class RunFolder:
         """The result of the run."""
         write_durably(self.path / "state" / "final.safetensors", _to_safetensors(published))
         write_durably(self.path / "state" / "final.json", (json.dumps(record, indent=2) + "\n").encode())
+
+    def save_clusters(self, clusters: Sequence[State]) -> None:
+        """What the clients' own models are mixed from, by the memberships in final.json."""
+        for number, state in enumerate(clusters):
+            write_durably(self.path / "state" / f"final.cluster-{number}.safetensors", _to_safetensors(state))
 
     def _state_path(self, version: int) -> Path:
         return self.path / "state" / f"v{version:05d}.safetensors"

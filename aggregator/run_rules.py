@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final, Literal, Protocol
 
-from fedblocks.aggregator import aggregation, budgets, growth
+from fedblocks.aggregator import aggregation, budgets, growth, personalisation
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.allocation import (
     AllocationClient,
@@ -35,6 +35,7 @@ from fedblocks.aggregator.cohort import choose_cohort
 from fedblocks.aggregator.coverage import Coverage, Trained
 from fedblocks.aggregator.fold_rule import FoldRule, fold_rule
 from fedblocks.aggregator.growth import NLL_IMPROVEMENT, GrowthState, MeanScore
+from fedblocks.aggregator.personalisation import Mixture, initial_mixture
 from fedblocks.aggregator.privacy import PrivacyBooks, private_fold, spends_too_much
 from fedblocks.aggregator.registry import KnownClient
 from fedblocks.aggregator.robust import combine_of
@@ -135,6 +136,8 @@ class MethodState:
     idle: tuple[IdleBlock, ...] = ()
     """Blocks of the plan that the last rounds left out; those of the last one are absent."""
     norms: tuple[BlockNorms, ...] = ()
+    mixture: Mixture | None = None
+    """Who belongs to which cluster; None where one model is everybody's."""
     base_general_accuracy: float | None = None
     """On the general validation file at version 0."""
     base_general_nll: float | None = None
@@ -157,7 +160,10 @@ class MethodState:
 def initial_state(config: RunConfig) -> MethodState:
     """Before the first round. An infinite budget means no anchor at all."""
     unlimited = math.isinf(config.forgetting.max_kl)
-    return MethodState(anchor_weight=0.0 if unlimited else config.forgetting.lambda_start)
+    return MethodState(
+        anchor_weight=0.0 if unlimited else config.forgetting.lambda_start,
+        mixture=initial_mixture(config.mixture, config.run.seed),
+    )
 
 
 def next_anchor_weight(
@@ -759,6 +765,22 @@ def after_fold(
     )
 
 
+def regrouped(state: MethodState, updates: Sequence[AcceptedUpdate], *, shape: Units) -> MethodState:
+    """The state with the memberships after a round, where clients have models of their own."""
+    if state.mixture is None:
+        return state
+    return replace(state, mixture=personalisation.regrouped(state.mixture, updates, shape=shape))
+
+
+def personal_state(model: GlobalState, state: MethodState, client: ClientKey | None, *, shape: Units) -> GlobalState:
+    """What a client starts from; with None, what stands for all of them."""
+    if state.mixture is None:
+        return model
+    memberships = state.mixture.population() if client is None else state.mixture.memberships(client)
+    published = personalisation.mixed(model.published, memberships)
+    return replace(model, published=published, residual={}, moments={}, sha256=states.state_sha256(shape, published))
+
+
 def new_orphans(state: MethodState) -> dict[int, bool]:
     """Blocks that nobody has trained for just :data:`ORPHAN_ROUNDS` rounds -> whether somebody had before."""
     seen = {one.block for one in state.seen if max(one.weights) > 0}
@@ -887,6 +909,9 @@ def fold_round(
     if rule.noise_multiplier > 0:
         assert noise_key, "a private run has a key"
         return private_fold(updates, shape=shape, rule=rule, key=noise_key, round=round)
+    if state.mixture is not None:
+        history = {norms.block: norms.rounds for norms in state.norms}
+        return personalisation.fold(updates, shape=shape, history=history, found=state.mixture)
     if rule.kind == "mean":
         return method.aggregate(updates, shape=shape, state=state, model=model)
     history = {norms.block: norms.rounds for norms in state.norms}
@@ -926,6 +951,7 @@ def close(
     key = b"" if privacy is None else privacy.key
     folded = fold_round(method, updates, shape=shape, state=state, model=model, rule=rule, noise_key=key, round=round)
     state = after_fold(state, updates, folded, topics, blocks)
+    state = regrouped(state, updates, shape=shape)
     state = state if spent is None else replace(state, spent=spent)
     if growing is not None:  # from here on the configuration is not asked any more
         state = replace(state, growth=replace(state.growth, active=active_blocks(growing.run, state)))

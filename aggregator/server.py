@@ -66,6 +66,7 @@ from fedblocks.aggregator.ledger import (
     StoredUpdate,
     open_ledger,
 )
+from fedblocks.aggregator.personalisation import cluster_state
 from fedblocks.aggregator.probing import PlannedProbe
 from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
 from fedblocks.aggregator.replay import accepted_update, state_at
@@ -196,7 +197,9 @@ class Aggregator:
         self._unanswered: set[ClientKey] = set()
         """Clients that were sent a task and have not answered it: they may hold its state, or the one before."""
         self._uploads: dict[UploadId, ClientKey] = {}
-        self._updates_to: dict[int, tuple[StateUpdate, bytes]] = {}
+        self._updates_to: dict[tuple[int, ClientKey | None], tuple[StateUpdate, bytes]] = {}
+        self._fell_back = False
+        """The result is not the newest version: what a client holds of it was mixed by earlier memberships."""
         self._told: dict[ClientKey, object] = {}
         """The gist of the last plan that the operator was told of each client."""
         self._opened: RoundsState | None = None
@@ -444,7 +447,7 @@ class Aggregator:
         idle = heartbeat.attempt_id is None and heartbeat.phase == "idle" and key not in self._uploads.values()
         if task is None or task.outcome != "open" or not idle:
             return
-        _, payload = self._update_for(client.held_version)
+        _, payload = self._update_for(client.held_version, key)
         download_s = len(payload) / client.profile.downlink_bytes_per_s
         if self._clock() - self._sent_s.get(key, self._clock()) > RESEND_S + 2 * download_s:
             self._actions.append(rounds.SendTask(key=key))
@@ -753,7 +756,7 @@ class Aggregator:
         task, client = self._tasks.get(key), self._books.clients[key]
         if task is None:
             return
-        update, payload = self._update_for(UNKNOWN_VERSION if key in self._unanswered else client.held_version)
+        update, payload = self._update_for(UNKNOWN_VERSION if key in self._unanswered else client.held_version, key)
         left_s = max(1.0, self._state.deadline_s - self._state.elapsed_s)
         message = replace(
             task,
@@ -766,21 +769,29 @@ class Aggregator:
             self._sent_s[key] = self._clock()
             self._unanswered.add(key)
 
-    def _update_for(self, held_version: int) -> tuple[StateUpdate, bytes]:
-        """The way from what a client holds to the published state; made once for all who hold the same."""
-        found = self._updates_to.get(held_version)
+    def _update_for(self, held_version: int, key: ClientKey) -> tuple[StateUpdate, bytes]:
+        """The way from what a client holds to what it starts from; made once for all who hold the same.
+
+        A model of the client's own is sent whole: no steps lead from one mixture to the next.
+        """
+        personal = self._method.mixture is not None
+        if personal and (held_version != self._model.version or self._fell_back):
+            held_version = UNKNOWN_VERSION
+        which = (held_version, key if personal else None)
+        found = self._updates_to.get(which)
         if found is None:
+            model = run_rules.personal_state(self._model, self._method, key, shape=self._published_units)
             found = make_update(
                 self._folder.read_step,
                 shape=self._published_units,
                 from_version=held_version,
-                to_version=self._model.version,
-                published=self._model.published,
-                sha256=self._model.sha256,
+                to_version=model.version,
+                published=model.published,
+                sha256=model.sha256,
             )
             while len(self._updates_to) >= MAX_CACHED_UPDATES:
                 del self._updates_to[next(iter(self._updates_to))]
-            self._updates_to[held_version] = found
+            self._updates_to[which] = found
         return found
 
     def _close_round(self) -> None:
@@ -933,15 +944,17 @@ class Aggregator:
         if version != self._model.version:
             self._model = state_at(self._folder, version)
             self._updates_to.clear()
+            self._fell_back = True
 
     def _finish(self) -> None:
         number = self._state.round
         last_trained = self._ledger.get_round(number - 1)
         reason = last_trained.stop_reason if last_trained is not None else None
         self._books.count_bytes(self._endpoint.bytes_by_key)
+        everybodys = run_rules.personal_state(self._model, self._method, None, shape=self._published_units)
         final = progress.final_record(
             self._folder.info,
-            self._model,
+            everybodys,
             self._method,
             active=run_rules.active_blocks(self._run, self._method),
             config=self._config,
@@ -950,7 +963,10 @@ class Aggregator:
             measured=self._ledger.measurements(number),
             clients=self._books.clients.values(),
         )
-        self._folder.save_final(self._model.published, final)
+        self._folder.save_final(everybodys.published, final)
+        if self._method.mixture is not None:
+            clusters = range(self._method.mixture.clusters)
+            self._folder.save_clusters([cluster_state(self._model.published, cluster) for cluster in clusters])
         with self._ledger.transaction():
             self._books.save_all()
             self._ledger.set_run("final", final)

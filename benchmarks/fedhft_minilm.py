@@ -84,7 +84,7 @@ CUSTOMARY: Final[Mapping[LineName, float]] = {
 EXTRA_FACTORS: Final = {FACTORS[0]: 0.1, FACTORS[-1]: 30.0}
 """One more point for every line where the best one of any is at an edge (methods.md 12.3)."""
 SWEPT: Final[tuple[LineName, ...]] = ("fedhft", "fedit", "hetlora", "fedavg")
-TWO_STEPS, TWO_RATE = 10, 1e-3
+TWO_STEPS, TWO_RATE = 8, 3e-4
 LINES: Final[tuple[tuple[LineName, bool], ...]] = (
     ("fedhft", False),
     ("fedit", False),

@@ -30,7 +30,7 @@ MethodName = Literal["fedbe", "fedavg", "fedprox", "fedit", "hetlora", "flexlora
 """What ``run.method`` may be; each has its file in ``aggregator/methods/``."""
 #: A budget that nothing exceeds, for an anchor without a budget. An infinite one means no anchor.
 NO_BUDGET: Final = sys.float_info.max
-
+MAX_CLUSTERS: Final = 4
 Placement = Literal["thirds", "top", "interleaved", "adaptive"]
 ServerOptimizer = Literal["avg", "avgm", "adam"]
 FoldKind = Literal["mean", "median", "trimmed_mean"]
@@ -220,6 +220,15 @@ class AllocationSection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureSection:
+    """Whether each client gets expanded blocks of its own, mixed from clusters of clients (docs/fedhft.md)."""
+
+    clusters: int = _key(1, "clusters of clients, up to 4; 1: one model for all")
+    from_round: int = _key(5, "until this round has been folded every client belongs to all clusters alike")
+    min_clients: int = _key(8, "clients are grouped once so many of them have trained the same block")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSection:
     """Where the aggregator listens."""
 
@@ -255,6 +264,7 @@ class RunConfig:
     delta: DeltaSection = field(default_factory=DeltaSection)
     privacy: PrivacySection = field(default_factory=PrivacySection)
     allocation: AllocationSection = field(default_factory=AllocationSection)
+    mixture: MixtureSection = field(default_factory=MixtureSection)
     server: ServerSection = field(default_factory=ServerSection)
 
     def __post_init__(self) -> None:
@@ -268,6 +278,8 @@ class RunConfig:
             "training.anchor_every",
             "data.max_tokens",
             "allocation.min_cohort",
+            "mixture.from_round",
+            "mixture.min_clients",
         ):
             self._require(key, self.value(key) >= 1, "at least 1")
         for key in (
@@ -332,6 +344,12 @@ class RunConfig:
             "host:port with a port from 0 to 65535, or nothing",
         )
         self._check_privacy()
+        self._require("mixture.clusters", 1 <= self.mixture.clusters <= MAX_CLUSTERS, f"1 to {MAX_CLUSTERS}")
+        if self.mixture.clusters > 1:
+            personal = "where clients have models of their own (mixture.clusters above 1)"
+            self._require("run.method", self.run.method == "fedbe", f"fedbe {personal}")
+            self._require("training.fold", self.training.fold == "mean", f"mean {personal}")
+            self._require("privacy.noise_multiplier", self.privacy.noise_multiplier == 0, f"0 {personal}")
         self._require(
             "forgetting.max_kl",
             self.forgetting.max_kl > 0,

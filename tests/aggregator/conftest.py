@@ -183,6 +183,8 @@ class Site:
     kl: Callable[[int], float] = lambda version: 0.001 * version
     can_evaluate_general: bool = False
     scale: float = 1.0
+    direction: int | None = None
+    """Of its changes; sites of the same direction belong together. None: any."""
     gains: dict[int, float] = field(default_factory=dict)
     """Block -> nats per token that a probe finds at full strength."""
 
@@ -317,6 +319,12 @@ class Site:
             }
             for block in task.blocks
         }
+        if self.direction is not None:
+            common = np.random.default_rng(self.direction)
+            for spec in self.world.plan.shape.block_tensors(task.width):
+                shared = common.uniform(-step, step, spec.shape).astype(np.float32)
+                for tensors in deltas.values():
+                    tensors[spec.name] = (0.2 * tensors[spec.name] + 0.8 * shared).astype(np.float32)
         encoded = encode_delta(
             self.world.plan.shape,
             task.blocks,
