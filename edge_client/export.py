@@ -342,19 +342,22 @@ def export_hf(
     return summary
 
 
-def export_run(run: Path, *, model: str | Path, out: Path, strength: float | None = None) -> ExportSummary:
+def export_run(
+    run: Path, *, model: str | Path, out: Path, strength: float | None = None, client: str = ""
+) -> ExportSummary:
     """Exports the last published state of a finished run, with what its clients measured of it in the model card.
 
     Args:
         run: the run folder, or a copy of it.
         model: folder or hub id of the run's base.
         strength: default: the one that the run chose within its forgetting budget.
+        client: name of the site whose own model it is, in a run with clusters; default: the one for all.
 
     Raises:
-        ConfigError: the run has not published a final state.
+        ConfigError: the run has not published a final state, or this site has no model of its own.
         ValueError, ExportError, ExpansionError, CheckpointError: as :func:`export_hf` and :meth:`Checkpoint.open`.
     """
-    plan, state = load_final(run)
+    plan, state = load_final(run, client)
     trained = trained_part(plan, state)
     head = head_of(run, plan, state)
     state = {unit: state[unit] for unit in block_units(trained.unit_ids) if unit in state}
@@ -430,18 +433,37 @@ def trained_part(plan: ExpansionPlan, state: State) -> ExpansionPlan:
     return replace(plan, blocks=trained) if trained else plan
 
 
-def load_final(run: Path) -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray]]]:
+def load_final(run: Path, client: str = "") -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray]]]:
     """Plan, without the blocks that never became active, and last published state of a run folder.
 
+    Args:
+        client: name of the site whose own state it is, mixed from the clusters; default: the one for all.
+
     Raises:
-        ConfigError: the run has not published a final state.
+        ConfigError: the run has not published a final state, or this site has none of its own.
     """
     path = run / "state" / "final.safetensors"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: the run has not finished; see fedblocks status {run}")
     plan = ExpansionPlan.from_json((run / "plan.json").read_text(encoding="utf-8"))
     active = load_final_record(run).get("active_blocks") or plan.block_ids  # older releases had no growth
-    return plan.reduced(active), unflatten(load_file(path))
+    return plan.reduced(active), unflatten(_own_state(run, client) if client else load_file(path))
+
+
+def _own_state(run: Path, client: str) -> dict[str, np.ndarray]:
+    """The clusters' final states weighted by the client's memberships: the state that it ended with, bit for bit."""
+    known = load_final_record(run).get("memberships", {})
+    if client not in known:
+        expected = (
+            f"one of {', '.join(sorted(known))}" if known else "none: the run has one model (mixture.clusters = 1)"
+        )
+        raise ConfigError(f"{client!r} has no model of its own in {run}, expected {expected}")
+    total: dict[str, np.ndarray] = {}
+    for number, share in enumerate(known[client]):
+        for name, value in load_file(run / "state" / f"final.cluster-{number}.safetensors").items():
+            part = value.astype(np.float64) * share
+            total[name] = total[name] + part if name in total else part
+    return {name: value.astype(np.float32) for name, value in total.items()}
 
 
 def _stored_block(

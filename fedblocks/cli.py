@@ -458,12 +458,18 @@ def export(
     int4: Annotated[
         bool, typer.Option("--int4", help="with --to onnx: weights in 4 bits; what that costs is measured and said")
     ] = False,
+    client: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="this site's own model, of a run with clusters; default: the one for all"),
+    ] = "",
 ) -> None:
     """Write the run's published model as an ordinary checkpoint, or as an ONNX graph."""
     if to not in ("hf", "onnx"):
         raise typer.BadParameter(f"{to!r} is not supported, expected hf or onnx", param_hint="--to")
     if int4 and to != "onnx":
         raise typer.BadParameter("weights in 4 bits need --to onnx", param_hint="--int4")
+    if client and to != "hf":
+        raise typer.BadParameter("a site's own model is written with --to hf", param_hint="--client")
     if to == "onnx":
         from fedblocks.edge_client.onnx_export import MODEL_FILE, export_run_onnx
 
@@ -478,7 +484,7 @@ def export(
     else:
         from fedblocks.edge_client.export import export_run
 
-        summary = export_run(run, model=model, out=out, strength=strength)
+        summary = export_run(run, model=model, out=out, strength=strength, client=client)
         typer.echo(
             f"wrote {summary.path} at strength {summary.strength:g}; strength 0 equals the base bit for bit: verified"
         )

@@ -164,3 +164,18 @@ def test_members_survive_the_ledger() -> None:
 
     found = replace(mixture((0.5, 0.5)), rounds=3)
     assert from_plain(Mixture, json.loads(json.dumps(to_plain(found))), where="test") == found
+
+
+def test_an_export_takes_a_sites_own_state_bit_for_bit(make_world: Callable[..., Any]) -> None:
+    export = pytest.importorskip("fedblocks.edge_client.export")
+    world = two_populations(make_world)
+    world.join()
+    world.finish()
+    for site in world.sites.values():
+        _, state = export.load_final(world.path, site.name)
+        assert sorted(state) == sorted(site.held)
+        for block, tensors in state.items():
+            for name, value in tensors.items():
+                np.testing.assert_array_equal(value, site.held[block][name])
+    with pytest.raises(ConfigError, match=r"'nobody' has no model of its own in .*, expected one of a, b, c"):
+        export.load_final(world.path, "nobody")

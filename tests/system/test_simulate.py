@@ -337,3 +337,17 @@ def test_what_a_fleet_file_cannot_hold_is_named(text, says, tmp_path):
         load(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load(tmp_path / "other.toml")
+
+
+def test_with_clusters_every_client_gets_a_state_of_its_own_and_the_same_seed_gives_the_same_bits(inputs, tmp_path):
+    run = {**RUN, "run.max_rounds": 3, "mixture.clusters": 2, "mixture.from_round": 1, "mixture.min_clients": 2}
+    groups = (Group(device="jetson-agx-orin-64gb", count=4, name="agx", examples=15),)
+    first = simulate(fleet(groups=groups, run=run), inputs, tmp_path / "a")
+    again = simulate(fleet(groups=groups, run=run), inputs, tmp_path / "b")
+    assert first.finished
+    assert first.state_sha256 == again.state_sha256
+    final = [json.loads((tmp_path / part / "run" / "state" / "final.json").read_text()) for part in "ab"]
+    assert final[0]["memberships"] == final[1]["memberships"]
+    shares = np.array(list(final[0]["memberships"].values()))
+    assert shares.shape == (4, 2)
+    assert np.ptp(shares[:, 0]) > 0.1
