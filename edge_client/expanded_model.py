@@ -232,7 +232,8 @@ class ExpandedModel:
         above = [e.index for e in self.stack[self.base_cut :] if e.kind == "base" and e.index not in trained]
         below = [layer for layer in entries if layer not in above and layer not in trained]
         held: dict[str, list[int]] = {"decoded": [], "packed": []}
-        held["decoded" if frozen == "decoded" else "packed"] += above
+        merged = isinstance(self._trainable, LowRankPairs) and self._trainable.merged  # those are held changed
+        held["decoded" if frozen == "decoded" and not merged else "packed"] += above
         if residency == "resident":
             held["packed"] += below
         self.backbone.hold(decoded=held["decoded"], packed=held["packed"], dtype=self.dtype)

@@ -43,7 +43,7 @@ from fedblocks.edge_client.checkpoint import (
     initial_block,
     initial_tensor,
 )
-from fedblocks.profiles.units import EXTRA_UNIT, BaseTensors, LowRankPairs, block_units
+from fedblocks.profiles.units import EXTRA_UNIT, block_units
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
 from fedblocks.protocol.run_config import ConfigError
 from fedblocks.protocol.tensors import unflatten
@@ -753,7 +753,7 @@ The folder loads with `{loader}.from_pretrained`; it needs no other code.
   SHA-256 over their hashes `{summary.base_tensors_sha256}`, each hash in `{EXPORT_RECORD}`
 * Layers: {plan.shape.num_layers} of the base + {summary.num_blocks} = {summary.num_layers}
 * Strength: {summary.strength:g} (0 is the base, 1 is as trained)
-* Plan: {_plan_in_words(plan)}, digest `{summary.plan_digest}`
+* Plan: {plan.trainable_text()}, digest `{summary.plan_digest}`
 
 {_blocks_table(plan) if summary.num_blocks else ""}
 ## Checked during the export
@@ -776,17 +776,6 @@ def _base_files(plan: ExpansionPlan, summary: ExportSummary) -> str:
     if summary.base_files_copied:
         return "copied byte for byte"
     return "their bytes kept, layers renumbered" if plan.blocks else "those that were not trained with their bytes"
-
-
-def _plan_in_words(plan: ExpansionPlan) -> str:
-    match plan.trainable:
-        case LowRankPairs(rank=rank, targets=targets, merged=merged):
-            merging = ", merged in every round" if merged else ", merged here"
-            return f"low-rank pairs of rank {rank} over {'all' if targets == 'all' else 'q and v'} projections{merging}"
-        case BaseTensors(layers=layers, tables=tables):
-            return f"base layers {layers[0]} to {layers[-1]}" + (", embedding, final norm and head" if tables else "")
-        case _:
-            return f"placement `{plan.placement}`"
 
 
 def _blocks_table(plan: ExpansionPlan) -> str:

@@ -41,7 +41,7 @@ from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
 from fedblocks.kernels.ops import DISPATCHER
 from fedblocks.profiles.cost import ModeChoice, NoFit, Workload, choose_mode, step_time
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.profiles.units import BaseTensors, LowRankPairs, block_units
+from fedblocks.profiles.units import BaseTensors, ExpandedBlocks, LowRankPairs, block_units
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -269,16 +269,20 @@ class Workbench:
         return self._stores[folder.name]
 
     def _refuse_a_device_that_is_too_small(self) -> None:
-        """Before anything is allocated: can this device train the cheapest block, one sequence at a time?"""
+        """Before anything is allocated: can this device train the cheapest task, one sequence at a time?"""
         if not self.data.train:
             return
         work = self._workload(batch_size=1, micro_batch_size=1, steps=1, anchor_batch_size=1, anchor_every=1)
-        found = self._choose((self._layout.top_block,), work, self.memory_limit_bytes, self._least_width)
+        if isinstance(self.plan.trainable, ExpandedBlocks):
+            least, what = (self._layout.top_block,), f"block {self._layout.top_block} alone"
+        else:  # all of it or nothing
+            least, what = self._layout.blocks, self.plan.trainable_text()
+        found = self._choose(least, work, self.memory_limit_bytes, self._least_width)
         if isinstance(found, NoFit):
             part = "" if self._least_width == 1.0 else f"{self._least_width:.3g} of "
             raise DoesNotFitError(
-                f"this device cannot take part: training {part}block {self._layout.top_block} alone, one sequence at "
-                f"a time, {found.text}; free memory, raise the limit, or shorten the texts"
+                f"this device cannot take part: training {part}{what}, one sequence at a time, {found.text}; "
+                "free memory, raise the limit, or shorten the texts"
             )
 
     def take_state(self, update: StateUpdate, payload: bytes) -> None:

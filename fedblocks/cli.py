@@ -72,6 +72,9 @@ def init(
         Path | None,
         typer.Option(metavar="FILE", help="encoders: texts that the embedding is held to, JSONL or one on each line"),
     ] = None,
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="run.method: fedbe, or one to compare with it (docs/methods.md)")
+    ] = "",
     overrides: SetOption = None,
 ) -> None:
     """Make a run folder: on any machine with the base model and torch. Copy it to the aggregator."""
@@ -81,15 +84,16 @@ def init(
         model=model,
         out=out,
         general=general,
-        overrides=overrides or (),
+        overrides=(*(overrides or ()), *([f"run.method={method}"] if method else [])),
         anchor_sequences=anchor_sequences,
         anchor_tokens=anchor_tokens,
         labels=labels,
         anchor_texts=anchor_texts,
     )
     blocks = ", ".join(f"{b.block_id} after layer {b.after_layer}" for b in made.plan.blocks)
+    what = f"expanded blocks: {blocks}" if blocks else f"trains {made.plan.trainable_text()}"
     typer.echo(f"run {made.run_id}: base {made.base_name} ({made.base_hash[:16]}…)")
-    typer.echo(f"expanded blocks: {blocks}; anchor: {made.num_anchor_tokens} tokens {made.anchor_origin}")
+    typer.echo(f"{what}; anchor: {made.num_anchor_tokens} tokens {made.anchor_origin}")
     typer.echo(f"next: fedblocks invite {out} SITE, then fedblocks serve {out}")
 
 

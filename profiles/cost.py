@@ -967,6 +967,7 @@ class _Memory:
         self._positions = tuple(layout.positions.values()) if layout.num_held else ()
         self._base_above = layout.num_entries - layout.base_cut - layout.num_held
         self._pairs = isinstance(layout.trainable, LowRankPairs)
+        self._merged = isinstance(layout.trainable, LowRankPairs) and layout.trainable.merged
         self._value_bytes = 8 if work.keeps_start else 4
         self._beside = sum(layout.beside.values())
         vectors = self._block - linear
@@ -1019,6 +1020,8 @@ class _Memory:
 
     def _frozen(self, mode: ExecutionMode) -> int:
         layer = self._block * self._e if mode.frozen == "decoded" else self._packed
+        if self._merged:  # changed and decoded, beside the packed bytes of the base
+            layer += self._packed
         below = self._base_cut * self._packed if mode.residency == "resident" else 0
         return self._base_above * layer + below
 

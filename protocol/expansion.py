@@ -641,6 +641,22 @@ class ExpansionPlan:
         self.block(block_id)
         return self.stack().index(StackEntry(kind="block", index=block_id))
 
+    def trainable_text(self) -> str:
+        """What trains, in words."""
+        match self.trainable:
+            case ExpandedBlocks():
+                return f"{len(self.blocks)} expanded blocks, placement {self.placement}"
+            case LowRankPairs(rank=rank, targets=targets, merged=merged):
+                where = "every projection" if targets == "all" else "the projections of queries and values"
+                return f"low-rank pairs of rank {rank} over {where}" + (", merged in every round" if merged else "")
+            case MergedLinears():
+                return "merged pairs"
+            case BaseTensors(layers=layers, tables=tables):
+                rest = ", embedding, final norm and head" if tables else ""
+                return f"the base's layers {layers[0]} to {layers[-1]}{rest}"
+            case _:
+                assert_never(self.trainable)
+
     @property
     def layout(self) -> StackLayout:
         """Where what trains stands in the stack, as the cost model takes it."""

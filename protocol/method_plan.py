@@ -36,6 +36,11 @@ def plan_of(config: RunConfig, *, base_hash: str, model_config: Mapping[str, Any
                 placement=config.expansion.placement,
                 num_blocks=config.most_blocks,
             )
+        case _ if shape_from_config(model_config).encoder:
+            raise ConfigError(
+                f"run.method is {config.run.method!r}, which trains decoders only; what works for this encoder "
+                f"(model_type {model_config.get('model_type')!r}): fedbe or llamapro"
+            )
         case "fedavg" | "fedprox":
             layers = shape_from_config(model_config).num_layers
             trainable: Trainable = BaseTensors(layers=tuple(range(layers)), tables=True)
