@@ -1,10 +1,10 @@
 """How does each client get expanded blocks of its own? As its mixture of clusters' states (methods.md 10.2).
 
-With ``mixture.clusters`` above 1 the published state holds every block once per cluster, under the number
-``cluster·STRIDE + block``. A client downloads the mixture of them by its memberships, under the plan's own numbers; it
-trains and sends as ever. A round's updates are folded once for each cluster, every client's weight times its
-membership, so the mean is divided by the membership of those who trained a value. Afterwards the memberships follow
-from the clients' projected updates (``mixture.py``).
+With ``mixture.clusters`` above 1 the published state holds every unit once per cluster, under the number
+``cluster·CLUSTER_STRIDE + unit``. A client downloads the mixture of them by its memberships, under the plan's own
+numbers; it trains and sends as ever. A round's updates are folded once for each cluster, every client's weight times
+its membership, so the mean is divided by the membership of those who trained a value. Afterwards the memberships
+follow from the clients' projected updates (``mixture.py``).
 
 The number of clusters stays as it is: two populations that turn out to be one cost both clusters a part of their data.
 
@@ -24,13 +24,11 @@ import numpy as np
 from fedblocks.aggregator import aggregation, mixture
 from fedblocks.aggregator.aggregation import FULL_COVERAGE, AcceptedUpdate, FoldResult, NormHistory
 from fedblocks.aggregator.mixture import Float64s, Projection
-from fedblocks.profiles.units import Units, unit_tensors
+from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT, Units, unit_tensors
 from fedblocks.protocol.messages import ClientKey
 from fedblocks.protocol.run_config import MixtureSection
 from fedblocks.protocol.tensors import FloatArray, State
 
-#: Between the numbers of one block in two clusters; a plan has fewer blocks.
-STRIDE: Final = 4096
 #: Share of the old memberships that stays, and of a client's old projected update.
 SMOOTHING, SIGNATURE_DECAY = 0.5, 0.5
 #: A smaller membership would leave a cluster without any weight to divide by.
@@ -95,20 +93,24 @@ def initial_mixture(section: MixtureSection, seed: int) -> Mixture | None:
 
 def published_ids(blocks: Sequence[int], found: Mixture | None) -> tuple[int, ...]:
     """The numbers under which the published state holds the plan's blocks."""
-    return tuple(cluster * STRIDE + block for cluster in range(found.clusters if found else 1) for block in blocks)
+    return tuple(
+        cluster * CLUSTER_STRIDE + block for cluster in range(found.clusters if found else 1) for block in blocks
+    )
 
 
 def cluster_state(published: State, cluster: int) -> State:
     """One cluster's blocks under the plan's own numbers."""
-    return {number % STRIDE: tensors for number, tensors in published.items() if number // STRIDE == cluster}
+    return {
+        number % CLUSTER_STRIDE: tensors for number, tensors in published.items() if number // CLUSTER_STRIDE == cluster
+    }
 
 
 def mixed(published: State, memberships: Sequence[float]) -> State:
     """One client's state, under the plan's own numbers: the clusters' weighted by its memberships, rounded once."""
-    blocks = sorted({number % STRIDE for number in published})
+    blocks = sorted({number % CLUSTER_STRIDE for number in published})
     state: State = {}
     for block in blocks:
-        copies = [published.get(cluster * STRIDE + block, {}) for cluster in range(len(memberships))]
+        copies = [published.get(cluster * CLUSTER_STRIDE + block, {}) for cluster in range(len(memberships))]
         state[block] = {
             name: _weighted([copy.get(name) for copy in copies], memberships)
             for name in dict.fromkeys(name for copy in copies for name in copy)
@@ -135,7 +137,7 @@ def fold(updates: Sequence[AcceptedUpdate], *, shape: Units, history: NormHistor
         folded = aggregation.fold(updates, shape=shape, history=history, shares=shares)
         damping = np.float32(_damping(folded.weights, shares))
         for block, tensors in folded.aggregate.items():
-            number = cluster * STRIDE + block
+            number = cluster * CLUSTER_STRIDE + block
             aggregate[number] = {name: np.multiply(value, damping) for name, value in tensors.items()}
             segments[number] = folded.segment_coverage[block]
     return replace(whole, aggregate=aggregate, segment_coverage=segments)
@@ -156,8 +158,9 @@ def _damping(weights: Mapping[ClientKey, float], shares: Mapping[ClientKey, floa
 def regrouped(found: Mixture, updates: Sequence[AcceptedUpdate], *, shape: Units) -> Mixture:
     """After a round: the updates' signatures, and from ``from_round`` on new memberships of all known clients.
 
-    The mixture is fitted to the block that most clients have trained, of equal ones the highest: what different blocks
-    were taught cannot be compared. Clients that never trained it belong where the population does.
+    The mixture is fitted to one unit, since what different ones were taught cannot be compared: to the head if the run
+    has one, else to the block that most clients have trained, of equal ones the highest. Clients that never trained it
+    belong where the population does.
     """
     if not updates:
         return found
@@ -187,7 +190,7 @@ def _fitted(found: Mixture) -> Mixture:
     trained = Counter(s.block for member in found.members for s in member.signatures)
     if not trained:
         return found
-    block = max(trained, key=lambda b: (trained[b], b))
+    block = max(trained, key=lambda b: (b == EXTRA_UNIT, trained[b], b))
     if trained[block] < max(found.min_clients, found.clusters):
         return found
     points = {m.client: s.values for m in found.members for s in m.signatures if s.block == block}
@@ -204,8 +207,9 @@ def _fitted(found: Mixture) -> Mixture:
 
 
 def _signatures(update: AcceptedUpdate, shape: Units, seed: int) -> dict[int, tuple[float, ...]]:
-    """Block -> the projection of its out-tensors' change, divided by its norm; a block that did not change is absent.
+    """Unit -> the projection of its change, divided by its norm; a unit that did not change is absent.
 
+    Of a block the change of its out-tensors, of the head that of its matrix.
     A slim block's change is the whole block's with zeros beyond its width.
     """
     found: dict[int, tuple[float, ...]] = {}
@@ -215,7 +219,7 @@ def _signatures(update: AcceptedUpdate, shape: Units, seed: int) -> dict[int, tu
         z: Float64s = np.zeros(mixture.DIMENSIONS, dtype=np.float64)
         squared = 0.0
         for spec in unit_tensors(shape, block):
-            if not spec.is_out or len(spec.shape) != 2:
+            if len(spec.shape) != 2 or not (spec.is_out or block == EXTRA_UNIT):
                 continue
             rows = member.rows(payload, spec.name)
             signs = _projection(spec.name, *spec.shape, seed)

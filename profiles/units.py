@@ -33,6 +33,10 @@ Targets = Literal["all", "qv"]
 #: The number of the named extra tensor set; a model has fewer layers and a run fewer blocks.
 EXTRA_UNIT: Final = 65535
 
+#: Between the numbers of one unit in two clusters of clients (``aggregator/personalisation.py``): the copies of a unit
+#: have its tensors. Such numbers are never on the wire.
+CLUSTER_STRIDE: Final = 1 << 17
+
 #: Last parts of the names of query and value projections, of all families.
 QUERY_VALUE: Final = ("q_proj", "v_proj", "query", "value")
 
@@ -179,19 +183,21 @@ def unit_tensors(of: Units, unit: int, width: float = 1.0) -> tuple[TensorSpec, 
         ValueError: not one of ``model_shape.WIDTHS``.
         KeyError: the run has no such unit.
     """
-    return of.block_tensors(width) if isinstance(of, ModelShape) else _unit_tensors(of, unit, width)
+    return of.block_tensors(width) if isinstance(of, ModelShape) else _unit_tensors(of, unit % CLUSTER_STRIDE, width)
 
 
 def unit_parameters(of: Units, unit: int, width: float = 1.0) -> int:
     """Parameters that train in a unit of this width."""
-    return of.slice_parameters(width) if isinstance(of, ModelShape) else _unit_parameters(of, unit, width)
+    if isinstance(of, ModelShape):
+        return of.slice_parameters(width)
+    return _unit_parameters(of, unit % CLUSTER_STRIDE, width)
 
 
 def unit_width(of: Units, unit: int, width: float) -> float:
     """The width at which a unit trains where ``width`` is assigned: 1 for a unit that has no widths."""
     if isinstance(of, ModelShape):
         return width
-    whole = unit == EXTRA_UNIT or isinstance(of.trainable, (MergedLinears, BaseTensors))
+    whole = unit % CLUSTER_STRIDE == EXTRA_UNIT or isinstance(of.trainable, (MergedLinears, BaseTensors))
     return 1.0 if whole else width
 
 

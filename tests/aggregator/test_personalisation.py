@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedblocks.aggregator import personalisation
-from fedblocks.aggregator.personalisation import STRIDE, Member, Mixture
+from fedblocks.aggregator.personalisation import Member, Mixture
 from fedblocks.aggregator.replay import replay, state_at
+from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT
 from fedblocks.protocol import run_config
 from fedblocks.protocol.messages import ClientKey
 from fedblocks.protocol.run_config import ConfigError
@@ -131,7 +132,7 @@ def mixture(*rows: tuple[float, ...]) -> Mixture:
 
 
 def test_a_state_is_mixed_by_memberships_and_an_unknown_client_gets_the_populations() -> None:
-    published = {0: {"w": np.ones(3, np.float32)}, STRIDE: {"w": np.full(3, 5.0, np.float32)}}
+    published = {0: {"w": np.ones(3, np.float32)}, CLUSTER_STRIDE: {"w": np.full(3, 5.0, np.float32)}}
     found = mixture((1.0, 0.0), (0.25, 0.75))
     assert found.sizes == (1, 1)
     for client, expected in (("c0", 1.0), ("c1", 4.0), ("nobody", 3.0)):
@@ -140,8 +141,14 @@ def test_a_state_is_mixed_by_memberships_and_an_unknown_client_gets_the_populati
     assert personalisation.mixed({}, (0.5, 0.5)) == {}
 
 
+def test_the_copies_of_a_head_are_told_from_those_of_a_block() -> None:
+    published = {c * CLUSTER_STRIDE + EXTRA_UNIT: {"w": np.full(3, float(c), np.float32)} for c in range(3)}
+    assert list(personalisation.mixed(published, (0.0, 0.5, 0.5))) == [EXTRA_UNIT]
+    assert personalisation.cluster_state(published, 2)[EXTRA_UNIT]["w"][0] == 2.0
+
+
 def test_a_block_that_one_cluster_lacks_counts_as_untrained_there() -> None:
-    state = personalisation.mixed({STRIDE + 2: {"w": np.full(3, 4.0, np.float32)}}, (0.5, 0.5))
+    state = personalisation.mixed({CLUSTER_STRIDE + 2: {"w": np.full(3, 4.0, np.float32)}}, (0.5, 0.5))
     np.testing.assert_allclose(state[2]["w"], 2.0)
 
 

@@ -215,3 +215,14 @@ def test_minilm_learns_two_hundred_rows_of_banking77(tmp_path: Path) -> None:
     assert all(row["kl"] < 0.05 for row in result.rounds)
     export_run(tmp_path / "out" / "run", model=MINILM, out=tmp_path / "export", strength=1.0)
     assert (tmp_path / "export" / "1_Pooling" / "config.json").is_file()
+
+
+def test_with_clusters_each_site_ends_with_blocks_and_a_head_of_its_own(inputs: Inputs, tmp_path: Path) -> None:
+    run = {"mixture.clusters": 2, "mixture.from_round": 1, "mixture.min_clients": 3}
+    result = simulate(fleet(**run), inputs, tmp_path / "out")
+    assert result.finished
+    names = ("nano-1", "nano-2", "agx-1")
+    states = [load_final(tmp_path / "out" / "run", name)[1] for name in names]
+    assert all(EXTRA_UNIT in state for state in states)
+    heads = [np.concatenate([value.ravel() for value in state[EXTRA_UNIT].values()]) for state in states]
+    assert max(np.abs(heads[0] - other).max() for other in heads[1:]) > 0
