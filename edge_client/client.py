@@ -432,7 +432,8 @@ class SiteClient:
 def why_it_leaves(error: Exception) -> str:
     """What the operator is told of an error that ends ``join``: no text of ours may carry paths or rows of the site."""
     code = getattr(error, "exit_code", EXIT_BUG)
-    return f"does not fit: {error}"[:1000] if code == EXIT_DOES_NOT_FIT else f"an error, exit code {code}"
+    in_words = getattr(error, "in_words", "does not fit")
+    return f"{in_words}: {error}"[:1000] if code == EXIT_DOES_NOT_FIT else f"an error, exit code {code}"
 
 
 def _session_event(event: TransportEvent | None, transport: Transport, say: Say, *, resting: bool) -> s.Event:

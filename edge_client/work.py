@@ -94,6 +94,7 @@ class BaseTrainingRefusedError(RuntimeError):
     """The run trains the base's own weights, which this site does not allow; the text names the key."""
 
     exit_code = 5
+    in_words = "is not allowed there"
 
 
 class DoesNotFitError(RuntimeError):

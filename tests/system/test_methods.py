@@ -4,6 +4,7 @@ configurations told in one sentence?"""
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -12,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedblocks import cli
 from fedblocks.aggregator import methods
 from fedblocks.aggregator.replay import replay
+from fedblocks.aggregator.server import serve
 from fedblocks.edge_client.backbone import DenseBackbone
 from fedblocks.edge_client.checkpoint import Checkpoint
 from fedblocks.edge_client.evaluation import evaluate_target
@@ -90,6 +93,36 @@ def test_the_anchor_and_the_strength_grid_hold_the_budget_for_pairs_too(inputs: 
     chosen = next(point for point in final["strengths"] if point["strength"] == final["strength"])
     assert chosen["kl"] <= 0.02
     assert [point["kl"] for point in final["strengths"]] == sorted(point["kl"] for point in final["strengths"])
+
+
+def test_a_site_takes_part_in_full_fine_tuning_only_where_it_allows_it(
+    consortium: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    c = consortium("run.method=fedavg", "training.steps=4", "run.max_rounds=2", clients=1)
+    site = c.folder / "site-1.toml"
+    arguments = ["fedblocks", "join", str(site), "--data", str(c.folder / "site-1.jsonl")]
+    arguments += ["--model", str(c.model), "--home", str(c.home("site-1"))]
+    monkeypatch.setattr("sys.argv", arguments)
+    said: list[str] = []
+    stop = threading.Event()
+    served = threading.Thread(target=serve, args=(c.run,), kwargs={"on_event": said.append, "stop": stop})
+    served.start()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 5
+        assert "set allow_base_training = true in the section [limits]" in capsys.readouterr().err
+        text = site.read_text()
+        assert "# allow_base_training = false" in text  # the invitation shows the key, and leaves it to the site
+        site.write_text(text.replace("# allow_base_training = false", "allow_base_training = true"))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+    finally:
+        stop.set()
+        served.join(20)
+    assert any(line.startswith("site-1 left: is not allowed there: this run changes the base") for line in said)
+    assert any(line.startswith("finished after 2 rounds") for line in said)
 
 
 def test_a_fleet_file_names_its_method(tmp_path: Path) -> None:
