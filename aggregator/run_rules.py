@@ -192,6 +192,8 @@ class Run:
     plan: ExpansionPlan
     anchor_sequences: int
     anchor_tokens: int
+    units_of_tasks: tuple[int, ...] = ()
+    """Of every task, where ``plan`` is that of another model whose costs are planned with; empty: those chosen."""
 
     @property
     def layout(self) -> StackLayout:
@@ -380,7 +382,7 @@ def assignment(
         payload_sha256=NO_PAYLOAD_SHA256,
         active_blocks=run.plan.block_ids,
         # Everybody who trains trains what stands beside the stack too: an extra tensor set costs next to nothing.
-        blocks=tuple(sorted((*choice.blocks, *run.layout.beside))),
+        blocks=run.units_of_tasks or tuple(sorted((*choice.blocks, *run.layout.beside))),
         width=choice.width,
         steps=choice.steps,
         batch_size=choice.batch_size,
@@ -484,7 +486,7 @@ def profiled(client: KnownClient, task: Assignment, report: TrainReport, run: Ru
         layout=plan.layout,
         shape=plan.shape,
         settings=run.allocation_settings(),
-        blocks=block_units(task.blocks),
+        blocks=plan.layout.blocks if run.units_of_tasks else block_units(task.blocks),
         width=task.width,
         steps=task.steps,
         mode=report.mode,

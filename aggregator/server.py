@@ -811,6 +811,7 @@ class Aggregator:
         stored = self._ledger.updates_of(number)
         assigned = self._ledger.assignments(number)
         before = run_rules.grown(self._run, self._method).plan
+        units = self._folder.plan.reduced(before.block_ids).unit_ids
         cohort = sorted({a.client_key for a in assigned})
         self._books.count_bytes(self._endpoint.bytes_by_key)
         closed = run_rules.close(
@@ -823,7 +824,7 @@ class Aggregator:
             round=number,
             method=self._rules_of_method,
             topics={key: client.statistics.topics for key, client in self._books.clients.items()},
-            blocks=before.unit_ids,
+            blocks=units,
             spent=self._spent(stored, opened.elapsed_s),
             growing=run_rules.Growing(run=self._run, clients=[self._books.clients[key] for key in cohort]),
             privacy=self._privacy,
@@ -842,7 +843,7 @@ class Aggregator:
             closed,
             before=self._method,
             config=self._config,
-            blocks=before.unit_ids,
+            blocks=units,
             active=before.block_ids,
             assigned=assigned,
             updates=stored,

@@ -378,13 +378,7 @@ def priced_plan(name: str, plan: ExpansionPlan, run: RunConfig) -> ExpansionPlan
         except (OSError, ValueError) as error:
             raise ConfigError(f"costs_of: {name} cannot be read ({error}), expected a config.json") from error
     try:
-        priced = plan_of(run, base_hash=plan.base_hash, model_config=config)
-        if priced.unit_ids != plan.unit_ids:
-            raise ConfigError(
-                f"run.method {run.run.method!r} trains the model's own layers, {plan.shape.num_layers} here and "
-                f"{priced.shape.num_layers} there; what works: a model with as many layers, or a method with blocks"
-            )
-        return priced
+        return replace(plan_of(run, base_hash=plan.base_hash, model_config=config), extra=plan.extra)
     except (ConfigError, ExpansionError) as error:
         raise ConfigError(f"costs_of: {name}: {error}") from error
 
@@ -495,7 +489,8 @@ class _Simulation:
 
             def __init__(self, priced: ExpansionPlan, *of_run: Any, **more: Any) -> None:
                 super().__init__(*of_run, **more)
-                self._run = replace(self._run, plan=priced)
+                of_tasks = () if priced.blocks else self._run.plan.unit_ids  # its layers are not the model's
+                self._run = replace(self._run, plan=priced, units_of_tasks=of_tasks)
 
         self._aggregator = Priced(
             self._priced,

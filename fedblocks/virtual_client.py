@@ -33,6 +33,7 @@ from fedblocks.profiles.cost import (
     choose_mode,
     download_bytes,
     measure_time,
+    unit_bytes,
     upload_bytes,
 )
 from fedblocks.profiles.device import DeviceProfile
@@ -193,6 +194,18 @@ class Costs:
     def layout(self, task: Task) -> StackLayout:
         """Where the blocks stand that are active in this task."""
         return self.plan.reduced(task.active_blocks or self.plan.block_ids).layout
+
+    def trained(self, task: Assignment) -> tuple[int, ...]:
+        """What the task trains, as this plan numbers it: of pairs and base tensors always all."""
+        return block_units(task.blocks) if self.plan.blocks else self.plan.layout.blocks
+
+    def bytes_of_all(self) -> int:
+        """An update of all units, dense."""
+        return _bytes_of_all(self.plan, self.delta_format)
+
+
+def _bytes_of_all(plan: ExpansionPlan, delta_format: DeltaFormat) -> int:
+    return sum(unit_bytes(plan.units, unit, delta_format) for unit in plan.unit_ids)
 
 
 class AssumedSite(SiteClient):
@@ -424,7 +437,7 @@ class VirtualClient:
             profile,
             costs.shape,
             costs.layout(task),
-            block_units(task.blocks),
+            costs.trained(task),
             self._workload(task),
             budget_bytes=budget_bytes,
             width=task.width,
@@ -442,7 +455,7 @@ class VirtualClient:
         slow = self.now.slow * luck
         down_bytes, up_bytes = payload_bytes, 0 if found is None else found[0].payload_bytes
         if costs.of_another_model:
-            down_bytes, up_bytes = self._predicted_bytes(task, has_update=found is not None)
+            down_bytes, up_bytes = self._predicted_bytes(task, down_bytes, up_bytes, has_update=found is not None)
         down_s = down_bytes / (profile.downlink_bytes_per_s * self.now.link)
         up_s = up_bytes / (profile.uplink_bytes_per_s * self.now.link)
         span = Span(
@@ -470,7 +483,7 @@ class VirtualClient:
                 profile,
                 costs.shape,
                 layout,
-                block_units(task.blocks),
+                costs.trained(task),
                 work,
                 budget_bytes=budget_bytes,
                 width=task.width,
@@ -478,7 +491,7 @@ class VirtualClient:
             assert not isinstance(chosen, NoFit)
             mode = chosen.mode
         search = ModeSearch(profile, costs.shape, layout, work)
-        cost = search.cost(block_units(task.blocks), mode, task.width)
+        cost = search.cost(costs.trained(task), mode, task.width)
         report = replace(
             delta.train,
             prefix_s=slow * max(0.0, cost.seconds - cost.step_s * task.steps),
@@ -510,8 +523,13 @@ class VirtualClient:
             seconds += measure_time(costs.profile, costs.shape, layout, measuring)
         return seconds
 
-    def _predicted_bytes(self, task: Task, *, has_update: bool) -> tuple[int, int]:
-        """Down and up, of the shape that the costs are of."""
+    def _predicted_bytes(self, task: Task, payload_bytes: int, up_bytes: int, *, has_update: bool) -> tuple[int, int]:
+        """Down and up, of the shape that the costs are of; of pairs and base tensors as many times as much as those of
+        the model that trains as its units are larger."""
+        if not self.costs.plan.blocks:
+            assert self._shell is not None
+            factor = self.costs.bytes_of_all() / _bytes_of_all(self._shell.bench.plan, self.costs.delta_format)
+            return round(factor * payload_bytes), round(factor * up_bytes)
         shape, blocks = self.costs.shape, self.costs.layout(task).blocks
         behind = task.state.to_version - max(0, task.state.from_version)
         down = 0

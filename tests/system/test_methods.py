@@ -125,6 +125,21 @@ def test_a_site_takes_part_in_full_fine_tuning_only_where_it_allows_it(
     assert any(line.startswith("finished after 2 rounds") for line in said)
 
 
+@pytest.mark.parametrize("name", ["fedit", pytest.param("fedavg", marks=pytest.mark.slow)])
+def test_the_costs_may_be_those_of_a_larger_model_with_other_layers(name: str, inputs: Inputs, tmp_path: Path) -> None:
+    settings = {"run.max_rounds": 2, "training.steps": 4, "training.learning_rate": 3e-3}
+    groups = (Group(device="jetson-agx-orin-64gb", count=2, name="agx", examples=20),)
+    fleet = Fleet(groups=groups, method=name, run=settings, seed=5, tick_s=60.0, costs_of="qwen2.5-0.5b")
+    result = simulate(fleet, inputs, tmp_path / "out")
+    assert [row["num_accepted"] for row in result.rounds] == [2, 2]
+    each_way = {"fedit": 35.2e6, "fedavg": 4 * 494e6}[name]  # methods.md 7.2
+    for client in result.clients:
+        assert client.bytes_up == pytest.approx(2 * each_way, rel=0.02)
+        assert client.peak_memory_bytes > 400e6  # the layers in 4 bits, and the embedding
+    plan, state = load_final(tmp_path / "out" / "run")
+    assert set(state) == set(plan.unit_ids)  # the small model's own units were trained
+
+
 def test_a_fleet_file_names_its_method(tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text('method = "fedit"\n[[group]]\ndevice = "jetson-orin-nano-8gb"\n')
