@@ -92,6 +92,10 @@ class EncoderModel(ExpandedModel):
             embeddings.float() * self.shape.hidden_size**0.5, self._head[HEAD_WEIGHT], self._head[HEAD_BIAS]
         )
 
+    def set_head(self, weight: Tensor, bias: Tensor) -> None:
+        """Another head than the plan's, fp32: that of an export, which has no plan."""
+        self._head = {HEAD_WEIGHT: weight.to(self.device), HEAD_BIAS: bias.to(self.device)}
+
     def _published_head(self) -> dict[str, Tensor]:
         if self.plan is None or self.plan.extra is None:
             raise ValueError("this plan has no classification head (extra tensors); make the run with fedblocks init")

