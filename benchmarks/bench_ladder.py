@@ -70,6 +70,8 @@ class Comparison:
     run: Mapping[str, Any] = field(default_factory=dict)
     own_deadlines: bool = False
     """Every arm has the deadline that it computes itself: where that is a part of what is compared."""
+    deadline_of: str = ""
+    """Else the arm whose deadline all have; empty: the first."""
 
 
 POLICIES: Final = {
@@ -80,6 +82,19 @@ POLICIES: Final = {
 #: The tiers' memory and lines mean something for a model of this size: of the starter model the overheads are all.
 LARGE: Final[Mapping[str, Any]] = {"costs_of": "qwen2.5-0.5b", "tick_s": 5.0}
 LARGE_RUN: Final[Mapping[str, Any]] = {"server.heartbeat_interval_s": 60.0}
+#: Learning rates: the best of the pilot runs of ``experiments.py``; the pairs' tiers are 4, 8, 16 and 32.
+METHODS: Final = {
+    "fedbe": Arm(run={"allocation.slim": True}),
+    "fedit": Arm(run={"run.method": "fedit", "training.learning_rate": 3e-3}),
+    "fedit_int8": Arm(run={"run.method": "fedit", "training.learning_rate": 3e-3, "delta.format": "int8"}),
+    "hetlora": Arm(run={"run.method": "hetlora", "training.learning_rate": 3e-3, "allocation.slim": True}),
+    "flexlora": Arm(run={"run.method": "flexlora", "training.learning_rate": 3e-3, "allocation.slim": True}),
+    "flora": Arm(run={"run.method": "flora", "training.learning_rate": 3e-3, "allocation.slim": True}),
+    "fedavg": Arm(run={"run.method": "fedavg", "training.learning_rate": 1e-3}),
+}
+#: 0.97 of what ``fedit`` gains, which gets every held-out row right (methods.md 12.4).
+OF_GAIN: Final[Mapping[str, Any]] = {"run.target_score": 0.97, "run.max_rounds": 40}
+HETEROGENEOUS: Final = ("hetlora", "flexlora", "flora")
 COMPARISONS: Final[Mapping[str, Comparison]] = {
     "ladder": Comparison(arms=POLICIES, fleet={**LARGE, "alpha": 0.5}, run=LARGE_RUN),
     "ladder_default": Comparison(  # ours as it comes, against the others with the deadlines that they come with
@@ -112,7 +127,16 @@ COMPARISONS: Final[Mapping[str, Comparison]] = {
         run={**LARGE_RUN, "run.target_score": 0.0, "run.max_rounds": 16},
     ),
     "ladder_starter": Comparison(arms=POLICIES, fleet={"alpha": 0.5}),
+    "tta": Comparison(  # every method as it comes, with the deadline that it computes itself
+        arms=METHODS, fleet={**LARGE, "alpha": 0.5}, run={**LARGE_RUN, **OF_GAIN}, own_deadlines=True
+    ),
+    "tta_one_deadline": Comparison(
+        arms=METHODS, fleet={**LARGE, "alpha": 0.5}, run={**LARGE_RUN, **OF_GAIN}, deadline_of="fedit"
+    ),
+    "tta_starter": Comparison(arms=METHODS, fleet={"alpha": 0.5}, run=OF_GAIN, own_deadlines=True),
 }
+#: Comparisons of methods: their figures stand in methods.json.
+OF_METHODS: Final = ("tta", "tta_one_deadline", "tta_starter")
 
 
 def fleet_of(comparison: Comparison, arm: Arm, seed: int) -> Fleet:
@@ -120,6 +144,11 @@ def fleet_of(comparison: Comparison, arm: Arm, seed: int) -> Fleet:
     ladder = load(FLEETS / "ladder20.toml")
     run = {**ladder.run, **COMMON, "run.seed": seed, **comparison.run, **arm.run}
     return replace(ladder, **{**comparison.fleet, **arm.fleet}, seed=seed, run=run)
+
+
+def target_of(fleet: Fleet) -> float:
+    """The score that is waited for; a run that never stops for a score is measured by the usual one."""
+    return float(fleet.run["run.target_score"]) or TARGET
 
 
 def run_id(fleet: Fleet) -> str:
@@ -150,7 +179,7 @@ def time_to_target(rounds: Sequence[Mapping[str, Any]], target: float) -> tuple[
 
 def row_of(name: str, arm: str, fleet: Fleet, result: SimulationResult, wall_s: float) -> dict[str, Any]:
     """The line that is kept of a run."""
-    reached = time_to_target(result.rounds, TARGET)
+    reached = time_to_target(result.rounds, target_of(fleet))
     scores = [row["score"] for row in result.rounds if row["score"] is not None]
     return {
         "id": run_id(fleet),
@@ -218,11 +247,11 @@ class Book:
 def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> list[dict[str, Any]]:
     """All runs of a comparison: seed by seed, so that an interrupted one has whole seeds.
 
-    All arms of a seed have the deadline that the first arm computes from its own measured speeds, or each its own.
+    All arms of a seed have the deadline that one of them computes from its own measured speeds, or each its own.
     """
     comparison = COMPARISONS[name]
     rows: list[dict[str, Any]] = []
-    first = next(iter(comparison.arms.values()))
+    first = comparison.arms[comparison.deadline_of or next(iter(comparison.arms))]
     for seed in seeds:
         for arm_name, arm in comparison.arms.items():
             plain = fleet_of(comparison, arm if comparison.own_deadlines else first, seed)
@@ -264,7 +293,7 @@ def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a comparison under its key of the results file."""
     by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in COMPARISONS[name].arms}
     found: dict[str, Any] = {
-        "target": TARGET,
+        "target": COMPARISONS[name].run.get("run.target_score") or TARGET,
         "costs_of": rows[0]["costs_of"],
         "clock": "virtual",
         "seeds": [row["seed"] for row in next(iter(by_arm.values()))],
@@ -276,6 +305,14 @@ def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     match name:
         case "robust":
             return {**found, **_robustness(by_arm["undisturbed"], by_arm["disturbed"])}
+        case _ if name in OF_METHODS:
+            het = [speedups[arm]["mean"] for arm in HETEROGENEOUS if speedups[arm]["mean"] is not None]
+            return {
+                "speedup_vs_fedit": speedups["fedit"]["mean"],
+                "speedup_vs_best_het_lora": min(het, default=None),
+                **found,
+                "speedups": speedups,
+            }
         case _ if name.startswith("ladder"):
             return {
                 "tta_speedup_vs_uniform": speedups["uniform"]["mean"],
@@ -403,7 +440,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("comparison", choices=(*COMPARISONS, MANY), nargs="*", default=["ladder"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS / "fleet.json")
+    parser.add_argument("--out", type=Path, help="default: fleet.json of the results, of methods methods.json")
     options = parser.parse_args(arguments)
     book = Book(RUNS / "runs.jsonl")
     for name in options.comparison:
@@ -411,10 +448,11 @@ def main(arguments: Sequence[str]) -> None:
             figures = many(workers=options.workers)
         else:
             figures = summary(name, rows_of(name, options.seeds, book, workers=options.workers))
-        known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+        out = options.out or RESULTS / ("methods.json" if name in OF_METHODS else "fleet.json")
+        known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
         command = f"python benchmarks/bench_ladder.py {name}"
         known[name] = {"command": command, **figures, **machine()}
-        write_results(options.out, known.pop("command", command), known.pop("rows", []), **known)
+        write_results(out, known.pop("command", command), known.pop("rows", []), **known)
 
 
 if __name__ == "__main__":
