@@ -402,11 +402,16 @@ class Ledger:
         row = self._one("SELECT * FROM rounds ORDER BY round DESC LIMIT 1")
         return None if row is None else _round(row)
 
-    def rounds(self, *, newest: int | None = None) -> list[StoredRound]:
-        """All rounds, or so many of the newest, in order."""
-        limit = -1 if newest is None else newest
-        rows = self._db.execute("SELECT * FROM rounds ORDER BY round DESC LIMIT ?", (limit,)).fetchall()
-        return [_round(row) for row in reversed(rows)]
+    def rounds(self) -> list[StoredRound]:
+        return [_round(row) for row in self._db.execute("SELECT * FROM rounds ORDER BY round")]
+
+    def folded_metrics(self, *, newest: int | None = None) -> list[Any]:
+        """The metrics of all folded rounds, or of so many of the newest, in order; nothing else of them is read."""
+        rows = self._db.execute(
+            "SELECT metrics FROM rounds WHERE kind = 'train' AND phase = 'folded' ORDER BY round DESC LIMIT ?",
+            (-1 if newest is None else newest,),
+        ).fetchall()
+        return [json.loads(metrics) for (metrics,) in reversed(rows)]
 
     def get_round(self, round: int) -> StoredRound | None:
         row = self._one("SELECT * FROM rounds WHERE round = ?", round)

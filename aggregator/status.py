@@ -117,11 +117,10 @@ def follow(
 
 
 def _served(folder: RunFolder, ledger: Ledger, newest_rounds: int | None) -> dict[str, Any]:
-    rounds = ledger.rounds(newest=newest_rounds)
-    last = rounds[-1] if rounds else None
-    folded = [r for r in rounds if r.kind == "train" and r.phase == "folded"]
+    last = ledger.last_round()
+    folded = ledger.folded_metrics(newest=newest_rounds)
     final = ledger.get_run("final")
-    newest: dict[str, Any] = folded[-1].metrics if folded else {}
+    newest: dict[str, Any] = folded[-1] if folded else {}
     refusals = ledger.refusals()
     said = ledger.last_refusals()
     # As served: an override of the command line does not stand in run.toml.
@@ -133,10 +132,10 @@ def _served(folder: RunFolder, ledger: Ledger, newest_rounds: int | None) -> dic
         phase = "running" if is_served(folder.path) else "stopped"
     return {
         "phase": phase,
-        "round": last.round if last is not None and last.kind != "final" else (folded[-1].round if folded else 0),
-        "version": final["version"] if final is not None else (folded[-1].new_version if folded else 0),
+        "round": last.round if last is not None and last.kind != "final" else newest.get("round", 0),
+        "version": final["version"] if final is not None else newest.get("version", 0),
         "state_sha256": final["state_sha256"] if final is not None else newest.get("state_sha256"),
-        "stop_reason": folded[-1].stop_reason if folded else None,
+        "stop_reason": newest.get("stop_reason"),
         "waiting_for": (ledger.get_run("waiting_for") or "") if phase == "running" else "",
         **{name: newest.get(name) for name in _OF_LAST_ROUND},
         "clients": [
@@ -151,7 +150,7 @@ def _served(folder: RunFolder, ledger: Ledger, newest_rounds: int | None) -> dic
             )
             for client in ledger.clients()
         ],
-        "rounds": [r.metrics for r in folded],
+        "rounds": folded,
         "notes": [{"unix_s": unix_s, "text": text} for unix_s, text in ledger.notes()],
         "probe": ledger.get_run("probe"),
         "final": final,

@@ -28,9 +28,9 @@ from fedblocks.aggregator.status import run_status
 from fedblocks.protocol.run_config import ConfigError, split_address
 
 PAGE_FILE: Final = "status_page.html"
-NEWEST_ROUNDS: Final = 500
+NEWEST_ROUNDS: Final = 300
 #: The ledger is read at most so often, however many ask.
-READ_INTERVAL_S: Final = 1.0
+READ_INTERVAL_S: Final = 2.0
 #: A connection that says nothing is closed, and no more than so many are held at once.
 CONNECTION_TIMEOUT_S: Final = 10.0
 MAX_CONNECTIONS: Final = 32
@@ -119,7 +119,7 @@ def is_loopback(host: str) -> bool:
 
 
 class _Source:
-    """The newest status, read at most once a second."""
+    """The newest status, read at most every :data:`READ_INTERVAL_S`."""
 
     def __init__(self, run: Path, clock: Callable[[], float]) -> None:
         self._run = run
