@@ -35,7 +35,7 @@ import safetensors.numpy
 
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import from_plain
-from fedblocks.protocol.durable import sync_folder, write_durably
+from fedblocks.protocol.durable import naming, sync_folder, write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId, DataFormat, ResourceInfo
@@ -212,7 +212,7 @@ class RunFolder:
         write_durably(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def append_metrics(self, line: object) -> None:
-        with self.metrics_path.open("a", encoding="utf-8") as file:
+        with naming(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def save_effective_config(self) -> None:

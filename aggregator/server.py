@@ -1053,6 +1053,19 @@ def serve(
     say = on_event or _say_nothing
     stop = stop or threading.Event()
     folder = open_run_folder(run, tuple(overrides))
+    try:
+        return _serve(folder, say, stop)
+    except sqlite3.OperationalError as error:
+        say(f"{folder.ledger_path}: {error}; nothing that was acknowledged is lost, serve again to go on")
+    except OSError as error:
+        what = error.filename or folder.path
+        say(f"{what}: {error.strerror}; nothing that was acknowledged is lost, serve again to go on")
+    return EXIT_INTERRUPTED
+
+
+def _serve(folder: RunFolder, say: Callable[[str], None], stop: threading.Event) -> int:
+    """All that :func:`serve` does but opening the folder and saying that the disk failed."""
+    run = folder.path
     with contextlib.ExitStack() as cleanup:
         cleanup.callback(os.close, folder.lock())
         cleanup.enter_context(_interrupts(stop))
@@ -1071,15 +1084,8 @@ def serve(
         if folder.config.server.metrics_address:
             _show_status(run, folder.config.server.metrics_address, say, cleanup)
         aggregator = Aggregator(folder, ledger, endpoint, roster=roster, on_event=say)
-        try:
-            while not aggregator.finished and not stop.is_set() and not stop_requested(run):
-                aggregator.step(POLL_S)
-        except sqlite3.OperationalError as error:
-            say(f"{folder.ledger_path}: {error}; nothing that was acknowledged is lost, serve again to go on")
-            return EXIT_INTERRUPTED
-        except OSError as error:
-            say(f"{error.filename}: {error.strerror}; nothing that was acknowledged is lost, serve again to go on")
-            return EXIT_INTERRUPTED
+        while not aggregator.finished and not stop.is_set() and not stop_requested(run):
+            aggregator.step(POLL_S)
         if not aggregator.finished:
             aggregator.farewell("the aggregator was stopped; it goes on when it is served again")
             return EXIT_INTERRUPTED

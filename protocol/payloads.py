@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from fedblocks.protocol.durable import sync_folder
+from fedblocks.protocol.durable import naming, sync_folder
 from fedblocks.protocol.errors import LocalProtocolError
 
 Bytes = bytes | memoryview
@@ -112,8 +112,9 @@ class FileSink:
 
     def write(self, data: Bytes) -> object:
         view = memoryview(data).cast("B")
-        while view:
-            view = view[os.write(self._fd, view) :]
+        with naming(self.path):
+            while view:
+                view = view[os.write(self._fd, view) :]
         return None
 
     def finish(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from fedblocks.aggregator.replay import replay
@@ -69,3 +71,31 @@ def test_an_aggregator_killed_in_mid_round_goes_on_with_the_same_round(running):
     after = {x["name"]: x["attempt_id"] for x in run_status(c.run)["clients"]}
     assert after == before
     finish_and_check(c)
+
+
+@pytest.mark.slow
+def test_a_frozen_client_does_not_hold_the_run_and_takes_part_again_when_it_thaws(consortium):
+    c = consortium(
+        *LONG_ROUNDS,
+        "run.max_rounds=6",
+        "training.steps=60",
+        "allocation.min_cohort=1",
+        "allocation.deadline_s=12",
+        "allocation.rejoin_grace_s=2",
+    )
+    c.serve()
+    for name in ("site-1", "site-2"):
+        c.join(name)
+    c.until(lambda: in_training(c, "site-1"), "site-1 trains in the second round")
+    c.processes["site-1"].send_signal(signal.SIGSTOP)
+    frozen_at = len(c.metrics())
+    c.until(lambda: len(c.metrics()) >= frozen_at + 2, "the run goes on without site-1", timeout_s=90)
+    alone = c.metrics()[frozen_at:]
+    c.processes["site-1"].send_signal(signal.SIGCONT)
+    before = len(c.metrics())
+    c.until(lambda: any(r["num_accepted"] == 2 for r in c.metrics()[before:]), "site-1 is counted again", timeout_s=90)
+
+    assert all(r["num_accepted"] == 1 for r in alone)
+    assert all(r["round_s"] < 12 + 2 + 1 for r in alone)
+    assert c.wait("aggregator", 180) == 0, c.text("aggregator")
+    assert all(v.equal for v in replay(c.run))

@@ -54,8 +54,11 @@ from fedblocks.protocol.state import apply_update
 from fedblocks.protocol.tensors import encode_delta
 
 SERVE = """
+import resource
 import sys
 from pathlib import Path
+if len(sys.argv) > 2:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 from fedblocks.aggregator.server import serve
 code = serve(Path(sys.argv[1]), on_event=lambda line: print(line, flush=True))
 assert "torch" not in sys.modules and "transformers" not in sys.modules
@@ -187,10 +190,14 @@ class PayloadClient(threading.Thread):
 
 
 @contextmanager
-def serving(run: Path) -> Iterator[subprocess.Popen[str]]:
+def serving(run: Path, *limit: str) -> Iterator[subprocess.Popen[str]]:
     env = {**os.environ, "PYTHONSAFEPATH": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(run)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [sys.executable, "-c", SERVE, str(run), *limit],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
     )
     try:
         yield process
@@ -336,3 +343,41 @@ def test_the_stop_verb_stops_the_aggregator_resumably_and_the_status_page_shows_
         joined(clients)
         assert process.wait(timeout=20) == 0
     assert all(r.equal for r in replay(run))
+
+
+@pytest.mark.parametrize(("blocks", "file"), [(1, "ledger.sqlite"), (3, "state/v00001")])
+def test_a_full_disk_ends_with_exit_code_7_one_line_that_names_the_file_and_nothing_lost(
+    make_run, blocks: int, file: str
+) -> None:
+    run, address = prepared(make_run, "run.max_rounds=4", f"expansion.blocks={blocks}")
+    # No file may become larger: the state of three blocks is, that of one is not and the ledger's log soon is.
+    limit = 250_000 if blocks == 1 else 12 * read_run_folder(run).plan.shape.block_parameters
+    clients = [PayloadClient(name, run, address, work_s=0.05) for name in ("ann", "bob", "cid")]
+    for client in clients:
+        client.start()
+    with serving(run, str(limit)) as process:
+        assert process.wait(timeout=60) == 7
+        assert process.stdout is not None
+        said = process.stdout.read()
+    last = said.splitlines()[-1]
+    assert last.startswith(str(run / file)), said
+    assert last.endswith("nothing that was acknowledged is lost, serve again to go on")
+    assert "Traceback" not in said
+    with contextlib.closing(open_read_only(run / "ledger.sqlite")) as ledger:
+        promised = ledger.num_updates()
+    with serving(run) as process:
+        joined(clients)
+        assert process.wait(timeout=20) == 0
+    replayed = replay(run)
+    assert all(r.equal for r in replayed)
+    assert sum(r.num_updates for r in replayed) == 12 >= promised
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_exit_code_7(make_run) -> None:
+    run, _ = prepared(make_run)
+    with serving(run, "1000") as process:
+        assert process.wait(timeout=60) == 7
+        assert process.stdout is not None
+        said = process.stdout.read().splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(str(run))
