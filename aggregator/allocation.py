@@ -28,6 +28,8 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Final, Literal, TypeVar
 
+from typing_extensions import assert_never
+
 from fedblocks.aggregator.coverage import Coverage, Segments
 from fedblocks.profiles.cost import (
     AS_PROFILED,
@@ -47,7 +49,15 @@ from fedblocks.profiles.cost import (
 )
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.model_shape import WIDTHS, ModelShape
-from fedblocks.profiles.units import ExpandedBlocks, LowRankPairs, TrainedUnits, Units, unit_parameters
+from fedblocks.profiles.units import (
+    BaseTensors,
+    ExpandedBlocks,
+    LowRankPairs,
+    MergedLinears,
+    TrainedUnits,
+    Units,
+    unit_parameters,
+)
 from fedblocks.protocol.messages import ClientKey, DataStatistics, DeltaFormat
 from fedblocks.protocol.run_config import Policy
 
@@ -55,6 +65,8 @@ _T = TypeVar("_T")
 Role = Literal["train", "evaluate", "rest"]
 Limit = Literal["deadline", "memory"]
 Binding = Literal["deadline", "memory", "none"]
+What = Literal["block", "layer", "pairs of layer"]
+"""What the numbers of a choice are of, in words."""
 
 #: Every predicted duration is multiplied by this before it is compared (methods.md 6.1).
 TIME_SAFETY: Final = 1.15
@@ -72,6 +84,8 @@ DEADLINE_MAX_CHANGE: Final = 0.2
 MAX_SPEED_AGE_S: Final = 7 * 86400.0
 #: Mode searches that are kept during a plan: devices with the same rates and the same work share one.
 KEPT_SEARCHES: Final = 256
+#: More numbers in a row than that are told as a range.
+MOST_LISTED: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +219,7 @@ class Refused:
     fits_with_more_time: bool
     """A later deadline, or fewer steps, would let it fit: true of every deadline, and where memory forbids only the
     modes that are fast enough."""
+    what: What = "block"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,6 +261,7 @@ class Choice:
     refused: tuple[Refused, ...]
     reason: str
     """Why a client that does not train does not; empty for one that does."""
+    what: What = "block"
 
     @property
     def mode(self) -> ExecutionMode | None:
@@ -659,6 +675,19 @@ class _Problem:
         return measure_time(client.profile, self.shape, self.layout, work, scale=scale)
 
     @property
+    def what(self) -> What:
+        """In words, what there is to be trained."""
+        match self.layout.trainable:
+            case ExpandedBlocks():
+                return "block"
+            case LowRankPairs():
+                return "pairs of layer"
+            case MergedLinears() | BaseTensors():
+                return "layer"
+            case _:
+                assert_never(self.layout.trainable)
+
+    @property
     def units(self) -> Units:
         """What has the tensors of a block, whatever a block is here."""
         if isinstance(self.layout.trainable, ExpandedBlocks):
@@ -826,6 +855,7 @@ class _Problem:
             runner_up=runner_up,
             refused=refused,
             reason="",
+            what=self.what,
         )
 
     def _not_training(self, client: AllocationClient, limits: Limits, refused: tuple[Refused, ...]) -> Choice:
@@ -862,6 +892,7 @@ class _Problem:
             runner_up=None,
             refused=refused,
             reason=reason,
+            what=self.what,
         )
 
     def _runner_up(
@@ -985,6 +1016,7 @@ class _Candidate:
             reason=reason,
             excess=excess,
             fits_with_more_time=fits_slowly,
+            what=self._problem.what,
         )
 
     def prediction(self, blocks: tuple[int, ...], mode: ExecutionMode, width: float) -> Prediction:
@@ -1079,13 +1111,19 @@ def _excess_text(refusal: Refused) -> str:
 
 
 def _refused_text(refusal: Refused) -> str:
-    return f"{blocks_text(refusal.blocks, refusal.width)} for {refusal.steps} steps is {_excess_text(refusal)}"
+    what = blocks_text(refusal.blocks, refusal.width, refusal.what)
+    return f"{what} for {refusal.steps} steps is {_excess_text(refusal)}"
 
 
-def blocks_text(blocks: Sequence[int], width: float = 1.0) -> str:
-    """``block 2``, ``blocks 0, 1 and 2``, ``1/4 of block 2``."""
+def blocks_text(blocks: Sequence[int], width: float = 1.0, what: What = "block") -> str:
+    """``block 2``, ``blocks 0, 1 and 2``, ``1/4 of block 2``, ``pairs of layers 0 to 23``."""
     names = list(map(str, blocks))
-    text = f"block {names[0]}" if len(names) == 1 else f"blocks {', '.join(names[:-1])} and {names[-1]}"
+    if len(names) == 1:
+        text = f"{what} {names[0]}"
+    elif len(names) > MOST_LISTED and list(blocks) == list(range(blocks[0], blocks[-1] + 1)):
+        text = f"{what}s {names[0]} to {names[-1]}"
+    else:
+        text = f"{what}s {', '.join(names[:-1])} and {names[-1]}"
     return text if width == 1.0 else f"1/{round(1 / width)} of {text}"
 
 

@@ -68,7 +68,7 @@ def sentence(choice: Choice) -> str:
     size = predicted.mode.micro_batch_size
     passes = f", {size} of {choice.batch_size} sequences at a time" if size < choice.batch_size else ""
     text = (
-        f"{choice.name} trains {blocks_text(choice.blocks, choice.width)} for {choice.steps} steps{passes}"
+        f"{choice.name} trains {blocks_text(choice.blocks, choice.width, choice.what)} for {choice.steps} steps{passes}"
         f"{with_special(predicted.mode)}: predicted "
         f"{predicted.seconds:.1f} s of {limits.deadline_s:.1f} s and {_mib(predicted.memory_bytes)} of "
         f"{_mib(limits.memory_bytes)}"
@@ -81,9 +81,9 @@ def sentence(choice: Choice) -> str:
 def _why(choice: Choice, runner_up: RunnerUp | None) -> str:
     if runner_up is None:
         return "nothing else was possible"
+    what = blocks_text(runner_up.blocks, runner_up.width, choice.what)
     if runner_up.limit == "none":
-        return f"no limit binds; {blocks_text(runner_up.blocks, runner_up.width)} would do, but {runner_up.why_not}"
-    what = blocks_text(runner_up.blocks, runner_up.width)
+        return f"no limit binds; {what} would do, but {runner_up.why_not}"
     same = (runner_up.blocks, runner_up.width) == (choice.blocks, choice.width)
     if same and runner_up.steps == choice.steps:
         what = runner_up.mode.text()

@@ -6,8 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from fedblocks.aggregator.allocation import AllocationClient, AllocationSettings, RoundPlan, plan_round
+from fedblocks.aggregator.allocation import (
+    AllocationClient,
+    AllocationSettings,
+    RoundPlan,
+    blocks_text,
+    plan_round,
+)
 from fedblocks.aggregator.coverage import Coverage
+from fedblocks.aggregator.explain import sentence
 from fedblocks.profiles import catalog_files
 from fedblocks.profiles.catalog_files import QWEN2_5_0_5B
 from fedblocks.profiles.cost import Workload, peak_memory, step_time, unit_bytes, upload_bytes
@@ -72,6 +79,17 @@ def test_a_device_that_a_method_does_not_fit_is_left_out_with_the_reason() -> No
     assert "MiB over the memory limit" in by_name["small"].reason
     both = {choice.name: choice.role for choice in planned(PAIRS, small, big).choices}
     assert both == {"small": "train", "big": "train"}
+
+
+def test_the_sentence_says_layers_and_pairs_and_not_blocks() -> None:
+    big, small = client("big", "jetson-agx-orin-64gb"), client("small", "jetson-orin-nano-8gb", memory_gb=4.0)
+    pairs, full = (planned(trainable, big, small).choices for trainable in (PAIRS, FULL))
+    assert sentence(pairs[0]).startswith("big trains pairs of layers 0 to 23 for 16 steps")
+    assert sentence(full[0]).startswith("big trains layers 0 to 23 for 16 steps")
+    assert sentence(full[1]).startswith("small only measures: nothing fits: layers 0 to 23 for")
+    assert blocks_text((3,), 0.25, "pairs of layer") == "1/4 of pairs of layer 3"
+    assert blocks_text((0, 1, 2, 3)) == "blocks 0, 1, 2 and 3"
+    assert blocks_text((0, 1, 2, 3, 5)) == "blocks 0, 1, 2, 3 and 5"
 
 
 def test_a_width_of_pairs_is_the_largest_that_fits() -> None:
