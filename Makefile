@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu fuzz check format lint types imports docs wheel clean
-.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic bench-aggregator experiments test-kernels packs budgets
+.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic bench-aggregator bench-fedhft experiments test-kernels packs budgets
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -63,6 +63,10 @@ bench-fleet: setup  ## plans of random fleets: limits, distance from the best pl
 experiments: setup  ## methods beside each other on the starter model, 3 hours a task; goes on where it stopped
 	$(BENCH) benchmarks/experiments.py
 	$(BENCH) benchmarks/methods_document.py
+
+bench-fedhft: setup  ## FedHFT, LoRA and full fine-tuning of MiniLM over unequal clients (3 hours; needs the model's package)
+	$(BENCH) benchmarks/fedhft_minilm.py
+	$(BENCH) benchmarks/fedhft_minilm.py --summary
 
 bench-traffic: setup  ## bytes at the socket for updates of the Qwen2.5-0.5B shape (30 minutes)
 	$(BENCH) benchmarks/traffic.py

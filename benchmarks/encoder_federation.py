@@ -532,14 +532,14 @@ class Mixtures:
             self._priors[memberships] = fedhft.prior(self.state, memberships)
         return self._priors[memberships]
 
-    def _place(self, found: Prior, round: int) -> Arrays:
+    def _place(self, found: Prior) -> Arrays:
         self.encoder.restore()
         for name, linear in self.targets.items():
             cut: Truncated = found.matrices[name]
             module = MaskedLowRank(
                 linear,
                 num_out=linear.out_features,
-                a=first_factor(self.method.rank, linear.in_features, draw(self.seed, round, name)),
+                a=first_factor(self.method.rank, linear.in_features, draw(self.seed, name)),
                 prior=FrozenPrior(left=cut.left, right=cut.right),
                 scale=self.method.scale,
             )
@@ -551,7 +551,7 @@ class Mixtures:
     def begin(self, client: Client, round: int) -> Arrays:
         found = self._prior(self.state.memberships(client.key))
         self.errors.append(found.error)
-        return self._place(found, round)
+        return self._place(found)
 
     def needs_scores(self, client: Client) -> bool:
         if client.share == 1.0:
@@ -599,7 +599,7 @@ class Mixtures:
 
     def show(self, client: Client | None) -> Arrays:
         known = self.state.population() if client is None else self.state.memberships(client.key)
-        return self._place(self._prior(known), 0)
+        return self._place(self._prior(known))
 
     def personal(self) -> bool:
         return len(self.state.clusters) > 1
@@ -657,14 +657,14 @@ class Published(Averaged):
         self.modules: dict[str, MaskedLowRank] = {}
 
     def show(self, client: Client | None) -> Arrays:
-        self._place(0)
+        self._place()
         return self.head
 
     def begin(self, client: Client, round: int) -> Arrays:
-        self._place(round)
+        self._place()
         return self.head
 
-    def _place(self, round: int) -> None:
+    def _place(self) -> None:
         self.encoder.restore()
         for name, linear in self.targets.items():
             accumulated = self.gradients[0].get(name)
@@ -678,7 +678,7 @@ class Published(Averaged):
             self.modules[name] = MaskedLowRank(
                 linear,
                 num_out=linear.out_features,
-                a=first_factor(self.rank, linear.in_features, draw(self.seed, round, name)),
+                a=first_factor(self.rank, linear.in_features, draw(self.seed, name)),
                 prior=prior,
             )
             self.encoder.put(name, self.modules[name])

@@ -2,7 +2,8 @@
 
 ``y = base(x) + U (V x) + scale·B (A x)``. The rows of B are chosen before training (``protocol/row_mask.py``), and only
 those are a leaf tensor: a row left out has no gradient, no moments and no memory, and is 0 whatever happens. A pair
-lives for one round: A is drawn anew, B starts at 0 (methods.md 10.2; LoRA, Hu et al., 2106.09685).
+lives for one round: B starts at 0 (methods.md 10.2; LoRA, Hu et al., 2106.09685), and A at the same draw in every
+round, so that what rounds add lies in few directions and a prior of low rank leaves little out (docs/fedhft.md).
 
 Scoring comes first: :meth:`MaskedLowRank.begin_scoring` puts a zero B of all rows in place, whose gradient
 :meth:`MaskedLowRank.take_energy` turns into one number a row; :meth:`MaskedLowRank.train_rows` drops it.
