@@ -29,6 +29,7 @@ from fedblocks.aggregator.run_folder import open_run_folder
 from fedblocks.aggregator.server import Aggregator
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.profiles.device import DeviceProfile
+from fedblocks.profiles.units import unit_tensors
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.expansion import ExpansionPlan, Placement, plan_expansion
@@ -56,6 +57,7 @@ from fedblocks.protocol.messages import (
     TrainReport,
     Welcome,
 )
+from fedblocks.protocol.method_plan import plan_of
 from fedblocks.protocol.state import apply_update
 from fedblocks.protocol.tensors import cut, encode_delta, pad
 
@@ -82,7 +84,7 @@ def write_run_folder(path: Path, *overrides: str) -> Path:
     """What ``fedblocks init`` leaves behind, for a model that nobody has."""
     config = run_config.from_mapping({}, ("allocation.deadline_s=60.0", *overrides))
     (path / "resources").mkdir(parents=True)
-    plan = tiny_plan(config.most_blocks, config.expansion.placement).to_json().encode()
+    plan = plan_of(config, base_hash=BASE_HASH, model_config=CONFIG).to_json().encode()
     files = {"plan.json": plan, "anchor.bin": b"anchor texts"}
     for name, content in files.items():
         (path / "resources" / name).write_bytes(content)
@@ -253,8 +255,9 @@ class Site:
 
     def _owe(self, residuals: dict[int, dict[str, Any]]) -> None:
         """An accepted update's residual replaces its slices."""
-        specs = {spec.name: spec.shape for spec in self.world.plan.shape.block_tensors()}
+        units = self.world.plan.units
         for block, tensors in residuals.items():
+            specs = {spec.name: spec.shape for spec in unit_tensors(units, block)}
             owed = self.residual.setdefault(block, {})
             for name, values in tensors.items():
                 whole = np.array(owed[name]) if name in owed else pad(np.zeros_like(values), specs[name])
@@ -268,7 +271,7 @@ class Site:
         assert hashlib.sha256(payload).hexdigest() == task.payload_sha256
         plan = self.world.plan
         held = self.held if task.state.from_version == self.held_version else {}
-        self.held = apply_update(held, task.state, payload, shape=plan.shape, blocks=plan.block_ids)
+        self.held = apply_update(held, task.state, payload, shape=plan.units.published(), blocks=plan.unit_ids)
         self.held_version = task.state.to_version
         self.tasks.append(task)
 
@@ -315,7 +318,7 @@ class Site:
         deltas = {
             block: {
                 spec.name: rng.uniform(-step, step, spec.shape).astype(np.float32)
-                for spec in self.world.plan.shape.block_tensors(task.width)
+                for spec in unit_tensors(self.world.plan.units, block, task.width)
             }
             for block in task.blocks
         }
@@ -326,7 +329,7 @@ class Site:
                 for tensors in deltas.values():
                     tensors[spec.name] = (0.2 * tensors[spec.name] + 0.8 * shared).astype(np.float32)
         encoded = encode_delta(
-            self.world.plan.shape,
+            self.world.plan.units,
             task.blocks,
             deltas,
             self.residual,
