@@ -69,7 +69,7 @@ _COMPANIONS: Final = (
     "generation_config.json",
 )
 #: What sentence-transformers reads beside the model.
-_SENTENCE_FILES: Final = (
+SENTENCE_FILES: Final = (
     "modules.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -300,7 +300,7 @@ def export_hf(
         else:
             _write_weights(temporary, checkpoint, plan, blocks, copy_files=on_top, changed=changed)
             _write_json(temporary / "config.json", expand_config(checkpoint.config, plan))
-        for name in (*_COMPANIONS, *(_SENTENCE_FILES if plan.shape.encoder else ())):
+        for name in (*_COMPANIONS, *(SENTENCE_FILES if plan.shape.encoder else ())):
             if (checkpoint.folder / name).is_file():
                 (temporary / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(checkpoint.folder / name, temporary / name)

@@ -5,6 +5,8 @@ is recorded by torch's tracing exporter: as exact as the one on ``torch.export``
 ten times as fast, and without another package. What is recorded is the path of one input, so two kinds of rotary
 scaling, whose frequencies change with the length of the text, are refused.
 
+An encoder's graph ends in its embedding and its labels' logits instead (``onnx_outputs.py``).
+
 Before the folder gets its name ONNX Runtime computes texts of the base in it, of other lengths and batch sizes than the
 recorded one, alone and padded on either side: every logit of a real token must be within ``MAX_DIFFERENCE`` of torch's.
 Weights in 4 bits are made from that graph, and what they cost is measured against it and said.
@@ -30,11 +32,18 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from fedblocks.edge_client.anchor import AnchorSet
 from fedblocks.edge_client.checkpoint import Checkpoint
-from fedblocks.edge_client.export import EXPORT_RECORD, ExportError, ExportSummary, build_base_hf, export_run
+from fedblocks.edge_client.export import (
+    EXPORT_RECORD,
+    SENTENCE_FILES,
+    ExportError,
+    ExportSummary,
+    export_run,
+    read_head,
+)
+from fedblocks.edge_client.onnx_outputs import Recorded, counted, recorded
 from fedblocks.edge_client.rotary import RotarySettings
 from fedblocks.protocol.durable import sync_folder
 from fedblocks.protocol.expansion import base_fields
@@ -140,7 +149,10 @@ def export_run_onnx(
     _require_packages(int4)
     if out.exists():
         raise ExportError(f"{out}: exists already; remove it or export to another folder")
-    _require_recordable(Checkpoint.open(model))
+    base = Checkpoint.open(model)
+    if base.shape.encoder and int4:
+        raise ExportError(f"{out}: --int4 is for decoders, whose loss by it can be measured; leave it out")
+    _require_recordable(base)
     texts = _texts(run)
     out.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{out.name}.{os.getpid()}."
@@ -164,15 +176,16 @@ def _write(written: Path, made: ExportSummary, *, out: Path, texts: Sequence[Ids
     checkpoint, work = Checkpoint.open(made.path), written.parent
     _require_disk(checkpoint, work, out)
     inputs = _inputs(checkpoint, texts)
-    recorded = work / "recorded" / MODEL_FILE
-    wanted = _record(checkpoint, inputs, recorded)
+    path = work / "recorded" / MODEL_FILE
+    what = recorded(checkpoint)
+    wanted = _record(checkpoint, what, inputs, path)
     plain = work / "fp32" / MODEL_FILE if int4 else written / MODEL_FILE
-    _save(_load(recorded), plain)
-    shutil.rmtree(recorded.parent)
-    difference, largest = _largest_difference(_session(plain), inputs, wanted)
+    _save(_load(path), plain)
+    shutil.rmtree(path.parent)
+    difference, largest = _largest_difference(_session(plain), what, inputs, wanted)
     if not difference <= MAX_DIFFERENCE:  # so that not a number is refused as well
         raise ExportError(
-            f"{out}: ONNX Runtime's logits differ from torch's by up to {difference:.3g} (the largest logit is "
+            f"{out}: ONNX Runtime's {what.outputs[-1]} differ from torch's by up to {difference:.3g} (the largest is "
             f"{largest:.3g}), expected at most {MAX_DIFFERENCE:g}. Nothing was written; {_WHAT_WORKS}"
         )
     loss = None
@@ -185,7 +198,7 @@ def _write(written: Path, made: ExportSummary, *, out: Path, texts: Sequence[Ids
                 f"{out}: with 4-bit weights the logits are not finite. Nothing was written; leave out --int4"
             )
     for file in made.path.iterdir():
-        if file.suffix != ".safetensors" and file.name not in _OWN_FILES:
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (*_OWN_FILES, *SENTENCE_FILES):
             shutil.copyfile(file, written / file.name)
     summary = OnnxSummary(
         path=out,
@@ -204,6 +217,9 @@ def _write(written: Path, made: ExportSummary, *, out: Path, texts: Sequence[Ids
         "max_abs_logit": largest,
         "int4": asdict(loss) if loss else None,
     }
+    head = read_head(made.path)
+    if head is not None:
+        record["labels"] = list(head.labels)
     (written / EXPORT_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     (written / "MODEL_CARD.md").write_text(_model_card(checkpoint, summary), encoding="utf-8")
     return replace(summary, bytes=sum(file.stat().st_size for file in written.iterdir()))
@@ -225,6 +241,8 @@ def _require_packages(int4: bool) -> None:
 
 
 def _require_recordable(checkpoint: Checkpoint) -> None:
+    if checkpoint.shape.encoder:
+        return
     kind = RotarySettings.from_config(checkpoint.config, checkpoint.shape.head_dim).kind
     if kind in _LENGTH_DEPENDENT_ROTARY:
         raise ExportError(
@@ -261,7 +279,7 @@ def _inputs(checkpoint: Checkpoint, texts: Sequence[Ids]) -> Inputs:
     """
     stream = np.concatenate(texts)
     longest = min(int(checkpoint.config.get("max_position_embeddings", _LONGEST_COMPARED)), _LONGEST_COMPARED)
-    window = base_fields(checkpoint.config)["sliding_window"]
+    window = base_fields(checkpoint.config).get("sliding_window")
     lengths = sorted({min(n, longest) for n in (*_LENGTHS, *((window + 8,) if window else ()))})
     pieces = [np.resize(np.roll(stream, -7 * i), n).astype(np.int64) for i, n in enumerate(lengths)]
     inputs = [(piece[None], np.ones((1, len(piece)), np.int64)) for piece in pieces]
@@ -276,22 +294,12 @@ def _inputs(checkpoint: Checkpoint, texts: Sequence[Ids]) -> Inputs:
     return inputs
 
 
-class _Logits(torch.nn.Module):
-    """Token ids and mask (B, T) -> logits (B, T, V), and nothing else of what the model returns."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-
 @torch.no_grad()
-def _record(checkpoint: Checkpoint, inputs: Inputs, path: Path) -> list[Array]:
-    """Writes the graph; torch's own logits of the inputs, fp32 (B, T, V) each."""
-    model = _Logits(build_base_hf(checkpoint, torch.float32)).eval()
-    wanted = [model(torch.from_numpy(ids), torch.from_numpy(mask)).numpy() for ids, mask in inputs]
+def _record(checkpoint: Checkpoint, what: Recorded, inputs: Inputs, path: Path) -> list[list[Array]]:
+    """Writes the graph; torch's own outputs for the inputs, fp32."""
+    wanted = [
+        [value.numpy() for value in what.module(torch.from_numpy(ids), torch.from_numpy(mask))] for ids, mask in inputs
+    ]
     path.parent.mkdir()
     ids = torch.zeros(_RECORDED, dtype=torch.int64)
     mask = torch.ones_like(ids)
@@ -301,14 +309,18 @@ def _record(checkpoint: Checkpoint, inputs: Inputs, path: Path) -> list[Array]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's age, and Python values that are equal for every input
             torch.onnx.export(
-                model,
+                what.module,
                 (ids, mask),
                 str(path),
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=["input_ids", "attention_mask"],
-                output_names=["logits"],
-                dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": axes},
+                output_names=list(what.outputs),
+                dynamic_axes={
+                    "input_ids": axes,
+                    "attention_mask": axes,
+                    **{name: axes if what.per_token else {0: "batch"} for name in what.outputs},
+                },
             )
     except Exception as e:
         raise ExportError(
@@ -328,8 +340,8 @@ def _load(path: Path) -> ModelProto:
     graph = model.graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     tables = [stored.get(n.input[0]) for n in graph.node if n.op_type == "Gather" and n.input[1] == "input_ids"]
-    index, last = next((i, node) for i, node in enumerate(graph.node) if "logits" in node.output)
-    table, projection = tables[0] if tables else None, stored.get(last.input[-1])
+    index, last = next(((i, node) for i, node in enumerate(graph.node) if "logits" in node.output), (0, None))
+    table, projection = tables[0] if tables else None, stored.get(last.input[-1]) if last is not None else None
     if table is None or projection is None or list(table.dims) != list(projection.dims)[::-1]:
         return model
     if np.array_equal(numpy_helper.to_array(table).T, numpy_helper.to_array(projection)):
@@ -405,18 +417,21 @@ def _first_line(e: Exception) -> str:
     return f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:300]}"
 
 
-def _logits(session: InferenceSession, ids: Array, mask: Array) -> Array:
-    return session.run(["logits"], {"input_ids": ids, "attention_mask": mask})[0]
+def _outputs(session: InferenceSession, names: Sequence[str], ids: Array, mask: Array) -> list[Array]:
+    return session.run(list(names), {"input_ids": ids, "attention_mask": mask})
 
 
-def _largest_difference(session: InferenceSession, inputs: Inputs, wanted: Sequence[Array]) -> tuple[float, float]:
-    """Of the session's logits from the wanted ones, and of those alone, over real tokens; NaN if one of them is."""
+def _largest_difference(
+    session: InferenceSession, what: Recorded, inputs: Inputs, wanted: Sequence[Sequence[Array]]
+) -> tuple[float, float]:
+    """Of the session's outputs from the wanted ones, and of those alone, where they count; NaN if one of them is."""
     differences: list[float] = []
     sizes: list[float] = []
     for (ids, mask), expected in zip(inputs, wanted, strict=True):
-        real = mask == 1
-        differences.append(float(np.abs(_logits(session, ids, mask)[real] - expected[real]).max()))
-        sizes.append(float(np.abs(expected[real]).max()))
+        found = _outputs(session, what.outputs, ids, mask)
+        for one, two in zip(found, expected, strict=True):
+            differences.append(float(np.abs(counted(what, one, mask) - counted(what, two, mask)).max()))
+            sizes.append(float(np.abs(counted(what, two, mask)).max()))
     return float(np.max(differences)), float(np.max(sizes))
 
 
@@ -427,7 +442,7 @@ def _int4_loss(plain: InferenceSession, small: InferenceSession, texts: Sequence
     agree = 0
     for text in texts:
         ids = text[None].astype(np.int64)
-        p, q = (torch.from_numpy(_logits(s, ids, np.ones_like(ids))[0, :-1]) for s in (plain, small))
+        p, q = (torch.from_numpy(_outputs(s, ["logits"], ids, np.ones_like(ids))[0][0, :-1]) for s in (plain, small))
         kl = 0.0
         for p_rows, q_rows in zip(p.split(_ROWS), q.split(_ROWS), strict=True):
             log_p, log_q = torch.log_softmax(p_rows.double(), -1), torch.log_softmax(q_rows.double(), -1)
@@ -466,12 +481,19 @@ Measured in ONNX Runtime against the same graph in fp32, on texts that the base 
 * {loss.lines[1]}
 """
     figures = "\n".join(f"* {name}: {value}" for name, value in made.measured.items())
+    gives = (
+        f"`logits` (fp32, batch by\n  length by {checkpoint.shape.vocab_size}); there is no cache of keys and values"
+    )
+    same = "with the output projections of the blocks at 0 its logits equal the\n  base's bit for bit"
+    if checkpoint.shape.encoder:
+        gives = f"`embedding` (fp32, batch by\n  {checkpoint.shape.hidden_size}) of length 1"
+        gives += f", and `logits` of the labels in `{EXPORT_RECORD}`"
+        same = "without its blocks, and with the base's norms, it equals the base bit\n  for bit"
     return f"""# A {checkpoint.shape.family} model with {made.num_blocks} expanded blocks, for ONNX Runtime
 
 Trained by federated block expansion: layers were added and trained, and the base model was never changed.
 
-* `{MODEL_FILE}`, opset {OPSET}: `input_ids` and `attention_mask` (int64, batch by length) give `logits` (fp32, batch by
-  length by {checkpoint.shape.vocab_size}); there is no cache of keys and values
+* `{MODEL_FILE}`, opset {OPSET}: `input_ids` and `attention_mask` (int64, batch by length) give {gives}
 * Weights: {weights}
 * Base hash (all tensors, sizes, tokenizer): `{made.base_hash}`
 * Layers: {made.num_layers - made.num_blocks} of the base + {made.num_blocks} = {made.num_layers}
@@ -480,10 +502,9 @@ Trained by federated block expansion: layers were added and trained, and the bas
 
 ## Checked during the export
 
-* The checkpoint that the graph was made from: with the output projections of the blocks at 0 its logits equal the
-  base's bit for bit.
-* The graph in fp32: ONNX Runtime's logits differ from torch's by at most {summary.max_abs_logit_difference:.2g}
-  (the largest logit is {summary.max_abs_logit:.3g}), on texts of up to {summary.longest_text} tokens, alone and padded
+* The checkpoint that the graph was made from: {same}.
+* The graph in fp32: ONNX Runtime's outputs differ from torch's by at most {summary.max_abs_logit_difference:.2g}
+  (the largest value is {summary.max_abs_logit:.3g}), on texts of up to {summary.longest_text} tokens, alone and padded
   on either side. More than {MAX_DIFFERENCE:g} is not written.
 {lost}
 ## Measured of the run, before this export

@@ -481,7 +481,7 @@ def export(
         summary = graph.checkpoint
         typer.echo(
             f"wrote {graph.path / MODEL_FILE} at strength {summary.strength:g}; "
-            f"in fp32 ONNX Runtime's logits differ from torch's by at most {graph.max_abs_logit_difference:.2g}"
+            f"in fp32 ONNX Runtime's outputs differ from torch's by at most {graph.max_abs_logit_difference:.2g}"
         )
         for line in graph.int4.lines if graph.int4 else ():
             typer.echo(f"  4-bit weights, {line}")

@@ -247,7 +247,8 @@ def test_a_graph_that_computes_something_else_is_not_written(
 def test_logits_that_are_not_numbers_are_not_a_small_difference(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_logits", lambda session, ids, mask: np.full((*ids.shape, 128), np.nan, np.float32))
+    nothing = np.float32(np.nan)
+    monkeypatch.setattr(module, "_outputs", lambda session, names, ids, mask: [np.full((*ids.shape, 128), nothing)])
     with pytest.raises(ExportError, match="differ from torch's by up to nan"):
         export_run_onnx(make_run(tmp_path, small), model=small.folder, out=tmp_path / "out")
 
@@ -280,13 +281,13 @@ def test_what_onnx_runtime_cannot_load_is_told_in_one_line_with_what_works(tmp_p
 def test_4_bit_weights_that_give_no_numbers_are_not_written(
     small: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = module._logits
+    real = module._outputs
 
-    def spoilt(session: Any, ids: Any, mask: Any) -> Any:
-        found = real(session, ids, mask)
-        return found if Path(session._model_path).parent.name == "fp32" else found * np.float32(np.nan)
+    def spoilt(session: Any, names: Any, ids: Any, mask: Any) -> Any:
+        (found,) = real(session, names, ids, mask)
+        return [found if Path(session._model_path).parent.name == "fp32" else found * np.float32(np.nan)]
 
-    monkeypatch.setattr(module, "_logits", spoilt)
+    monkeypatch.setattr(module, "_outputs", spoilt)
     out = tmp_path / "sub" / "out"
     with pytest.raises(ExportError, match="with 4-bit weights the logits are not finite"):
         export_run_onnx(make_run(tmp_path, small), model=small.folder, out=out, int4=True)
@@ -367,6 +368,6 @@ def test_the_command_line_says_the_difference_and_what_4_bits_cost(small: Checkp
     words = ["export", str(run), "--model", str(small.folder), "--to", "onnx", "--int4", "--out", str(out)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert f"wrote {out / 'model.onnx'} at strength 1; in fp32 ONNX Runtime's logits differ" in result.output
+    assert f"wrote {out / 'model.onnx'} at strength 1; in fp32 ONNX Runtime's outputs differ" in result.output
     assert "4-bit weights, KL to the fp32 export: 0." in result.output
     assert "4-bit weights, same first choice as the fp32 export: " in result.output

@@ -115,10 +115,39 @@ def test_three_sites_train_an_encoder_and_its_head_and_the_export_loads(inputs: 
     assert found["stack"] == "4-bit"
     assert found["model"]["downstream_accuracy"] > 0.5
     assert 1e-3 < found["model"]["drift"] < 2
+    check_onnx(run, inputs.model, tmp_path / "onnx", head)
     base = export_run(run, model=inputs.model, out=tmp_path / "base", strength=0.0)
     assert (base.num_layers, base.num_blocks) == (4, 0)
     assert (tmp_path / "base" / HEAD_FILE).is_file()
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == Checkpoint.open(inputs.model).files[0].read_bytes()
+
+
+def check_onnx(run: Path, model: Path, out: Path, head: Any) -> None:
+    """The graph gives the embedding and the labels' logits that the exported folder gives in torch."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx")
+    from transformers import AutoModel
+
+    from fedblocks.edge_client.export import ExportError
+    from fedblocks.edge_client.onnx_export import export_run_onnx
+
+    summary = export_run_onnx(run, model=model, out=out, strength=1.0)
+    assert summary.max_abs_logit_difference <= 1e-4
+    assert json.loads((out / "fedblocks_export.json").read_text())["labels"] == sorted(LABELS)
+    assert "`embedding`" in (out / "MODEL_CARD.md").read_text()
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    ids, mask = np.array([[1, 5, 6, 7, 2], [1, 9, 2, 0, 0]]), np.array([[1] * 5, [1, 1, 1, 0, 0]])
+    embedding, logits = session.run(["embedding", "logits"], {"input_ids": ids, "attention_mask": mask})
+    torch_model = AutoModel.from_pretrained(out.parent / "export").eval()
+    for row in range(2):
+        real = torch.from_numpy(ids[row][mask[row] == 1])[None]
+        with torch.no_grad():
+            mean = torch_model(input_ids=real).last_hidden_state[0].mean(0)
+        wanted = torch.nn.functional.normalize(mean, dim=0).numpy()
+        np.testing.assert_allclose(embedding[row], wanted, atol=1e-4)
+        np.testing.assert_allclose(logits[row], head.weight @ (wanted * 8) + head.bias, atol=1e-4)
+    with pytest.raises(ExportError, match="--int4 is for decoders"):
+        export_run_onnx(run, model=model, out=out.parent / "small", int4=True)
 
 
 def some_pairs() -> list[tuple[dict[str, str], dict[str, str]]]:
