@@ -129,6 +129,54 @@ Full fine-tuning takes **{found["ratio_full_ft"]:.1f}** times as much as three b
 {chr(10).join(rows)}"""
 
 
+def growth_table(found: Mapping[str, Any]) -> str:
+    """Growing runs beside those that do not grow."""
+    settings = found["settings"]
+    bits = "bit-equal (fp32 and bf16) at every one" if found["logits_bit_equal_at_every_event"] else "NOT bit-equal"
+    return f"""### Growth
+
+`{found["command"]}`: task `{settings["task"]}`, learning rate {settings["learning_rate"]:g}, {found["events"]} growths,
+logits {bits}. Figures are of the test split, mean and standard deviation over the seeds; "within
+the budget": at the largest strength whose KL is at most {settings["max_kl"]:g}.
+
+{_arms(found["lines"])}"""
+
+
+def probe_table(found: Mapping[str, Any]) -> str:
+    """What the probe found, and what one block is worth where it said and elsewhere."""
+    lines = []
+    for table in found["tables"]:
+        (choice,) = table["choices"]
+        slots = ", ".join(
+            f"{'**' if slot['block'] == choice['block'] else ''}{slot['after_layer']}: {slot['score']:.3f}"
+            f"{'**' if slot['block'] == choice['block'] else ''}"
+            for slot in sorted(choice["slots"], key=lambda slot: slot["after_layer"])
+        )
+        lines.append(f"* seed {table['seed']}: {slots}")
+    return f"""### Rollout probe
+
+`{found["command"]}`: score of a block after each layer (nats per target token within the budget, less the cost of its steps),
+the chosen one in bold:
+
+{chr(10).join(lines)}
+
+One block for the whole run, where the probe put it, where `thirds` puts it, and on top:
+
+{_arms(found["one_block"])}"""
+
+
+def _arms(lines: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name} | {line['rounds']}, {line['round_decay']} | {len(line['seeds'])} | {line['downstream']['mean']:.3f} ± {line['downstream']['sd']:.3f} | "
+        f"{line['kl']['mean']:.4f} | {line['within_budget']['downstream']['mean']:.3f} | "
+        f"{line['within_budget']['retention']['mean']:.3f} | "
+        f"{', '.join('-'.join(str(e['round']) for e in events) or 'never' for events in line['grown'])} |"
+        for name, line in lines.items()
+    ]
+    head = "| blocks | rounds, decay | seeds | score | KL | score within the budget | retention there | grew after round, by seed |"
+    return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows])
+
+
 def headline(found: Mapping[str, Any]) -> str:
     """The issue's figures in a sentence each."""
     kept = found["retention_fedblocks"]
@@ -150,7 +198,13 @@ def parts(results: Mapping[str, Any]) -> Sequence[str]:
     if results.get("headline"):
         made.append(headline(results["headline"]))
     made += [quality(name, found) for name, found in results.get("quality", {}).items() if "lines" in found]
-    for key, table in (("bytes_qwen05b", bytes_table), ("memory_m135", memory_table)):
+    tables = (
+        ("bytes_qwen05b", bytes_table),
+        ("memory_m135", memory_table),
+        ("growth", growth_table),
+        ("rollout_probe", probe_table),
+    )
+    for key, table in tables:
         if key in results:
             made.append(table(results[key]))
     return made
