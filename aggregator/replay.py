@@ -47,7 +47,7 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
     ledger = open_read_only(folder.ledger_path)
     try:
         shape = folder.plan.units
-        rules = methods.of(folder.config.run.method)
+        rules = methods.of(folder.config.run.method, folder.config.run.rule)
         model = run_rules.GlobalState.zero(shape.published())
         method = run_rules.initial_state(folder.config)
         key = bytes.fromhex(ledger.get_run("noise_key") or "")

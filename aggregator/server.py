@@ -166,7 +166,7 @@ class Aggregator:
         self._config = folder.config
         self._units = folder.plan.units
         self._published_units = self._units.published()
-        self._rules_of_method = methods.of(self._config.run.method)
+        self._rules_of_method = methods.of(self._config.run.method, self._config.run.rule)
         self._books = Books(
             ledger,
             clock=clock,

@@ -80,6 +80,9 @@ class RunSection:
     method: MethodName = _key(
         "fedbe", "the method: expanded blocks, allocated by hardware, anchored to the base; others in docs/methods.md"
     )
+    rule: str = _key(
+        "", "a file FILE.py or a module of your own that folds instead of the method (docs/tutorial-method.md)"
+    )
     max_rounds: int = _key(100, "the run ends after this many rounds")
     target_score: float = _key(0.0, "stop once the 3-round mean of the pooled validation score reaches this; 0: never")
     max_seconds: float = _key(0.0, "stop once the rounds have taken so many seconds; 0: no limit")
