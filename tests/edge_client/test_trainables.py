@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
-from fedblocks.edge_client.backbone import DenseBackbone
+from fedblocks.edge_client.backbone import Backbone, DenseBackbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
 from fedblocks.edge_client.evaluate import kl_full, measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel
@@ -18,6 +18,7 @@ from fedblocks.edge_client.optimizer import AdamW
 from fedblocks.edge_client.prefix_cache import PrefixStates, TokenInputs
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.train import stack_losses, task_batch
+from fedblocks.profiles.cost import FrozenForm
 from fedblocks.profiles.units import BaseTensors, LowRankPairs, Trainable, unit_tensors
 from fedblocks.protocol.expansion import ExpansionPlan, plan_trainable
 
@@ -204,3 +205,33 @@ def test_the_proximal_term_pulls_to_the_start() -> None:
     leaf.sum().backward()
     optimizer.pull_to_start()  # without a weight it does nothing
     assert torch.equal(leaf.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("trainable", [PAIRS, LowRankPairs(rank=4, targets="qv")])
+def test_pairs_over_packed_layers_and_recomputed_passes_have_the_same_gradients(
+    checkpoint: Checkpoint, tmp_path: Path, trainable: Trainable
+) -> None:
+    plan = plan_trainable(base_hash=base_hash(checkpoint.folder), config=checkpoint.config, trainable=trainable)
+    backbone = Backbone.open(checkpoint, tmp_path / "nf4", base_hash=plan.base_hash)
+    model = ExpandedModel(backbone=backbone, checkpoint=checkpoint, plan=plan)
+    state = some_state(model)
+    sample = TokenisedSample(ids=IDS[0].numpy().astype(np.int32), label_mask=np.arange(6) > 2)
+    found = []
+    forms: list[FrozenForm] = ["decoded", "nf4"]
+    for frozen in forms:
+        for recompute in (False, True):
+            model.load_state(state)
+            model.hold(residency="suffix", frozen=frozen)
+            model.recompute = recompute
+            groups = model.train_units(plan.unit_ids)
+            inputs = model.embed(IDS[:1]).detach()
+            loss = stack_losses(model, 0).task(task_batch([sample], inputs), 1.0)
+            loss.backward()
+            gradients = [tensor.grad for group in groups for tensor in group.tensors]
+            assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+            found.append((loss.item(), gradients))
+            model.recompute = False
+    for loss, gradients in found[1:]:
+        assert loss == pytest.approx(found[0][0], rel=1e-6)
+        for one, other in zip(gradients, found[0][1], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
