@@ -39,6 +39,7 @@ from fedblocks.protocol.durable import naming, sync_folder, write_durably
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId, DataFormat, ResourceInfo
+from fedblocks.protocol.method_plan import check_plan
 from fedblocks.protocol.run_config import ConfigError, RunConfig
 from fedblocks.protocol.tensors import FloatArray, State, flatten, unflatten
 
@@ -243,6 +244,10 @@ def open_run_folder(path: Path, overrides: tuple[str, ...] = ()) -> RunFolder:
         ConfigError: ``run.toml`` or an override cannot be used, or asks for what the run's files cannot show.
     """
     folder = read_run_folder(path, overrides)
+    try:
+        check_plan(folder.config, folder.plan)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if folder.config.forgetting.min_retention > 0 and folder.resource(GENERAL_FILE) is None:
         raise ConfigError(
             f"{path}: forgetting.min_retention is {folder.config.forgetting.min_retention:g}, but the run has no "

@@ -6,11 +6,12 @@ Source: docs/methods.md, methods.md 11.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from typing_extensions import assert_never
 
-from fedblocks.profiles.units import BaseTensors, LowRankPairs, Trainable
+from fedblocks.profiles.units import EXPANDED_BLOCKS, BaseTensors, ExpandedBlocks, LowRankPairs, Trainable
 from fedblocks.protocol.expansion import (
     ExpansionError,
     ExpansionPlan,
@@ -28,31 +29,46 @@ def plan_of(config: RunConfig, *, base_hash: str, model_config: Mapping[str, Any
         ExpansionError: the model cannot be used, or not with so many blocks.
         ConfigError: what the configuration wants to train does not fit the model.
     """
+    shape = shape_from_config(model_config)
+    trainable = trainable_of(config, shape.num_layers)
+    if isinstance(trainable, ExpandedBlocks):
+        return plan_expansion(
+            base_hash=base_hash,
+            config=model_config,
+            placement=config.expansion.placement,
+            num_blocks=config.most_blocks,
+        )
+    if shape.encoder:
+        raise ConfigError(
+            f"run.method is {config.run.method!r}, which trains decoders only; what works for this encoder "
+            f"(model_type {model_config.get('model_type')!r}): fedbe or llamapro"
+        )
+    try:
+        return plan_trainable(base_hash=base_hash, config=model_config, trainable=trainable)
+    except ExpansionError as error:
+        raise ConfigError(f"section [trainable] of run.toml: {error}") from error
+
+
+def trainable_of(config: RunConfig, num_layers: int) -> Trainable:
+    """What a run with this configuration trains on a model of this depth.
+
+    Raises:
+        ConfigError: more layers than there are.
+    """
     match config.run.method:
         case "fedbe" | "llamapro":
-            return plan_expansion(
-                base_hash=base_hash,
-                config=model_config,
-                placement=config.expansion.placement,
-                num_blocks=config.most_blocks,
-            )
-        case _ if shape_from_config(model_config).encoder:
-            raise ConfigError(
-                f"run.method is {config.run.method!r}, which trains decoders only; what works for this encoder "
-                f"(model_type {model_config.get('model_type')!r}): fedbe or llamapro"
-            )
+            return EXPANDED_BLOCKS
         case "fedavg" | "fedprox":
-            layers = shape_from_config(model_config).num_layers
-            trainable: Trainable = BaseTensors(layers=tuple(range(layers)), tables=True)
+            return BaseTensors(layers=tuple(range(num_layers)), tables=True)
         case "topn":
-            layers, wanted = shape_from_config(model_config).num_layers, config.trainable.top_layers
-            if wanted > layers:
+            wanted = config.trainable.top_layers
+            if wanted > num_layers:
                 raise ConfigError(
-                    f"trainable.top_layers is {wanted}, expected at most the {layers} layers of the model"
+                    f"trainable.top_layers is {wanted}, expected at most the {num_layers} layers of the model"
                 )
-            trainable = BaseTensors(layers=tuple(range(layers - wanted, layers)), tables=False)
+            return BaseTensors(layers=tuple(range(num_layers - wanted, num_layers)), tables=False)
         case "fedit" | "hetlora" | "flexlora" | "flora":
-            trainable = LowRankPairs(
+            return LowRankPairs(
                 rank=config.trainable.rank,
                 scaling=config.trainable.scaling,
                 targets=config.trainable.targets,
@@ -61,8 +77,19 @@ def plan_of(config: RunConfig, *, base_hash: str, model_config: Mapping[str, Any
             )
         case _:
             assert_never(config.run.method)
-    shape_from_config(model_config)  # what is wrong with the model itself is said as such
-    try:
-        return plan_trainable(base_hash=base_hash, config=model_config, trainable=trainable)
-    except ExpansionError as error:
-        raise ConfigError(f"section [trainable] of run.toml: {error}") from error
+
+
+def check_plan(config: RunConfig, plan: ExpansionPlan) -> None:
+    """Refuses a configuration that wants to train something else than the run folder was made for.
+
+    Raises:
+        ConfigError: with what the plan trains, and what the configuration says.
+    """
+    wanted = trainable_of(config, plan.shape.num_layers)
+    if isinstance(wanted, LowRankPairs) and isinstance(plan.trainable, LowRankPairs):
+        wanted = replace(wanted, seed=plan.trainable.seed)  # another order of the data needs no other start
+    if wanted != plan.trainable:
+        raise ConfigError(
+            f"run.method is {config.run.method!r}, with section [trainable], which is not what this run was made for: "
+            f"its plan trains {plan.trainable_text()}; make another run: fedblocks init --method {config.run.method}"
+        )

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 
 from fedblocks.aggregator.replay import replay, state_at
+from fedblocks.aggregator.run_folder import open_run_folder
+from fedblocks.protocol.run_config import ConfigError
 
 METHODS = ("fedavg", "fedit", "hetlora", "flexlora", "flora", "topn", "llamapro")
 
@@ -61,3 +63,25 @@ def test_a_client_that_was_away_catches_up(make_world: Callable[..., Any], metho
     world.join("bob")
     world.finish()
     assert world.sites["bob"].held_version == world.sites["ann"].held_version == 3
+
+
+@pytest.mark.parametrize(
+    ("made_for", "overrides", "says"),
+    [
+        ((), ("run.method=fedit",), "its plan trains 3 expanded blocks, placement thirds"),
+        (
+            overrides_of("fedit"),
+            ("run.method=fedavg",),
+            "its plan trains low-rank pairs of rank 4 over every projection",
+        ),
+        (overrides_of("fedit"), ("trainable.rank=2",), "make another run: fedblocks init --method fedit"),
+        (overrides_of("flora"), ("run.method=fedit",), "rank 4 over every projection, merged in every round"),
+    ],
+)
+def test_a_run_is_not_served_by_a_method_that_it_was_not_made_for(
+    make_world: Callable[..., Any], made_for: tuple[str, ...], overrides: tuple[str, ...], says: str
+) -> None:
+    path = make_world(overrides=made_for).path
+    open_run_folder(path, ("run.seed=9",))
+    with pytest.raises(ConfigError, match=says):
+        open_run_folder(path, overrides)

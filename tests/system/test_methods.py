@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from fedblocks import cli
 from fedblocks.aggregator import methods
@@ -144,6 +145,14 @@ def test_a_fleet_file_names_its_method(tmp_path: Path) -> None:
     path = tmp_path / "fleet.toml"
     path.write_text('method = "fedit"\n[[group]]\ndevice = "jetson-orin-nano-8gb"\n')
     assert load(path).method == "fedit"
+
+
+def test_init_takes_the_method_and_says_what_trains(inputs: Inputs, tmp_path: Path) -> None:
+    arguments = ["init", "--model", str(inputs.model), "--out", str(tmp_path / "run"), "--method", "fedit"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--anchor-sequences", "4", "--anchor-tokens", "16"])
+    assert done.exit_code == 0, done.output
+    assert "trains low-rank pairs of rank 16 over every projection; anchor: " in done.output
+    assert run_config.load(tmp_path / "run" / "run.toml").run.method == "fedit"
 
 
 def test_every_method_has_a_file_and_its_defaults() -> None:
