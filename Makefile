@@ -67,6 +67,7 @@ experiments: setup  ## methods beside each other on the starter model, 3 hours a
 bench-fedhft: setup  ## FedHFT, LoRA and full fine-tuning of MiniLM over unequal clients (3 hours; needs the model's package)
 	$(BENCH) benchmarks/fedhft_minilm.py
 	$(BENCH) benchmarks/fedhft_minilm.py --summary
+	$(BENCH) benchmarks/fedhft_document.py
 
 bench-traffic: setup  ## bytes at the socket for updates of the Qwen2.5-0.5B shape (30 minutes)
 	$(BENCH) benchmarks/traffic.py

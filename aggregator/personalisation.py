@@ -77,6 +77,11 @@ class Mixture:
             return (1.0 / self.clusters,) * self.clusters
         return mixture.mean_memberships([m.memberships for m in self.members], [m.num_examples for m in self.members])
 
+    def news(self, before: Mixture | None) -> bool:
+        """True if some client belongs elsewhere than before, first of all once they are told apart."""
+        old = before.sizes if before is not None and before.rounds >= before.from_round else ()
+        return self.rounds >= self.from_round and self.sizes != old
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """How many clients belong to each cluster more than to any other."""

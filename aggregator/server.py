@@ -870,6 +870,9 @@ class Aggregator:
             )
         for block in sorted(set(grown.block_ids) - set(before.block_ids)):
             self._books.note(f"round {number}: {growth.growth_line(self._folder.plan, before.block_ids, block)}")
+        if (regrouped := closed.state.mixture) is not None and regrouped.news(self._method.mixture):
+            sizes = ", ".join(map(str, regrouped.sizes))
+            self._books.note(f"round {number}: clients by cluster: {sizes}; each starts from its own mixture")
         refused = closed.state.growth.refused
         if refused and refused != self._method.growth.refused:
             self._books.note(f"round {number}: not grown: {refused}")

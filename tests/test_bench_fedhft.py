@@ -13,6 +13,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import encoder_federation
+import fedhft_document
 import fedhft_minilm
 from encoder_federation import CLIENTS, Settings, accumulate_as_published, partition
 
@@ -159,3 +160,23 @@ def test_without_the_model_the_benchmark_says_so_and_ends(capsys, monkeypatch):
     monkeypatch.setattr(fedhft_minilm, "PACKAGE", "no_such_package_of_ours")
     fedhft_minilm.run(1.0)
     assert "skipped: all-MiniLM-L6-v2" in capsys.readouterr().out
+
+
+def test_the_page_says_of_each_line_what_was_measured(monkeypatch):
+    monkeypatch.setattr(fedhft_minilm, "read_rows", list)
+    two = next(iter(fedhft_minilm.two_populations(1)))
+    kept = {k: v for k, v in row("fedhft", 1, [8] * 20).items() if k not in asdict(two)}
+    found = {**kept, **asdict(two), "id": fedhft_minilm.run_id(two), "clusters": 2, "prior_error": 0.1}
+    found |= {"adjusted_rand": 1.0, "memberships": []}
+    opening, place = fedhft_document.parts_of(fedhft_minilm.summary([found]))
+    assert "runs are missing" in opening
+    assert "| fedhft-k2 | 1 | 0.800 | 0.800 | 0.800 |" in place
+    assert "2, adjusted Rand 1.00" in place
+
+
+def test_the_results_page_is_written_from_the_results_file():
+    file = fedhft_minilm.FILE
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    page = (file.parents[2] / "docs" / "results.md").read_text()
+    for part in fedhft_document.parts_of(content["fedhft"]) if "fedhft" in content else ():
+        assert part in page

@@ -57,6 +57,9 @@ def test_each_site_ends_with_its_groups_blocks(make_world: Callable[..., Any]) -
     np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-12)
     own = found.argmax(axis=1)
     assert list(own) in ([0, 1] * 4, [1, 0] * 4)
+    assert [line for line in world.lines if "by cluster" in line] == [
+        "round 2: clients by cluster: 4, 4; each starts from its own mixture"
+    ]
     assert found.max(axis=1).min() > 0.9
     states = [held(site) for site in world.sites.values()]
     norm = np.linalg.norm(states[0])
@@ -186,3 +189,28 @@ def test_an_export_takes_a_sites_own_state_bit_for_bit(make_world: Callable[...,
                 np.testing.assert_array_equal(value, site.held[block][name])
     with pytest.raises(ConfigError, match=r"'nobody' has no model of its own in .*, expected one of a, b, c"):
         export.load_final(world.path, "nobody")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("delta.format=int8", "delta.density=0.25"),
+        ("training.server_optimizer=adam",),
+        ("allocation.slim=true", "delta.format=bf16"),
+        ("expansion.blocks=2", "expansion.max_blocks=3", "run.max_rounds=12"),
+        ("mixture.clusters=4",),
+    ],
+    ids=["int8", "adam", "slim", "growth", "four"],
+)
+def test_whatever_else_a_run_does_a_replay_leads_to_the_same_bits(
+    make_world: Callable[..., Any], overrides: tuple[str, ...]
+) -> None:
+    world = two_populations(make_world, overrides=(*OVERRIDES, *overrides))
+    world.join()
+    world.finish()
+    replayed = replay(world.path)
+    assert all(r.equal for r in replayed)
+    assert state_at(world.folder, replayed[-1].version).sha256 == replayed[-1].state_sha256
+    found = memberships(world)
+    np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-12)
+    assert (found[::2].argmax(axis=1) != found[1::2].argmax(axis=1)).all()
