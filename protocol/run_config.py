@@ -351,6 +351,7 @@ class RunConfig:
         if self.mixture.clusters > 1:
             personal = "where clients have models of their own (mixture.clusters above 1)"
             self._require("run.method", self.run.method == "fedbe", f"fedbe {personal}")
+            self._require("run.rule", not self.run.rule, f"none {personal}")
             self._require("training.fold", self.training.fold == "mean", f"mean {personal}")
             self._require("privacy.noise_multiplier", self.privacy.noise_multiplier == 0, f"0 {personal}")
         self._require(
