@@ -524,7 +524,7 @@ def probe_row(sites: Sites, seed: int) -> dict[str, Any]:
 def jobs() -> Iterator[tuple[str, int]]:
     """In the order of what matters: every seed of a line before the next line."""
     first, *rest = LINES
-    for name in (first, "probe", *rest, "1, probe"):
+    for name in ("probe", first, "1, probe", *rest):
         for seed in SEEDS:
             yield name, seed
 
