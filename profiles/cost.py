@@ -887,6 +887,12 @@ class SavedBytes:
     ) -> SavedBytes:
         """Of one block; activations take ``dtype_bytes`` each."""
         h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.q_size, shape.kv_size
+        if shape.encoder:
+            # q, k, v, attention's output, what norms and GELU read; where weights train also what they multiply.
+            kept = q + 3 * h + 2 * kv + i + ((2 * h + i) if trained else 0)
+            numbers = 4 * shape.num_heads + 2 * 2 * 4
+            row = dtype_bytes * kept + numbers
+            return cls(every=0, row=row, wanted_row=row, mask=dtype_bytes)
         repeated = 1 < shape.num_kv_heads < shape.num_heads  # a single head is repeated by a view
         if shape.qk_norm:  # the norms keep what was projected; what is rotated is q and k apart
             every, row, wanted = 2 * kv + (2 * q if repeated else kv), 2 * q, 2 * q
@@ -896,8 +902,6 @@ class SavedBytes:
         if trained:
             every, wanted = every + h, wanted + h
             half += 0 if fused else h + i
-        if shape.encoder:  # both norms keep what they read, and GELU stands where the gate's product would
-            half += 2 * h
         if fused and not shape.qk_norm:  # one tensor of q, k and v, and nothing of the norm, however much was added
             row = q + 2 * kv + (2 * q if repeated and not shared_keys else 0) - every
         norms = (4 * shape.num_heads, 4 * shape.num_kv_heads) if shape.qk_norm else (0, 0)

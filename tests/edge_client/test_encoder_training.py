@@ -22,7 +22,7 @@ from fedblocks.edge_client.objective import objective_of
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.train import train
-from fedblocks.profiles.cost import ExecutionMode
+from fedblocks.profiles.cost import ExecutionMode, SavedBytes
 from fedblocks.profiles.units import EXTRA_UNIT
 from fedblocks.protocol.expansion import plan_expansion
 
@@ -241,3 +241,27 @@ def test_a_text_longer_than_the_positions_is_told_what_to_lower(make_model: Any)
 def test_texts_without_labels_are_refused(make_model: Any) -> None:
     with pytest.raises(ValueError, match="has no label"):
         evaluate_examples(make_model(), [replace(texts(1)[0], label=None)])
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_block_keeps_for_its_backward_pass_what_the_cost_model_says(make_model: Any, trained: bool) -> None:
+    model = make_model("top", 1)
+    position = model.base_cut
+    if trained:
+        model.train_blocks((0,))
+    weights = model.weights(position)
+    own = {tensor.untyped_storage().data_ptr() for tensor in weights.tensors().values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    h = torch.randn(4, 32, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = model.run(h, position)
+    expected = SavedBytes.of(model.shape, 4, trained=trained).total(4, 32)
+    assert sum(kept.values()) == pytest.approx(expected, rel=0.1)
+    del y
