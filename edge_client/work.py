@@ -468,7 +468,7 @@ class Workbench:
                     self.plan.units,
                     task.blocks,
                     result.deltas,
-                    self.residuals.load(task.blocks, round=task.round) if task.delta_format == "int8" else {},
+                    self.residuals.load(task.blocks, round=task.round) if self._owes_residuals(task) else {},
                     format=task.delta_format,
                     density=task.delta_density,
                     cap=cap,
@@ -489,7 +489,8 @@ class Workbench:
         if limit and peak_bytes > limit:
             text = f"measured peak {peak_bytes} bytes, the budget is {limit} (predicted {predicted})"
             return self._failed(task, "over_memory_budget", text)
-        self.residuals.stage(task.attempt_id, encoded.residuals, round=task.round, width=task.width)
+        left = encoded.residuals if self._owes_residuals(task) else {}
+        self.residuals.stage(task.attempt_id, left, round=task.round, width=task.width)
         body = b"".join(encoded.parts)
         delta = Delta(
             attempt_id=task.attempt_id,
@@ -522,6 +523,11 @@ class Workbench:
             measurements=measurements,
         )
         return delta, body
+
+    def _owes_residuals(self, task: Assignment) -> bool:
+        """Does what an update leaves out join a later one? Not where pairs start anew, in other directions."""
+        trainable = self.plan.trainable
+        return task.delta_format == "int8" and not (isinstance(trainable, LowRankPairs) and trainable.merged)
 
     def _choose(self, blocks: Sequence[int], work: Workload, limit: int, width: float = 1.0) -> ModeChoice | NoFit:
         """The fastest exact way to train these blocks at this width within the limit, or within what is free now."""

@@ -49,6 +49,8 @@ _AS_PUBLISHED: Final[dict[str, Any]] = {
 }
 #: Pairs of which each client trains as many components as its device allows: 4, 8, 16 or 32.
 _TIER_RANKS: Final[dict[str, Any]] = {**_AS_PUBLISHED, "allocation.slim": True, "trainable.rank": 32}
+#: Pairs that turn as a whole, or start anew, in every round: a row that waits for a later one would not fit there.
+_WHOLE_ROWS: Final[dict[str, Any]] = {"delta.density": 1.0, "delta.down_density": 1.0}
 #: Values that a method has where nobody says otherwise.
 METHOD_DEFAULTS: Final[Mapping[MethodName, Mapping[str, Any]]] = {
     "fedbe": {},
@@ -56,8 +58,8 @@ METHOD_DEFAULTS: Final[Mapping[MethodName, Mapping[str, Any]]] = {
     "fedprox": {**_AS_PUBLISHED, "training.proximal_weight": 0.01},
     "fedit": _AS_PUBLISHED,
     "hetlora": _TIER_RANKS,
-    "flexlora": _TIER_RANKS,
-    "flora": _TIER_RANKS,
+    "flexlora": {**_TIER_RANKS, **_WHOLE_ROWS},
+    "flora": {**_TIER_RANKS, **_WHOLE_ROWS},
     "topn": _AS_PUBLISHED,
     "llamapro": {**_AS_PUBLISHED, "expansion.placement": "interleaved"},
 }
@@ -346,6 +348,13 @@ class RunConfig:
             not self.server.metrics_address or split_address(self.server.metrics_address) != NO_ADDRESS,
             "host:port with a port from 0 to 65535, or nothing",
         )
+        for key in ("delta.density", "delta.down_density"):
+            masked = self.delta.format == "int8" and self.value(key) < 1
+            self._require(
+                key,
+                not masked or self.run.method not in ("flexlora", "flora"),
+                f"1: the pairs of the method {self.run.method} are others in every round, and a row cannot wait for it",
+            )
         self._check_privacy()
         self._require("mixture.clusters", 1 <= self.mixture.clusters <= MAX_CLUSTERS, f"1 to {MAX_CLUSTERS}")
         if self.mixture.clusters > 1:

@@ -133,6 +133,16 @@ def test_the_proximal_term_keeps_a_task_nearer_to_its_start(bench: Any, make_ass
     assert length(30.0) < 0.7 * length(0.0)
 
 
+@pytest.mark.parametrize(("method", "owes"), [("fedit", True), ("flora", False)])
+def test_what_an_int8_update_leaves_out_waits_only_where_the_pairs_go_on(
+    method: str, owes: bool, bench: Any, make_assignment: Any
+) -> None:
+    made = bench(method)
+    delta, _ = run(made, make_assignment, delta_format="int8", delta_density=1.0)
+    made.residuals.commit(delta.attempt_id)
+    assert bool(made.residuals.load(made.plan.unit_ids, round=1)) == owes
+
+
 @pytest.mark.parametrize("method", ["fedavg", "topn", "flora"])
 def test_the_bases_weights_change_only_where_the_site_allows_it(method: str, bench: Any) -> None:
     with pytest.raises(BaseTrainingRefusedError, match=r"allow_base_training = true in the section \[limits\]") as e:

@@ -182,6 +182,10 @@ def test_what_run_toml_says_of_a_method_reads_back(name: str, tmp_path: Path) ->
         (["run.method=fedit", "trainable.targets=mlp"], "trainable.targets is 'mlp', expected one of all, qv"),
         (["run.method=fedit", "trainable.scaling=0"], "trainable.scaling is 0.0, expected a positive number"),
         (["run.method=topn", "trainable.top_layers=3"], "trainable.top_layers is 3, expected at most the 2 layers"),
+        (
+            ["run.method=flexlora", "delta.format=int8", "delta.density=0.25"],
+            "delta.density is 0.25, expected 1: the pairs of the method flexlora are others in every round",
+        ),
         (["training.proximal_weight=-1"], "training.proximal_weight is -1.0, expected 0 or more"),
     ],
 )
