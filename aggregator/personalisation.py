@@ -160,20 +160,25 @@ def _damping(weights: Mapping[ClientKey, float], shares: Mapping[ClientKey, floa
     return min(1.0, mean / FULL_COVERAGE)
 
 
-def regrouped(found: Mixture, updates: Sequence[AcceptedUpdate], *, shape: Units) -> Mixture:
+def regrouped(found: Mixture, updates: Sequence[AcceptedUpdate], *, shape: Units, published: State) -> Mixture:
     """After a round: the updates' signatures, and from ``from_round`` on new memberships of all known clients.
 
     The mixture is fitted to one unit, since what different ones were taught cannot be compared: to the head if the run
     has one, else to the block that most clients have trained, of equal ones the highest. Clients that never trained it
     belong where the population does.
+
+    Args:
+        published: the state that the round started from.
     """
     if not updates:
         return found
+    everybody = found.population()
     members = {member.client: member for member in found.members}
     for update in aggregation.in_order(updates):
         before = members.get(update.client)
         known = {s.block: s.values for s in before.signatures} if before is not None else {}
-        for block, values in _signatures(update, shape, found.seed).items():
+        apart = [p - q for p, q in zip(found.memberships(update.client), everybody, strict=True)]
+        for block, values in _signatures(update, shape, found.seed, mixed(published, apart)).items():
             old = known.get(block)
             known[block] = values if old is None else _decayed(old, values)
         members[update.client] = Member(
@@ -211,11 +216,15 @@ def _fitted(found: Mixture) -> Mixture:
     )
 
 
-def _signatures(update: AcceptedUpdate, shape: Units, seed: int) -> dict[int, tuple[float, ...]]:
-    """Unit -> the projection of its change, divided by its norm; a unit that did not change is absent.
+def _signatures(update: AcceptedUpdate, shape: Units, seed: int, own: State) -> dict[int, tuple[float, ...]]:
+    """Unit -> the projection of what the client ended with, less the population's state, divided by its norm; a unit
+    where that is zero is absent.
 
-    Of a block the change of its out-tensors, of the head that of its matrix.
-    A slim block's change is the whole block's with zeros beyond its width.
+    Not of the update alone, which no longer says where a client belongs once it starts from its own cluster's state.
+    Of a block the out-tensors, of the head the matrix; a slim block's change has zeros beyond its width.
+
+    Args:
+        own: the client's state less the population's, as the round started.
     """
     found: dict[int, tuple[float, ...]] = {}
     members = aggregation.by_block([update], [1.0], shape)
@@ -226,13 +235,13 @@ def _signatures(update: AcceptedUpdate, shape: Units, seed: int) -> dict[int, tu
         for spec in unit_tensors(shape, block):
             if len(spec.shape) != 2 or not (spec.is_out or block == EXTRA_UNIT):
                 continue
-            rows = member.rows(payload, spec.name)
-            signs = _projection(spec.name, *spec.shape, seed)
-            for chunk in rows.chunks():
+            start = own.get(block, {}).get(spec.name)
+            ended = np.zeros(spec.shape, dtype=np.float64) if start is None else start.astype(np.float64)
+            for chunk in member.rows(payload, spec.name).chunks():
                 values = np.multiply(chunk.values.astype(np.float64), chunk.scales.astype(np.float64)[:, None])
-                part = Projection(left=signs.left[:, chunk.index], right=signs.right[:, : values.shape[1]])
-                z = np.add(z, part.of_matrix(values))
-                squared += float(np.sum(np.square(values)))
+                ended[chunk.index, : values.shape[1]] += values
+            z = np.add(z, _projection(spec.name, *spec.shape, seed).of_matrix(ended))
+            squared += float(np.sum(np.square(ended)))
         if squared > 0:
             found[block] = tuple((z / squared**0.5).tolist())
     return found

@@ -68,7 +68,7 @@ def replay(run: Path) -> tuple[ReplayedVersion, ...]:
                 round=record.round,
             )
             method = run_rules.after_fold(method, updates, folded)
-            method = run_rules.regrouped(method, updates, shape=shape)
+            method = run_rules.regrouped(method, updates, shape=shape, model=model)
             published = rules.publish(model, folded, shape=shape, settings=settings)
             model = model if published is None else published[0]
             found.append(

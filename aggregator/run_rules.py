@@ -767,11 +767,18 @@ def after_fold(
     )
 
 
-def regrouped(state: MethodState, updates: Sequence[AcceptedUpdate], *, shape: Units) -> MethodState:
-    """The state with the memberships after a round, where clients have models of their own."""
+def regrouped(
+    state: MethodState, updates: Sequence[AcceptedUpdate], *, shape: Units, model: GlobalState
+) -> MethodState:
+    """The state with the memberships after a round, where clients have models of their own.
+
+    Args:
+        model: the published state that the round started from.
+    """
     if state.mixture is None:
         return state
-    return replace(state, mixture=personalisation.regrouped(state.mixture, updates, shape=shape))
+    found = personalisation.regrouped(state.mixture, updates, shape=shape, published=model.published)
+    return replace(state, mixture=found)
 
 
 def personal_state(model: GlobalState, state: MethodState, client: ClientKey | None, *, shape: Units) -> GlobalState:
@@ -953,7 +960,7 @@ def close(
     key = b"" if privacy is None else privacy.key
     folded = fold_round(method, updates, shape=shape, state=state, model=model, rule=rule, noise_key=key, round=round)
     state = after_fold(state, updates, folded, topics, blocks)
-    state = regrouped(state, updates, shape=shape)
+    state = regrouped(state, updates, shape=shape, model=model)
     state = state if spent is None else replace(state, spent=spent)
     if growing is not None:  # from here on the configuration is not asked any more
         state = replace(state, growth=replace(state.growth, active=active_blocks(growing.run, state)))

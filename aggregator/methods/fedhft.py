@@ -259,12 +259,10 @@ def aggregate(state: MixtureState, updates: Sequence[Update], *, layout: Layout,
     ordered = sorted(updates, key=lambda update: update.client)
     members = dict(state.members)
     for update in ordered:
-        known = members.get(update.client)
-        shares = state.memberships(update.client)
         members[update.client] = Member(
             num_examples=update.num_examples,
-            memberships=shares,
-            signature=_signature(known.signature if known is not None else None, update, layout, settings),
+            memberships=state.memberships(update.client),
+            signature=_signature(state, update, layout, settings),
         )
     weights = _weights(ordered, settings)
     clusters = tuple(
@@ -368,18 +366,28 @@ def projection(name: str, num_out: int, num_in: int, seed: int) -> Projection:
     return Projection.drawn(num_out, num_in, int.from_bytes(digest[:8], "big"))
 
 
-def _signature(before: Float64s | None, update: Update, layout: Layout, settings: Settings) -> Float64s | None:
-    """z after this update; unchanged by one that changes nothing of the signature."""
+def _signature(state: MixtureState, update: Update, layout: Layout, settings: Settings) -> Float64s | None:
+    """z after this update: of what the client ended with, less what the population's mixture is.
+
+    Not of the update itself: once a client starts from what its own cluster has learnt, its updates no longer say where
+    it belongs, and memberships were seen to dissolve again. Until the clusters part the two are the same.
+    """
+    known = state.members.get(update.client)
+    before = known.signature if known is not None else None
+    apart = [p - q for p, q in zip(state.memberships(update.client), state.population(), strict=True)]
     z = np.zeros(mixture.DIMENSIONS, dtype=np.float64)
     squared = 0.0
     for name in layout.signature:
         if name in update.pairs:
             pair = update.pairs[name]
-            left, right = pair.left(settings.scale), pair.right
+            own = low_rank.mixed([cluster.matrices[name] for cluster in state.clusters], apart)
+            total = low_rank.add(own, [(pair.left(settings.scale), pair.right)])
+            left, right = total.left.astype(np.float64), total.right.astype(np.float64)
             z += projection(name, left.shape[0], right.shape[0], settings.seed).of_pair(left, right)
             squared += low_rank.pair_norm(left, right) ** 2
         elif name in update.dense:
-            change = np.atleast_2d(update.dense[name].astype(np.float64))
+            change = update.dense[name].astype(np.float64) + _mixed_dense(state.clusters, apart, name)
+            change = np.atleast_2d(change)
             z += projection(name, change.shape[0], change.shape[1], settings.seed).of_matrix(change)
             squared += float(np.sum(change**2))
     if squared == 0.0:

@@ -69,6 +69,18 @@ def test_each_site_ends_with_its_groups_blocks(make_world: Callable[..., Any]) -
             assert (distance < 0.2) == (i % 2 == j % 2), (i, j, distance)
 
 
+def test_groups_stay_apart_when_updates_are_nothing_but_noise(make_world: Callable[..., Any]) -> None:
+    """As they are once each site starts from what its own group has learnt."""
+    world = two_populations(make_world, overrides=(*OVERRIDES, "run.max_rounds=9"))
+    world.join()
+    for _ in range(4):
+        world.round(*NAMES)
+    for site in world.sites.values():
+        site.direction = None
+    world.finish()
+    assert list(memberships(world).argmax(axis=1)) in ([0, 1] * 4, [1, 0] * 4)
+
+
 def test_the_result_is_the_populations_mixture_and_the_clusters_stand_beside_it(
     make_world: Callable[..., Any],
 ) -> None:
@@ -85,7 +97,7 @@ def test_the_result_is_the_populations_mixture_and_the_clusters_stand_beside_it(
         np.testing.assert_allclose(value, expected, atol=1e-7)
 
 
-@pytest.mark.parametrize("kill_after", [1, 3, 5])
+@pytest.mark.parametrize("kill_after", [1, 3])
 def test_killed_and_started_again_the_run_ends_in_the_same_bits_and_a_replay_confirms_it(
     make_world: Callable[..., Any], kill_after: int
 ) -> None:
@@ -197,12 +209,11 @@ def test_an_export_takes_a_sites_own_state_bit_for_bit(make_world: Callable[...,
     "overrides",
     [
         ("delta.format=int8", "delta.density=0.25"),
-        ("training.server_optimizer=adam",),
         ("allocation.slim=true", "delta.format=bf16"),
         ("expansion.blocks=2", "expansion.max_blocks=3", "run.max_rounds=12"),
         ("mixture.clusters=4",),
     ],
-    ids=["int8", "adam", "slim", "growth", "four"],
+    ids=["int8", "slim", "growth", "four"],
 )
 def test_whatever_else_a_run_does_a_replay_leads_to_the_same_bits(
     make_world: Callable[..., Any], overrides: tuple[str, ...]

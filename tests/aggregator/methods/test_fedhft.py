@@ -129,6 +129,27 @@ def test_h3_planted_groups_are_found_and_their_personal_models_differ(count):
         assert (distance < 0.3) == (i % count == j % count), (i, j, distance)
 
 
+def test_h3_groups_stay_apart_once_their_clients_start_from_what_they_have_learnt():
+    """Updates are the way from a client's own prior to what its group wants: soon nothing but noise."""
+    wanted = np.random.default_rng(3).standard_normal((2, 5, 8))
+    state = fedhft.initial_state(LAYOUT, TWO)
+    for t in range(1, 13):
+        cohort = []
+        for i in range(8):
+            rng = np.random.default_rng([t, i])
+            own = fedhft.prior(state, state.memberships(key(i))).dense["head"]
+            noise = 0.5 * rng.standard_normal((5, 8))
+            cohort.append(
+                Update(
+                    client=key(i),
+                    num_examples=10,
+                    dense={"head": (0.5 * (wanted[i % 2] - own) + noise).astype(np.float32)},
+                )
+            )
+        state = fedhft.aggregate(state, cohort, layout=LAYOUT, settings=TWO)
+        assert adjusted_rand(fedhft.memberships_table(state).argmax(axis=1), np.arange(8) % 2) == 1.0, t
+
+
 def test_h3_the_number_of_groups_is_found_by_two_tests_that_agree():
     settings = replace(PLAIN, choose_clusters=True, mixture_from_round=2, test_rounds=2)
     state = fedhft.initial_state(LAYOUT, settings)
