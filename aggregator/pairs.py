@@ -6,16 +6,26 @@ the components that the client trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
-from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate
+from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
+from fedblocks.aggregator.plain_mean import (
+    Float64s,
+    OpenUpdate,
+    example_weights,
+    folded,
+    mean_of_unit,
+    opened,
+    units_of,
+)
 from fedblocks.profiles.model_shape import TensorSpec
 from fedblocks.profiles.units import EXTRA_UNIT, LowRankPairs, TrainedUnits, Units, unit_tensors
 from fedblocks.protocol.initial_pairs import initial_pair_tensor
-from fedblocks.protocol.tensors import FloatArray
+from fedblocks.protocol.tensors import FloatArray, State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +51,30 @@ def linears(shape: Units, unit: int) -> Iterator[Linear]:
         yield Linear(unit=unit, a=a, b=b)
 
 
-def is_pair(unit: int) -> bool:
-    """False for an extra tensor set, which has no pairs."""
-    return unit != EXTRA_UNIT
+class PairRule(Protocol):
+    """What the clients' work on one pair amounts to."""
+
+    def __call__(
+        self, pair: Linear, members: Sequence[OpenUpdate], weights: Sequence[float]
+    ) -> tuple[Float64s, Float64s]:
+        """What A and B change by (or are, if the run publishes stacks); ``weights`` are those of the examples."""
+        ...
+
+
+def fold_pairs(updates: Sequence[AcceptedUpdate], *, shape: Units, rule: PairRule) -> FoldResult:
+    """Every pair that somebody trained by the rule; an extra tensor set, which has no pairs, by the plain mean."""
+    members = opened(updates, shape)
+    weights = example_weights(members)
+    aggregate: State = {}
+    for unit in units_of(members):
+        if unit == EXTRA_UNIT:
+            aggregate[unit] = mean_of_unit(unit, members, weights, shape=shape)
+            continue
+        aggregate[unit] = {}
+        for pair in linears(shape, unit):
+            for spec, values in zip((pair.a, pair.b), rule(pair, members, weights), strict=True):
+                aggregate[unit][spec.name] = values.astype(np.float32)
+    return folded(aggregate, members, weights)
 
 
 def published_value(

@@ -75,17 +75,23 @@ def mean_change(updates: Sequence[AcceptedUpdate], *, shape: Units) -> FoldResul
     """``sum_k w_k (theta_k - theta)`` of every unit that somebody trained; what one has not trained counts as 0."""
     members = opened(updates, shape)
     weights = example_weights(members)
-    aggregate: State = {}
-    for unit in units_of(members):
-        aggregate[unit] = {}
-        for spec in unit_tensors(shape, unit):
-            total = np.zeros(spec.shape, dtype=np.float64)
-            for one, weight in zip(members, weights, strict=True):
-                change = one.change(unit, spec.name)
-                if change is not None:
-                    add_first(total, change, weight)
-            aggregate[unit][spec.name] = total.astype(np.float32)
+    aggregate = {unit: mean_of_unit(unit, members, weights, shape=shape) for unit in units_of(members)}
     return folded(aggregate, members, weights)
+
+
+def mean_of_unit(
+    unit: int, members: Sequence[OpenUpdate], weights: Sequence[float], *, shape: Units
+) -> dict[str, FloatArray]:
+    """``sum_k w_k (theta_k - theta)`` of one unit."""
+    found: dict[str, FloatArray] = {}
+    for spec in unit_tensors(shape, unit):
+        total = np.zeros(spec.shape, dtype=np.float64)
+        for one, weight in zip(members, weights, strict=True):
+            change = one.change(unit, spec.name)
+            if change is not None:
+                add_first(total, change, weight)
+        found[spec.name] = total.astype(np.float32)
+    return found
 
 
 def folded(aggregate: State, members: Sequence[OpenUpdate], weights: Sequence[float]) -> FoldResult:

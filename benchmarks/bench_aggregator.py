@@ -35,7 +35,7 @@ import bare_wire
 import numpy as np
 import psutil
 from light_clients import MB25, TINY, Fleet, enrol, write_run
-from starter_runs import RESULTS, machine, write_results
+from starter_runs import RESULTS, machine, put_entries
 
 from fedblocks.aggregator.auth import load_or_create_server_keys
 from fedblocks.profiles.cost import upload_bytes
@@ -323,10 +323,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in options.part:
         found = parts[name]()
         print(json.dumps(found), flush=True)
-        known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-        known |= found | machine()
-        command = known.pop("command", "python benchmarks/bench_aggregator.py")
-        write_results(options.out, command, known.pop("rows", []), **known)
+        put_entries(options.out, {"command": "python benchmarks/bench_aggregator.py", **found, **machine()})
 
 
 if __name__ == "__main__":

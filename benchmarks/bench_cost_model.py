@@ -48,7 +48,7 @@ from typing import Any, Final
 
 from random_models import MODELS, RandomModel, write_random_model
 from rivals import Assigned, Data, false_hash, layout_of, quantised
-from starter_runs import RESULTS, machine, write_results
+from starter_runs import RESULTS, machine, put_entries
 from timed_assignment import assignment
 
 from fedblocks.edge_client.checkpoint import Checkpoint
@@ -412,9 +412,7 @@ def _repeats(rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
 
 def merge(path: Path, part: Mapping[str, Any]) -> None:
     """Puts the part into the results file of the fleet; everything else in it stays."""
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    command, rows = held.pop("command", part["command"]), held.pop("rows", [])
-    write_results(path, command, rows, **{**held, "cost_model": part})
+    put_entries(path, {"cost_model": part})
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 import numpy as np
 import psutil
-from starter_runs import RESULTS, machine, write_results
+from starter_runs import RESULTS, RowBook, machine, put_entries
 
 from fedblocks.fleet_file import Chance, Fleet, load
 from fedblocks.simulation import SimulationResult, inputs_of, simulate
@@ -213,16 +213,15 @@ def row_of(name: str, arm: str, fleet: Fleet, result: SimulationResult, wall_s: 
 
 
 class Book:
-    """The finished runs, a line of JSON each.
+    """The finished runs by the fleet that was run.
 
     Args:
-        path: made with the first line.
+        path: of the rows (:class:`RowBook`).
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self._rows = {row["id"]: row for row in map(json.loads, lines)}
+        self._file = RowBook(path)
+        self._rows = {row["id"]: row for row in self._file.rows}
 
     def row(self, name: str, arm: str, fleet: Fleet, *, workers: int) -> dict[str, Any]:
         """That of a run, which is made if it is not there."""
@@ -231,10 +230,7 @@ class Book:
             return {**found, "comparison": name, "arm": arm}
         began = time.monotonic()
         row = row_of(name, arm, fleet, measured(fleet, workers=workers), time.monotonic() - began)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self._rows[row["id"]] = row
+        self._rows[row["id"]] = self._file.add(row)
         print(
             f"{name} {arm} seed {row['seed']}: target after {row['rounds_to_target']} rounds and "
             f"{row['virtual_s_to_target']} virtual s; score {row['score_mean_of_last_3']:.3f} after {row['rounds']} "
@@ -449,10 +445,8 @@ def main(arguments: Sequence[str]) -> None:
         else:
             figures = summary(name, rows_of(name, options.seeds, book, workers=options.workers))
         out = options.out or RESULTS / ("methods.json" if name in OF_METHODS else "fleet.json")
-        known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
         command = f"python benchmarks/bench_ladder.py {name}"
-        known[name] = {"command": command, **figures, **machine()}
-        write_results(out, known.pop("command", command), known.pop("rows", []), **known)
+        put_entries(out, {name: {"command": command, **figures, **machine()}})
 
 
 if __name__ == "__main__":

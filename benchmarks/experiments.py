@@ -44,7 +44,7 @@ else:
     import tomli as tomllib
 
 from federation import Learner, Settings, federate, make_learner
-from starter_runs import RESULTS, Split, Starter, frozen, machine, to_samples, write_results
+from starter_runs import RESULTS, RowBook, Split, Starter, frozen, machine, put_entries, to_samples
 
 FOLDER: Final = Path(__file__).parent / "experiments"
 ROWS: Final = Path("runs/bench/experiments/rows.jsonl")
@@ -379,33 +379,12 @@ def unpacked(text: str, items: int) -> npt.NDArray[np.uint8]:
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), dtype=np.uint8))[:items]
 
 
-class Book:
-    """The finished runs, a line of JSON each."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-
-    def find(self, name: str, *, tested: bool) -> dict[str, Any] | None:
-        """The run of this id."""
-        return next((row for row in self.rows if row["id"] == name and (not tested or "test" in row)), None)
-
-    def add(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Writes it down."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        self.rows.append(row)
-        return row
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
     """An experiment on its way: what has been run, and what that says."""
 
     experiment: Experiment
-    book: Book
+    book: RowBook
     base_hash: str
     base_score: float
     """Downstream score of the base on validation."""
@@ -416,7 +395,8 @@ class Study:
 
     def _row(self, line: Line, rate: float, seed: int, *, tested: bool) -> dict[str, Any] | None:
         settings = self.experiment.settings(line, rate, seed)
-        return self.book.find(run_id(self.experiment, settings, self.base_hash), tested=tested)
+        name = run_id(self.experiment, settings, self.base_hash)
+        return next((row for row in self.book.rows if row["id"] == name and (not tested or "test" in row)), None)
 
     def _pilot(self, line: Line, rates: Sequence[float]) -> list[dict[str, Any]]:
         found = [self._row(line, rate, self.experiment.pilot_seed, tested=False) for rate in rates]
@@ -620,7 +600,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after so many hours")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
-    book, began = Book(ROWS), time.monotonic()
+    book, began = RowBook(ROWS), time.monotonic()
     found: dict[str, Any] = {}
     for name in options.experiment:
         experiment = load(FOLDER / f"{name}.toml")
@@ -636,11 +616,15 @@ def main(arguments: Sequence[str]) -> None:
                 carry_out(study, world, until=lambda: time.monotonic() - began > 3600 * options.hours)
             sizes = {"downstream": len(world.starter.test.task)}
             sizes |= {skill: len(part) for skill, part in world.starter.test.general.items()}
-            found[name] = summary(study, world.base, sizes)
+            figures = summary(study, world.base, sizes)
+            found[name] = {"command": f"{COMMAND} {name}", **figures, **machine()}
     known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
     quality = known.get("quality", {}) | found
-    known |= {"headline": headline(quality), "quality": quality, "command": COMMAND, **machine()}
-    write_results(options.out, known.pop("command"), known.pop("rows", []), **known)
+    entries: dict[str, Any] = {"quality": quality}
+    figures = headline(quality)
+    if figures is not None:
+        entries["headline"] = {"command": COMMAND, **figures}
+    put_entries(options.out, entries)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import time
@@ -52,7 +51,7 @@ from encoder_federation import (
     partition,
     partition_hash,
 )
-from starter_runs import RESULTS, machine
+from starter_runs import RESULTS, RowBook, machine, put_entries
 from torch import Tensor
 from torch.nn import functional
 
@@ -316,20 +315,6 @@ def reported(rows: Sequence[Mapping[str, Any]]) -> list[Settings]:
     return [*two_populations(SEEDS[0]), *measurements(chosen_rates(rows))]
 
 
-def read_rows() -> list[dict[str, Any]]:
-    """What has been measured so far."""
-    return _jsonl(ROWS) if ROWS.is_file() else []
-
-
-def append_row(row: Mapping[str, Any]) -> None:
-    """Durable before the next run begins."""
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    with ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def run(minutes: float) -> None:
     """Runs what is missing until the time is up."""
     folder = model_folder()
@@ -342,7 +327,8 @@ def run(minutes: float) -> None:
     until = time.monotonic() + 60 * minutes
     bench = Bench(folder)
     print(f"STS-B Spearman of the base on {STS_PAIRS} pairs: {bench.base_sts:.4f}", flush=True)
-    rows = read_rows()
+    book = RowBook(ROWS)
+    rows = book.rows
 
     def all_of(plan: Callable[[], Iterator[Settings]]) -> bool:
         for settings in plan():
@@ -350,9 +336,7 @@ def run(minutes: float) -> None:
                 continue
             if time.monotonic() > until:
                 return False
-            rows.append(bench.run(settings))
-            append_row(rows[-1])
-            print(line_of(rows[-1]), flush=True)
+            print(line_of(book.add(bench.run(settings))), flush=True)
         return True
 
     if all_of(lambda: two_populations(SEEDS[0])) and all_of(lambda: sweep(rows)):
@@ -478,11 +462,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def write_summary(file: Path = FILE) -> None:
     """Into the key of this benchmark; what else the file holds stays."""
-    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    content[KEY] = summary(read_rows())
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(file)
+    put_entries(file, {KEY: summary(RowBook(ROWS).rows)})
 
 
 if __name__ == "__main__":

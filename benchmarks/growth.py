@@ -28,7 +28,7 @@ from typing import Any, Final, Literal
 
 import torch
 from experiments import FILE
-from starter_runs import Starter, frozen, machine, share_right
+from starter_runs import RowBook, Starter, frozen, machine, put_entries, share_right
 
 from fedblocks.aggregator import growth, run_rules
 from fedblocks.aggregator.aggregation import AcceptedUpdate, NormHistory, fold
@@ -603,52 +603,27 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def merge(found: Mapping[str, Any]) -> None:
-    """Into the keys of this benchmark; what else the file holds stays."""
-    content = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {}
-    part = FILE.with_suffix(".part")
-    part.write_text(json.dumps(content | _short(found), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(FILE)
-
-
-def _short(value: Any) -> Any:
-    """Six digits of every float."""
-    if isinstance(value, Mapping):
-        return {key: _short(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_short(inner) for inner in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
-
-
-def read_rows() -> list[dict[str, Any]]:
-    """What earlier starts have finished."""
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", action="store_true", help="only the summary, from the rows that are there")
     parser.add_argument("--minutes", type=float, default=20.0, help="begin no further run after so many minutes")
     options = parser.parse_args()
-    rows = read_rows()
+    book = RowBook(ROWS)
     if not options.report:
         assert TASK in frozen()["tasks"]
         began = time.monotonic()
-        ROWS.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as cache:
             sites = Sites.of(Starter(TASK, cache=Path(cache)))
             for name, seed in jobs():
-                if any(row["line"] == name and row["seed"] == seed for row in rows):
+                if any(row["line"] == name and row["seed"] == seed for row in book.rows):
                     continue
                 if time.monotonic() - began > 60 * options.minutes:
                     print("the time is up; start again to go on", flush=True)
                     break
-                for row in carry_out(sites, name, seed, rows):
-                    rows.append(row)
-                    with ROWS.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                for row in carry_out(sites, name, seed, book.rows):
+                    book.add(row)
                     print(json.dumps({k: v for k, v in row.items() if k not in ("curve", "record")}), flush=True)
-    merge(summary(rows))
+    put_entries(FILE, summary(book.rows))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ that all weights that train are exact; 512 tokens a step, 40 % of them targets.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,7 +19,7 @@ from typing import Any, Final
 import psutil
 from bench_runtime import CASES, WORK, Worker, highest, memory_line, prepared, versions
 from rivals import Assigned
-from starter_runs import RESULTS, write_results
+from starter_runs import RESULTS, put_entries
 
 STEPS: Final = 2
 LABEL_SHARE: Final = 0.4
@@ -72,9 +71,7 @@ def main(arguments: Sequence[str]) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     command = "python benchmarks/memory_m135.py"
     entry = {"command": command, **measure(threads=options.threads, work=options.work)}
-    known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
-    known["memory_m135"] = entry
-    write_results(options.out, known.pop("command", command), known.pop("rows", []), **known)
+    put_entries(options.out, {"memory_m135": entry})
 
 
 if __name__ == "__main__":

@@ -137,7 +137,8 @@ def growth_table(found: Mapping[str, Any]) -> str:
 
 `{found["command"]}`: task `{settings["task"]}`, learning rate {settings["learning_rate"]:g}, {found["events"]} growths,
 logits {bits}. Figures are of the test split, mean and standard deviation over the seeds; "within
-the budget": at the largest strength whose KL is at most {settings["max_kl"]:g}.
+the budget": at the largest strength whose KL is at most {settings["max_kl"]:g}. Rounds, decay and the place of the
+growing block were set after shorter trials had been seen (24 and 36 rounds, in which it did not grow).
 
 {_arms(found["lines"])}"""
 

@@ -239,16 +239,52 @@ def results_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_results(path: Path, command: str, rows: Sequence[Mapping[str, Any]], **more: Any) -> None:
     """Writes a results file at once (rename), floats to six places."""
+    _write(path, {"command": command, **more, "rows": list(rows)})
+
+
+def put_entries(path: Path, entries: Mapping[str, Any]) -> None:
+    """Puts these into a results file that several benchmarks share, each with its own command; the rest of it stays."""
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    _write(path, {**held, **entries})
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    text = json.dumps(_rounded({"command": command, **more, "rows": list(rows)}), indent=1, ensure_ascii=False)
+    text = json.dumps(_rounded(content), indent=1, ensure_ascii=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
         file.write(text + "\n")
     Path(file.name).chmod(0o644)
     Path(file.name).replace(path)
 
 
+class RowBook:
+    """The finished runs of a benchmark, a line of JSON each, from which a new start goes on.
+
+    Args:
+        path: made with the first line. A last line that a kill has torn is dropped: its run is made again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Durable before the next run begins."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.append(row)
+        return row
+
+
 def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_rounded(inner) for inner in value]

@@ -28,7 +28,7 @@ from typing import Any, Final
 
 import numpy as np
 import zmq
-from starter_runs import RESULTS, machine, write_results
+from starter_runs import RESULTS, machine, put_entries
 from timed_assignment import assignment
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, NormHistory, fold
@@ -315,8 +315,8 @@ def main(arguments: Sequence[str]) -> None:
             rows[line.name] = measure(line)
             print(json.dumps(rows[line.name]), flush=True)
     ordered = [rows[line.name] for line in LINES if line.name in rows]
-    known["bytes_qwen05b"] = {"command": "python benchmarks/traffic.py", **summary(ordered), **machine()}
-    write_results(options.out, known.pop("command", "python benchmarks/traffic.py"), known.pop("rows", []), **known)
+    entry = {"command": "python benchmarks/traffic.py", **summary(ordered), **machine()}
+    put_entries(options.out, {"bytes_qwen05b": entry})
 
 
 if __name__ == "__main__":

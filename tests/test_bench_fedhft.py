@@ -130,7 +130,8 @@ def test_the_summary_keeps_what_others_wrote_into_the_file(tmp_path, monkeypatch
     file.write_text('{"other": {"rows": [1]}}')
     found = [row("fedhft", 1, [8] * 20), row("fedit", 1, [7] * 20), row("fedit", 0, [6] * 20)]
     found.append(row("fedit", 1, [1] * 20, learning_rate=7.0, id="not in the plan"))
-    monkeypatch.setattr(fedhft_minilm, "read_rows", lambda: found)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in found))
+    monkeypatch.setattr(fedhft_minilm, "ROWS", tmp_path / "rows.jsonl")
     fedhft_minilm.write_summary(file)
     content = json.loads(file.read_text())
     assert content["other"] == {"rows": [1]}
@@ -162,8 +163,7 @@ def test_without_the_model_the_benchmark_says_so_and_ends(capsys, monkeypatch):
     assert "skipped: all-MiniLM-L6-v2" in capsys.readouterr().out
 
 
-def test_the_page_says_of_each_line_what_was_measured(monkeypatch):
-    monkeypatch.setattr(fedhft_minilm, "read_rows", list)
+def test_the_page_says_of_each_line_what_was_measured():
     two = next(iter(fedhft_minilm.two_populations(1)))
     kept = {k: v for k, v in row("fedhft", 1, [8] * 20).items() if k not in asdict(two)}
     found = {**kept, **asdict(two), "id": fedhft_minilm.run_id(two), "clusters": 2, "prior_error": 0.1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,21 +39,15 @@ PROBE = {
 }  # fmt: skip
 
 
-def test_the_summary_has_every_line_and_leaves_other_keys_alone(tmp_path, monkeypatch) -> None:
+def test_the_summary_has_every_line() -> None:
     rows = [row(ONE, 1, 0.8, [EVENT]), row(ONE, 2, 0.9, []), row("1, thirds", 1, 0.6, []), PROBE]
     found = bench.summary(rows)
     line = found["growth"]["lines"][ONE]
     assert line["downstream"]["mean"] == pytest.approx(0.85)
     assert found["growth"]["logits_bit_equal_at_every_event"] is True
     assert set(found["rollout_probe"]["one_block"]) == {"1, thirds"}
-    file = tmp_path / "methods.json"
-    file.write_text(json.dumps({"fedhft": {"kept": 1}, "growth": "old"}))
-    monkeypatch.setattr(bench, "FILE", file)
-    bench.merge(found)
-    merged = json.loads(file.read_text())
-    assert merged["fedhft"] == {"kept": 1}
-    assert merged["growth"]["events"] == 1
-    text = growth_table(merged["growth"]) + probe_table(merged["rollout_probe"])
+    assert found["growth"]["events"] == 1
+    text = growth_table(found["growth"]) + probe_table(found["rollout_probe"])
     assert "0.850 ± 0.071" in text
     assert "9, never" in text
     assert "**5: 0.200**" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -198,6 +199,30 @@ def test_results_belong_to_the_shipped_model_and_the_frozen_split(name):
     for row in starter_runs.results_rows(path):
         assert row["base_hash"] == shipped
         assert row["partition_hash"] == partitions[row["task"]]
+
+
+def test_rows_survive_a_kill_in_mid_line_and_the_next_start_goes_on_behind_them(tmp_path):
+    path = tmp_path / "made" / "rows.jsonl"
+    book = starter_runs.RowBook(path)
+    assert book.rows == []
+    assert book.add({"id": "a"}) == {"id": "a"}
+    book.add({"id": "b"})
+    path.write_text(path.read_text() + '{"id": "c", "sco')
+    again = starter_runs.RowBook(path)
+    assert [row["id"] for row in again.rows] == ["a", "b"]
+    again.add({"id": "c"})
+    assert [row["id"] for row in starter_runs.RowBook(path).rows] == ["a", "b", "c"]
+
+
+def test_benchmarks_that_share_a_results_file_leave_each_others_entries_alone(tmp_path):
+    path = tmp_path / "results" / "methods.json"
+    starter_runs.put_entries(path, {"ours": {"command": "make a", "score": 0.123456789}})
+    starter_runs.put_entries(path, {"theirs": {"command": "make b"}})
+    starter_runs.put_entries(path, {"ours": {"command": "make a", "score": 1 / 3}})
+    assert json.loads(path.read_text()) == {
+        "ours": {"command": "make a", "score": 0.333333},
+        "theirs": {"command": "make b"},
+    }
 
 
 def test_a_part_of_a_page_is_replaced_and_the_rest_stays_as_it_is(tmp_path):

@@ -96,7 +96,7 @@ def study(tmp_path: Path, lines: str = "") -> x.Study:
     path = tmp_path / "e.toml"
     text = (x.FOLDER / "1_quality_association.toml").read_text(encoding="utf-8")
     path.write_text(text.split("[[line]]")[0] + (lines or ONE_LINE + OURS), encoding="utf-8")
-    return x.Study(experiment=x.load(path), book=x.Book(tmp_path / "rows.jsonl"), base_hash="ab", base_score=0.1)
+    return x.Study(experiment=x.load(path), book=x.RowBook(tmp_path / "rows.jsonl"), base_hash="ab", base_score=0.1)
 
 
 ONE_LINE = '[[line]]\nname = "fedit"\nmethod = "lora"\nrank = 16\nrates = [1e-3, 3e-3]\n'

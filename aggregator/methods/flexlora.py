@@ -19,25 +19,16 @@ from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.low_rank import Factored, truncate
 from fedblocks.aggregator.pairs import (
     Linear,
-    is_pair,
-    linears,
+    fold_pairs,
     pairs_trainable,
     published_value,
     trained_value,
 )
-from fedblocks.aggregator.plain_mean import (
-    Float64s,
-    OpenUpdate,
-    example_weights,
-    folded,
-    mean_change,
-    opened,
-    units_of,
-)
+from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate
 from fedblocks.aggregator.run_rules import GlobalState, MethodState, plan, publish
 from fedblocks.profiles.units import Units
 from fedblocks.protocol.initial_pairs import initial_pair_tensor
-from fedblocks.protocol.tensors import State
+from fedblocks.protocol.tensors import FloatArray
 
 #: Singular values below this share of the largest are rounding.
 RANK_TOLERANCE: Final = 1e-7
@@ -48,27 +39,23 @@ __all__ = ["aggregate", "plan", "publish"]
 def aggregate(updates: Sequence[AcceptedUpdate], *, shape: Units, state: MethodState, model: GlobalState) -> FoldResult:
     """The pairs of the mean product, minus the published ones."""
     del state
-    members = opened(updates, shape)
-    weights = example_weights(members)
-    aggregate: State = {}
-    for unit in units_of(members):
-        if not is_pair(unit):
-            aggregate[unit] = mean_change(updates, shape=shape).aggregate[unit]
-            continue
-        aggregate[unit] = {}
-        for pair in linears(shape, unit):
-            a, b = _redistributed(pair, members, weights, shape, model)
-            for spec, value in ((pair.a, a), (pair.b, b)):
-                start = published_value(shape, model.published, unit, spec).astype(np.float64)
-                aggregate[unit][spec.name] = (value - start).astype(np.float32)
-    return folded(aggregate, members, weights)
+
+    def change(pair: Linear, members: Sequence[OpenUpdate], weights: Sequence[float]) -> tuple[Float64s, Float64s]:
+        starts = [published_value(shape, model.published, pair.unit, spec) for spec in (pair.a, pair.b)]
+        a, b = _redistributed(pair, starts, members, weights, shape)
+        return a - starts[0].astype(np.float64), b - starts[1].astype(np.float64)
+
+    return fold_pairs(updates, shape=shape, rule=change)
 
 
 def _redistributed(
-    pair: Linear, members: Sequence[OpenUpdate], weights: Sequence[float], shape: Units, model: GlobalState
+    pair: Linear,
+    starts: Sequence[FloatArray],
+    members: Sequence[OpenUpdate],
+    weights: Sequence[float],
+    shape: Units,
 ) -> tuple[Float64s, Float64s]:
-    """A and B of the mean product."""
-    starts = [published_value(shape, model.published, pair.unit, spec) for spec in (pair.a, pair.b)]
+    """A and B of the mean product, from clients that began with the values ``starts``."""
     lefts: list[Float64s] = []
     rights: list[Float64s] = []
     for one, weight in zip(members, weights, strict=True):

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
-from fedblocks.aggregator.pairs import is_pair, linears, pairs_trainable, published_value, trained_value
-from fedblocks.aggregator.plain_mean import example_weights, folded, mean_change, opened, units_of
+from fedblocks.aggregator.pairs import Linear, fold_pairs, pairs_trainable, published_value, trained_value
+from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate
 from fedblocks.aggregator.run_rules import GlobalState, MethodState, PublishSettings, plan
+from fedblocks.profiles.model_shape import TensorSpec
 from fedblocks.profiles.units import Units
 from fedblocks.protocol import state as states
-from fedblocks.protocol.tensors import State
 
 __all__ = ["aggregate", "plan", "publish"]
 
@@ -28,31 +28,16 @@ __all__ = ["aggregate", "plan", "publish"]
 def aggregate(updates: Sequence[AcceptedUpdate], *, shape: Units, state: MethodState, model: GlobalState) -> FoldResult:
     """The stacked pairs of all clients, A weighed."""
     del state
-    members = opened(updates, shape)
-    weights = example_weights(members)
-    aggregate: State = {}
-    for unit in units_of(members):
-        if not is_pair(unit):
-            aggregate[unit] = mean_change(updates, shape=shape).aggregate[unit]
-            continue
-        aggregate[unit] = {}
-        for pair in linears(shape, unit):
-            parts = [
-                [
-                    trained_value(
-                        one,
-                        unit,
-                        spec,
-                        published_value(shape, {}, unit, spec, version=model.version - one.update.staleness),
-                    )
-                    for one in members
-                ]
-                for spec in (pair.a, pair.b)
-            ]
-            weighed = [weight * a for a, weight in zip(parts[0], weights, strict=True)]
-            aggregate[unit][pair.a.name] = np.vstack(weighed).astype(np.float32)
-            aggregate[unit][pair.b.name] = np.hstack(parts[1]).astype(np.float32)
-    return folded(aggregate, members, weights)
+
+    def trained(one: OpenUpdate, unit: int, spec: TensorSpec) -> Float64s:
+        version = model.version - one.update.staleness  # that the client's fresh pairs belong to
+        return trained_value(one, unit, spec, published_value(shape, {}, unit, spec, version=version))
+
+    def stack(pair: Linear, members: Sequence[OpenUpdate], weights: Sequence[float]) -> tuple[Float64s, Float64s]:
+        weighed = [w * trained(one, pair.unit, pair.a) for one, w in zip(members, weights, strict=True)]
+        return np.vstack(weighed), np.hstack([trained(one, pair.unit, pair.b) for one in members])
+
+    return fold_pairs(updates, shape=shape, rule=stack)
 
 
 def publish(

@@ -14,11 +14,10 @@ import numpy as np
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.low_rank import pair_norm
-from fedblocks.aggregator.pairs import is_pair, linears, published_value, trained_value
-from fedblocks.aggregator.plain_mean import add_first, example_weights, folded, mean_change, opened, units_of
+from fedblocks.aggregator.pairs import Linear, fold_pairs, published_value, trained_value
+from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate, add_first
 from fedblocks.aggregator.run_rules import GlobalState, MethodState, plan, publish
 from fedblocks.profiles.units import Units
-from fedblocks.protocol.tensors import State
 
 __all__ = ["aggregate", "plan", "publish"]
 
@@ -26,26 +25,20 @@ __all__ = ["aggregate", "plan", "publish"]
 def aggregate(updates: Sequence[AcceptedUpdate], *, shape: Units, state: MethodState, model: GlobalState) -> FoldResult:
     """The norm-weighted mean of zero-padded pairs, minus the published ones."""
     del state
-    members = opened(updates, shape)
-    examples = example_weights(members)
-    aggregate: State = {}
-    for unit in units_of(members):
-        if not is_pair(unit):
-            aggregate[unit] = mean_change(updates, shape=shape).aggregate[unit]
-            continue
-        aggregate[unit] = {}
-        for pair in linears(shape, unit):
-            starts = [published_value(shape, model.published, unit, spec) for spec in (pair.a, pair.b)]
-            trained = [
-                (trained_value(one, unit, pair.a, starts[0]), trained_value(one, unit, pair.b, starts[1]))
-                for one in members
-            ]
-            norms = [pair_norm(b, np.transpose(a)) for a, b in trained]
-            total_norm = sum(norms)
-            weights = [norm / total_norm for norm in norms] if total_norm > 0 else examples
-            for position, (spec, start) in enumerate(zip((pair.a, pair.b), starts, strict=True)):
-                mean = np.zeros(spec.shape, dtype=np.float64)
-                for values, weight in zip(trained, weights, strict=True):
-                    add_first(mean, values[position], weight)
-                aggregate[unit][spec.name] = (mean - start.astype(np.float64)).astype(np.float32)
-    return folded(aggregate, members, examples)
+
+    def change(pair: Linear, members: Sequence[OpenUpdate], weights: Sequence[float]) -> tuple[Float64s, Float64s]:
+        start_a, start_b = (published_value(shape, model.published, pair.unit, spec) for spec in (pair.a, pair.b))
+        trained = [
+            (trained_value(one, pair.unit, pair.a, start_a), trained_value(one, pair.unit, pair.b, start_b))
+            for one in members
+        ]
+        norms = [pair_norm(b, np.transpose(a)) for a, b in trained]
+        total_norm = sum(norms)
+        shares = [norm / total_norm for norm in norms] if total_norm > 0 else weights
+        a, b = np.zeros(start_a.shape, dtype=np.float64), np.zeros(start_b.shape, dtype=np.float64)
+        for (trained_a, trained_b), share in zip(trained, shares, strict=True):
+            add_first(a, trained_a, share)
+            add_first(b, trained_b, share)
+        return a - start_a.astype(np.float64), b - start_b.astype(np.float64)
+
+    return fold_pairs(updates, shape=shape, rule=change)
