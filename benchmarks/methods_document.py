@@ -116,6 +116,45 @@ frames of both directions are counted.
 {chr(10).join(rows)}"""
 
 
+TTA: Final = {
+    "tta": "every method with the deadline that it computes itself",
+    "tta_one_deadline": "all with FedIT's deadline",
+    "tta_starter": "costs of the starter model, on which overheads are nearly all",
+}
+
+
+def tta_table(name: str, found: Mapping[str, Any]) -> str:
+    """Time to target of a set of methods."""
+    rows = []
+    for arm, figures in found["arms"].items():
+        hours = ", ".join("-" if s is None else f"{s / 3600:.2f}" for s in figures["virtual_s_to_target"])
+        rounds = ", ".join("-" if r is None else str(r) for r in figures["rounds_to_target"])
+        scores = ", ".join(f"{score:.3f}" for score in figures["score_mean_of_last_3"])
+        gigabytes = sum(figures["bytes_up_and_down"]) / len(figures["bytes_up_and_down"]) / 1e9
+        rows.append(
+            f"| {arm} | {hours} | {rounds} | {scores} | {gigabytes:.1f} | {_times(found['speedups'].get(arm))} |"
+        )
+    first, shape = next(iter(found["arms"])), found["costs_of"]
+    return f"""### Time to target: {TTA[name]}
+
+`{found["command"]}`: the 20 clients of the four-tier ladder, virtual clock, costs of {shape or "the starter model"}; target
+{found["target"]:g} on the clients' held-out rows (mean of three rounds); {len(found["seeds"])} seeds, in this order. The last column is the
+time of that line over that of `{first}`, mean and range over seeds; "at least": the line ended before the target.
+
+| line | virtual hours to target | rounds | score at the end | GB moved | times as long |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}"""
+
+
+def _times(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "1"
+    if found["mean"] is None:
+        return f"- ({found['why']})"
+    bound = "at least " if found["lower_bounds_at_seeds"] else ""
+    return f"{bound}**{found['mean']:.2f}** ({found['low']:.2f} to {found['high']:.2f})"
+
+
 def memory_table(found: Mapping[str, Any]) -> str:
     """Peak memory of the 135 M shape."""
     rows = [f"| {label} | {value / 2**20:.0f} |" for label, value in found["peak_anon_bytes"].items()]
@@ -199,6 +238,7 @@ def parts(results: Mapping[str, Any]) -> Sequence[str]:
     if results.get("headline"):
         made.append(headline(results["headline"]))
     made += [quality(name, found) for name, found in results.get("quality", {}).items() if "lines" in found]
+    made += [tta_table(name, results[name]) for name in TTA if name in results]
     tables = (
         ("bytes_qwen05b", bytes_table),
         ("memory_m135", memory_table),

@@ -88,3 +88,22 @@ def test_a_run_is_not_made_twice(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         book.row("ladder", "uniform", bench_ladder.fleet_of(comparison, comparison.arms["uniform"], 1), workers=1)
     assert made == [1]
+
+
+def test_the_page_says_of_each_method_when_it_arrived_and_where_a_ratio_is_only_a_bound():
+    from methods_document import tta_table
+
+    arms = list(bench_ladder.COMPARISONS["tta"].arms)
+    times = dict.fromkeys(arms, 7200.0) | {"fedbe": 3600.0, "flora": None}
+    found = [
+        {
+            **run(1, times[arm], virtual_s=9000.0), "arm": arm, "rounds_to_target": 4, "score_mean_of_last_3": 0.98,
+            "costs_of": "qwen2.5-0.5b", "deadline_s": 60.0, "retention": 1.0, "bytes_up": 1, "bytes_down": 10**9 - 1,
+            "energy_wh": 1.0, "classes": [], "coverage": {}, "wall_s": 1.0, "id": arm,
+        }
+        for arm in arms
+    ]  # fmt: skip
+    page = tta_table("tta", {"command": "c", **bench_ladder.summary("tta", found)})
+    assert "| fedbe | 1.00 | 4 | 0.980 | 1.0 | 1 |" in page
+    assert "| fedit | 2.00 | 4 | 0.980 | 1.0 | **2.00** (2.00 to 2.00) |" in page
+    assert "| flora | - | 4 | 0.980 | 1.0 | at least **2.50** (2.50 to 2.50) |" in page
