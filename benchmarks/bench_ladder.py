@@ -86,11 +86,9 @@ LARGE_RUN: Final[Mapping[str, Any]] = {"server.heartbeat_interval_s": 60.0}
 METHODS: Final = {
     "fedbe": Arm(run={"allocation.slim": True}),
     "fedit": Arm(run={"run.method": "fedit", "training.learning_rate": 3e-3}),
-    "fedit_int8": Arm(run={"run.method": "fedit", "training.learning_rate": 3e-3, "delta.format": "int8"}),
     "hetlora": Arm(run={"run.method": "hetlora", "training.learning_rate": 3e-3, "allocation.slim": True}),
     "flexlora": Arm(run={"run.method": "flexlora", "training.learning_rate": 3e-3, "allocation.slim": True}),
     "flora": Arm(run={"run.method": "flora", "training.learning_rate": 3e-3, "allocation.slim": True}),
-    "fedavg": Arm(run={"run.method": "fedavg", "training.learning_rate": 1e-3}),
 }
 #: 0.97 of what ``fedit`` gains, which gets every held-out row right (methods.md 12.4).
 OF_GAIN: Final[Mapping[str, Any]] = {"run.target_score": 0.97, "run.max_rounds": 40}
