@@ -16,6 +16,7 @@ ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchm
 
 .PHONY: help setup demo test test-slow test-gpu fuzz check format lint types imports docs wheel clean
 .PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic bench-aggregator bench-fedhft experiments test-kernels packs budgets
+.PHONY: peers bench-peers
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -74,6 +75,26 @@ bench-traffic: setup  ## bytes at the socket for updates of the Qwen2.5-0.5B sha
 
 bench-aggregator: setup  ## rounds beside the bare wire, memory by clients, 1,000 clients, 10,000 rounds (an hour)
 	$(BENCH) benchmarks/bench_aggregator.py
+
+# Flower and NVFlare pin older libraries than ours, so each stands in an environment of its own.
+PEERS := .peers
+$(PEERS)/flwr/.ready:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip setuptools
+	$(@D)/bin/python -m pip install --quiet "flwr==1.41.0"
+	touch $@
+
+$(PEERS)/nvflare/.ready:
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip setuptools
+	$(@D)/bin/python -m pip install --quiet "nvflare==2.9.0"
+	touch $@
+
+peers: $(PEERS)/flwr/.ready $(PEERS)/nvflare/.ready  ## make .peers/flwr and .peers/nvflare, environments of their own (550 MB)
+
+bench-peers: setup peers  ## a round, bad updates and crashes beside Flower and NVFlare (an hour; docs/peers.md)
+	$(BENCH) benchmarks/bench_peers.py
+	$(BENCH) benchmarks/peers_document.py
 
 test-kernels: setup  ## all tests of kernels/, with the matrix of all compiled forms (10 minutes)
 	$(BIN)/pytest -m "not gpu" tests/kernels

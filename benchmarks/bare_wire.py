@@ -1,4 +1,4 @@
-"""What does the wire itself cost? A round of bare ZeroMQ with CURVE: bytes to every client, and the same bytes back.
+"""What does the wire itself cost? A round of bare ZeroMQ, CURVE on or off: bytes to every client, and as many back.
 
 No sessions, checksums, credit, acknowledgements or disk; who may connect is not asked. The clients of one process share
 a loop, as the light clients do.
@@ -25,12 +25,13 @@ def _frames(num_bytes: int) -> list[bytes]:
     return [data[start : start + FRAME_BYTES] for start in range(0, num_bytes, FRAME_BYTES)]
 
 
-def rounds(num_clients: int, num_bytes: int, count: int, *, processes: int) -> list[float]:
+def rounds(num_clients: int, num_bytes: int, count: int, *, processes: int, encrypted: bool = True) -> list[float]:
     """Seconds of each round, first frame out to last one in; the first round, in which all connect, is left out."""
     public, secret = zmq.curve_keypair()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     router = context.socket(zmq.ROUTER)
-    router.curve_server, router.curve_secretkey = True, secret
+    if encrypted:
+        router.curve_server, router.curve_secretkey = True, secret
     router.set(zmq.SNDHWM, 0)
     router.set(zmq.RCVHWM, 0)
     router.set(zmq.LINGER, 1000)
@@ -45,7 +46,7 @@ def rounds(num_clients: int, num_bytes: int, count: int, *, processes: int) -> l
         )
         assert worker.stdin is not None
         clients = len(range(number, num_clients, processes))
-        spec = {"port": port, "key": public.decode(), "clients": clients, "bytes": num_bytes}
+        spec = {"port": port, "key": public.decode() if encrypted else None, "clients": clients, "bytes": num_bytes}
         worker.stdin.write(json.dumps(spec) + "\n")
         worker.stdin.flush()
         workers.append(worker)
@@ -93,10 +94,11 @@ def main(sockets: Sequence[zmq.Socket[bytes]], num_bytes: int) -> None:
                     socket.send(part, copy=False)
 
 
-def _connected(context: zmq.Context[zmq.Socket[bytes]], port: int, key: str) -> zmq.Socket[bytes]:
+def _connected(context: zmq.Context[zmq.Socket[bytes]], port: int, key: str | None) -> zmq.Socket[bytes]:
     socket = context.socket(zmq.DEALER)
-    socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
-    socket.curve_serverkey = key.encode()
+    if key is not None:
+        socket.curve_publickey, socket.curve_secretkey = zmq.curve_keypair()
+        socket.curve_serverkey = key.encode()
     socket.set(zmq.SNDHWM, 0)
     socket.set(zmq.RCVHWM, 0)
     socket.connect(f"tcp://127.0.0.1:{port}")

@@ -29,6 +29,7 @@ from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
+from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan, plan_expansion
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
@@ -232,6 +233,8 @@ class _Client:
     name: str
     pair: tuple[str, str]
     socket: zmq.Socket[bytes] | None = None
+    monitor: zmq.Socket[bytes] | None = None
+    """Says when the aggregator closes the connection or dies."""
     connection: Connection | None = None
     held_version: int = 0
     unanswered: Assignment | None = None
@@ -264,16 +267,35 @@ class Clients:
             self._connect(client)
         while not all(client.finished for client in self.clients):
             for socket, _ in self._poller.poll(200):
-                self._receive(self._by_socket[socket])
+                client = self._by_socket.get(socket)  # none: it was left in this turn
+                if client is None:
+                    continue
+                self._receive(client)
+                if self._is_lost(client):
+                    self._leave(client)
+                    client.heard_s = 0.0
             self._keep_alive()
         self._context.destroy(linger=1000)
         return [client.counts for client in self.clients]
 
+    @staticmethod
+    def _is_lost(client: _Client) -> bool:
+        """libzmq connects again by itself, but what comes then is of a session that this end does not have."""
+        return client.monitor is not None and bool(client.monitor.poll(0))
+
+    def _leave(self, client: _Client) -> None:
+        if client.socket is None or client.monitor is None:
+            return
+        for socket in (client.socket, client.monitor):
+            self._poller.unregister(socket)
+            del self._by_socket[socket]
+        client.socket.disable_monitor()
+        client.monitor.close(linger=0)
+        client.socket.close(linger=0)
+        client.socket = client.monitor = None
+
     def _connect(self, client: _Client) -> None:
-        if client.socket is not None:
-            self._poller.unregister(client.socket)
-            del self._by_socket[client.socket]
-            client.socket.close(linger=0)
+        self._leave(client)
         socket = self._context.socket(zmq.DEALER)
         socket.curve_publickey, socket.curve_secretkey = (part.encode() for part in client.pair)
         socket.curve_serverkey = self._server_key.encode()
@@ -281,11 +303,13 @@ class Clients:
         socket.set(zmq.RECONNECT_IVL_MAX, 4000)
         socket.set(zmq.LINGER, 0)
         socket.set(zmq.HANDSHAKE_IVL, 60_000)
+        client.monitor = socket.get_monitor_socket(zmq.Event.DISCONNECTED)
         socket.connect(self._address)
         client.socket, client.connection = socket, Connection(receives=FROM_AGGREGATOR, max_incoming=MAX_INCOMING)
         client.counts["connections"] += 1
-        self._poller.register(socket, zmq.POLLIN)
-        self._by_socket[socket] = client
+        for one in (socket, client.monitor):
+            self._poller.register(one, zmq.POLLIN)
+            self._by_socket[one] = client
         now_s = time.monotonic()
         client.heard_s, client.beat_s = now_s, now_s + HEARTBEAT_S * self._random.random()
         self._say(client, self._hello(client))
@@ -338,7 +362,13 @@ class Clients:
         while not client.finished and socket.poll(0):
             frames = [frame.buffer for frame in socket.recv_multipart(copy=False)]
             client.heard_s = time.monotonic()
-            for event in connection.receive(frames):
+            try:
+                events = connection.receive(frames)
+            except RemoteProtocolError:
+                if not self._is_lost(client):
+                    raise
+                return
+            for event in events:
                 match event:
                     case MessageArrived(message=message):
                         self._heard(client, message)
@@ -348,6 +378,8 @@ class Clients:
                                 self._heard(client, done.message)
                     case PayloadArrived(message=message):
                         self._heard(client, message)
+                    case _ if self._is_lost(client):
+                        return
                     case _:
                         raise RuntimeError(f"{client.name}: {event}")
             self._flush(client)
