@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, Literal, cast
 
 from fedblocks.aggregator.rounds import Outcome
@@ -162,6 +163,11 @@ MIGRATIONS: Final[tuple[str, ...]] = (
     );
     UPDATE rounds SET method_state = json_set(method_state, '$.growth.probing', 0) WHERE method_state NOT NULL;
     """,
+    """
+    CREATE TABLE IF NOT EXISTS files (
+        version INTEGER NOT NULL, name TEXT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (version, name)
+    );
+    """,
 )
 
 #: Refusals that say something about what a client computes; after ``server.quarantine_after`` of them it gets no task.
@@ -192,7 +198,13 @@ MAX_REFUSAL_TEXT: Final = 500
 class LedgerError(RuntimeError):
     """The ledger cannot be used: made by a newer release, or of another run."""
 
-    exit_code: Final = 2
+    exit_code: int = 2
+
+
+class LedgerDamagedError(LedgerError):
+    """SQLite finds the file torn, or it is gone while what it named is there."""
+
+    exit_code = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,9 +392,16 @@ class Ledger:
         stop_reason: str | None,
         metrics: object,
         unix_s: float,
+        files: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """The round is folded and its state file is in place."""
+        """The round is folded and its state file is in place.
+
+        Args:
+            files: of the new version, name -> SHA-256 of the bytes.
+        """
         with self.transaction():
+            rows = [(new_version, name, sha256) for name, sha256 in sorted(files.items())]
+            self._db.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
             self._db.execute(
                 "UPDATE rounds SET phase = 'folded', closed_unix_s = ?, settings = ?, new_version = ?, "
                 "state_sha256 = ?, method_state = ?, stop_reason = ?, metrics = ? WHERE round = ?",
@@ -416,6 +435,20 @@ class Ledger:
     def get_round(self, round: int) -> StoredRound | None:
         row = self._one("SELECT * FROM rounds WHERE round = ?", round)
         return None if row is None else _round(row)
+
+    def round_of_version(self, version: int) -> StoredRound | None:
+        """The round that made this version; None for version 0 and for one that was never committed."""
+        row = self._one(
+            "SELECT * FROM rounds WHERE kind = 'train' AND phase = 'folded' AND new_version = ? AND version < ?",
+            version,
+            version,
+        )
+        return None if row is None else _round(row)
+
+    def files_of(self, version: int) -> dict[str, str]:
+        """The files of a version, name -> SHA-256; empty where an older release wrote it."""
+        rows = self._db.execute("SELECT name, sha256 FROM files WHERE version = ? ORDER BY name", (version,))
+        return dict(rows.fetchall())
 
     def assignments(self, round: int) -> list[StoredAssignment]:
         """All assignments of the round, by client key; a replaced one stands before its replacement."""
@@ -631,6 +664,28 @@ def _loads(text: str | None) -> Any:
     return None if text is None else json.loads(text)
 
 
+@contextmanager
+def naming_damage(path: Path) -> Generator[None]:
+    """What SQLite says of a damaged file becomes one line.
+
+    Raises:
+        LedgerDamagedError: the file at ``path`` is torn, or no SQLite file.
+    """
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if type(error) is not sqlite3.DatabaseError:  # a subclass is something else: locked, a full disk, a bug
+            raise
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, what: str) -> LedgerDamagedError:
+    return LedgerDamagedError(
+        f"{path} is damaged: {' '.join(what.split())}; nothing was overwritten: put the copy of your backup in its "
+        "place, without the -wal and -shm files beside it, and serve again"
+    )
+
+
 def open_ledger(path: Path, identity: Mapping[str, str]) -> Ledger:
     """The ledger at ``path``, made or migrated as needed.
 
@@ -639,15 +694,38 @@ def open_ledger(path: Path, identity: Mapping[str, str]) -> Ledger:
 
     Raises:
         LedgerError: another run's ledger, or one written by a newer release.
+        LedgerDamagedError: its pages do not hang together.
     """
+    if path.exists():
+        _check_pages(path)
     db = sqlite3.connect(path, isolation_level=None, timeout=10.0)
-    path.chmod(0o600)
+    try:
+        path.chmod(0o600)
+        with naming_damage(path):
+            return _opened(db, path, identity)
+    except BaseException:
+        db.close()
+        raise
+
+
+def _check_pages(path: Path) -> None:
+    """Read-only, so that a damaged file stays as it was found."""
+    with naming_damage(path), closing(_reader(path)) as db:
+        (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise _damaged(path, found)
+
+
+def _reader(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
+
+
+def _opened(db: sqlite3.Connection, path: Path, identity: Mapping[str, str]) -> Ledger:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = FULL")
     db.execute("PRAGMA foreign_keys = ON")
     (found,) = db.execute("PRAGMA user_version").fetchone()
     if found > len(MIGRATIONS):
-        db.close()
         raise LedgerError(
             f"{path}: schema version {found}, this release knows {len(MIGRATIONS)}; use the release that wrote it"
         )
@@ -660,7 +738,6 @@ def open_ledger(path: Path, identity: Mapping[str, str]) -> Ledger:
         if stored is None:
             ledger.set_run(name, value)
         elif stored != value:
-            ledger.close()
             raise LedgerError(
                 f"{path}: {name} is {stored!r} in the ledger and {value!r} in the run folder; "
                 "a ledger belongs to one run: use a new folder"
@@ -669,14 +746,15 @@ def open_ledger(path: Path, identity: Mapping[str, str]) -> Ledger:
 
 
 def is_made(path: Path) -> bool:
-    """True once the ledger has its tables; a file whose schema is still being written is not there yet."""
+    """True once the ledger has its tables; a file whose schema is still being written is not there yet.
+
+    Raises:
+        LedgerDamagedError: the file is no ledger any more.
+    """
     if not path.exists():
         return False
-    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
-    try:
+    with naming_damage(path), closing(_reader(path)) as db:
         (version,) = db.execute("PRAGMA user_version").fetchone()
-    finally:
-        db.close()
     return version > 0
 
 
@@ -685,18 +763,18 @@ def open_read_only(path: Path) -> Ledger:
 
     Raises:
         LedgerError: there is none yet.
+        LedgerDamagedError: the file is no ledger any more.
     """
     if not path.exists():
         raise LedgerError(f"{path} does not exist: this run was never served; start it with: fedblocks serve RUN")
-    db = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None, timeout=10.0)
-    (version,) = db.execute("PRAGMA user_version").fetchone()
+    with naming_damage(path), closing(_reader(path)) as db:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
     if version != len(MIGRATIONS):
-        db.close()
         raise LedgerError(
             f"{path}: schema version {version}, this release reads {len(MIGRATIONS)}; serve the run with this release, "
             "or read it with the one that wrote it"
         )
-    return Ledger(db)
+    return Ledger(_reader(path))
 
 
 def release(path: Path, name: str) -> None:

@@ -6,6 +6,7 @@
     RUN/ledger.sqlite     see ``ledger.py``; it decides what counts, the files below only hold bytes
     RUN/incoming/<attempt_id>.<n>.part           an upload while it arrives
     RUN/updates/<round>/<attempt_id>.delta       accepted payloads, by the round that folds them
+    RUN/state/*.damaged, *.damaged-2, ...        what was not what the ledger names, and was made again
     RUN/state/v00007.qdown                       the step from version 6 to version 7 (``protocol/state.py``)
     RUN/state/v00007.safetensors                 the published state at version 7
     RUN/state/v00007.residual.safetensors        what the published steps still owe
@@ -14,8 +15,9 @@
     RUN/metrics.jsonl                            one line per round
 
 A file is complete under its final name or not there: temporary name, fsync, rename, fsync of the folder.
-Steps are kept for the whole run (clients that return catch up from them); of the other two files the newest
-:data:`KEPT_STATES` versions.
+Steps are kept for the whole run (clients that return catch up from them); of a version's other files those of the
+newest :data:`KEPT_STATES`. Payloads are kept until the next version is there, so that a file that a disk has damaged
+can be made again (``repair.py``), or for the whole run (``server.keep_updates``).
 """
 
 from __future__ import annotations
@@ -125,9 +127,11 @@ class RunFolder:
             update.parent.mkdir(mode=0o700)
             sync_folder(update.parent.parent)
 
-    def drop_updates(self, round: int) -> None:
-        """Delete the payloads that this round folded."""
-        shutil.rmtree(self.path / "updates" / f"{round:05d}", ignore_errors=True)
+    def drop_updates(self, before_round: int) -> None:
+        """Delete the payloads that earlier rounds folded."""
+        for folder in (self.path / "updates").iterdir():
+            if folder.name.isdecimal() and int(folder.name) < before_round:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def drop_parts(self) -> None:
         """Delete what half-finished uploads of an earlier process left behind."""
@@ -152,15 +156,23 @@ class RunFolder:
         except FileNotFoundError as error:
             raise RunFolderError(f"{path} is missing; restore the run folder from a backup") from error
 
+    def version_files(
+        self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
+    ) -> dict[Path, bytes]:
+        """What a version consists of, in the order of writing."""
+        files = {
+            self.step_path(version): step,
+            self.state_path(version): to_safetensors(published),
+            self.residual_path(version): to_safetensors(residual),
+        }
+        return {**files, self.moments_path(version): to_safetensors(moments)} if moments else files
+
     def save_version(
         self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
-    ) -> None:
-        """All files of a new version, durable; the ledger's row comes after."""
-        write_durably(self.step_path(version), step)
-        write_durably(self._state_path(version), _to_safetensors(published))
-        write_durably(self._residual_path(version), _to_safetensors(residual))
-        if moments:
-            write_durably(self._moments_path(version), _to_safetensors(moments))
+    ) -> dict[str, str]:
+        """All files of a new version, durable; the ledger's row comes after, with their names and SHA-256."""
+        files = self.version_files(version, step=step, published=published, residual=residual, moments=moments)
+        return _write_all(files)
 
     def load_version(self, version: int) -> tuple[State, State, State]:
         """Published state, residual and the server optimizer's moments at ``version``; all empty at version 0.
@@ -170,40 +182,65 @@ class RunFolder:
         """
         if version == 0:
             return {}, {}, {}
-        moments = self._moments_path(version)
+        moments = self.moments_path(version)
         return (
-            _from_safetensors(self._state_path(version)),
-            _from_safetensors(self._residual_path(version)),
-            _from_safetensors(moments) if moments.exists() else {},
+            read_state(self.state_path(version)),
+            read_state(self.residual_path(version)),
+            read_state(moments) if moments.exists() else {},
         )
 
     def drop_old_states(self, version: int) -> None:
         """Keep the newest :data:`KEPT_STATES` states up to ``version``; steps are never dropped."""
         for old in range(version - KEPT_STATES, 0, -1):
-            path = self._state_path(old)
+            path = self.state_path(old)
             if not path.exists():
                 break
             path.unlink()
-            self._residual_path(old).unlink(missing_ok=True)
-            self._moments_path(old).unlink(missing_ok=True)
+            self.residual_path(old).unlink(missing_ok=True)
+            self.moments_path(old).unlink(missing_ok=True)
 
-    def save_final(self, published: State, record: Mapping[str, Any]) -> None:
-        """The result of the run."""
-        write_durably(self.path / "state" / "final.safetensors", _to_safetensors(published))
-        write_durably(self.path / "state" / "final.json", (json.dumps(record, indent=2) + "\n").encode())
+    def save_final(self, published: State, record: Mapping[str, Any], clusters: Sequence[State] = ()) -> dict[str, str]:
+        """The result of the run; returns name -> SHA-256."""
+        return _write_all(self.final_files(published, record, clusters))
 
-    def save_clusters(self, clusters: Sequence[State]) -> None:
-        """What the clients' own models are mixed from, by the memberships in final.json."""
-        for number, state in enumerate(clusters):
-            write_durably(self.path / "state" / f"final.cluster-{number}.safetensors", _to_safetensors(state))
+    def final_files(
+        self, published: State, record: Mapping[str, Any], clusters: Sequence[State] = ()
+    ) -> dict[Path, bytes]:
+        """What the result consists of.
 
-    def _state_path(self, version: int) -> Path:
+        Args:
+            clusters: what the clients' own models are mixed from, by the memberships in ``record``.
+        """
+        folder = self.path / "state"
+        own = {
+            folder / f"final.cluster-{number}.safetensors": to_safetensors(state)
+            for number, state in enumerate(clusters)
+        }
+        return {
+            folder / "final.safetensors": to_safetensors(published),
+            **own,
+            folder / "final.json": (json.dumps(record, indent=2) + "\n").encode(),
+        }
+
+    def paths_of(self, version: int) -> tuple[Path, ...]:
+        """All files that a version may have."""
+        return (
+            self.step_path(version),
+            self.state_path(version),
+            self.residual_path(version),
+            self.moments_path(version),
+        )
+
+    def state_path(self, version: int) -> Path:
+        """The published state at ``version``."""
         return self.path / "state" / f"v{version:05d}.safetensors"
 
-    def _residual_path(self, version: int) -> Path:
+    def residual_path(self, version: int) -> Path:
+        """What the steps up to ``version`` still owe."""
         return self.path / "state" / f"v{version:05d}.residual.safetensors"
 
-    def _moments_path(self, version: int) -> Path:
+    def moments_path(self, version: int) -> Path:
+        """The server optimizer's moments at ``version``; there is no file where it has none."""
         return self.path / "state" / f"v{version:05d}.moments.safetensors"
 
     # metrics
@@ -312,12 +349,25 @@ def _file_name(attempt_id: AttemptId) -> str:
     return attempt_id
 
 
-def _to_safetensors(state: State) -> bytes:
+def _write_all(files: Mapping[Path, bytes]) -> dict[str, str]:
+    """Name -> SHA-256 of what was written."""
+    for path, data in files.items():
+        write_durably(path, data)
+    return {path.name: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+
+
+def to_safetensors(state: State) -> bytes:
+    """What a state's file holds."""
     return safetensors.numpy.save(flatten(state))
 
 
-def _from_safetensors(path: Path) -> State:
+def read_state(path: Path) -> State:
+    """The state in a file.
+
+    Raises:
+        RunFolderError: the file is missing, or no safetensors.
+    """
     try:
         return unflatten(cast("dict[str, FloatArray]", safetensors.numpy.load(path.read_bytes())))
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise RunFolderError(f"{path}: {error}") from error

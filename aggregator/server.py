@@ -25,6 +25,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -39,6 +40,7 @@ from fedblocks.aggregator import (
     probing,
     progress,
     registry,
+    repair,
     rounds,
     run_rules,
 )
@@ -64,12 +66,13 @@ from fedblocks.aggregator.ledger import (
     Ledger,
     StoredRound,
     StoredUpdate,
+    naming_damage,
     open_ledger,
 )
 from fedblocks.aggregator.personalisation import cluster_state
 from fedblocks.aggregator.probing import PlannedProbe
 from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
-from fedblocks.aggregator.replay import accepted_update, state_at
+from fedblocks.aggregator.replay import accepted_update
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
 from fedblocks.aggregator.stopping import stop_requested, withdraw_request
@@ -101,7 +104,8 @@ from fedblocks.protocol.messages import (
     Welcome,
 )
 from fedblocks.protocol.payloads import Bytes
-from fedblocks.protocol.state import make_update, state_sha256
+from fedblocks.protocol.state import make_update
+from fedblocks.protocol.tensors import State
 
 EXIT_DONE: Final = 0
 EXIT_INTERRUPTED: Final = 7
@@ -202,6 +206,8 @@ class Aggregator:
         """The result is not the newest version: what a client holds of it was mixed by earlier memberships."""
         self._told: dict[ClientKey, object] = {}
         """The gist of the last plan that the operator was told of each client."""
+        self._noted: set[str] = set()
+        """Lines that are not said twice."""
         self._opened: RoundsState | None = None
         """The newest state in which a round was open: how long, until when, and whether it was extended."""
         self._actions: deque[rounds.Action] = deque()
@@ -258,16 +264,13 @@ class Aggregator:
             else from_plain(run_rules.MethodState, newest.method_state, where="ledger.rounds")
         )
         version: int = newest.new_version or 0 if newest is not None else 0
-        published, residual, moments = self._folder.load_version(version)
-        sha256 = state_sha256(self._published_units, published)
-        if newest is not None and sha256 != newest.state_sha256:
-            raise RunFolderError(
-                f"{self._folder.path}: the state of version {version} has hash {sha256}, the ledger says "
-                f"{newest.state_sha256}; restore the folder from a backup"
-            )
-        self._model = run_rules.GlobalState(
-            version=version, published=published, residual=residual, sha256=sha256, moments=moments
-        )
+        finished = last is not None and last.kind == "final" and last.phase == "folded"
+        found = repair.newest_version(self._folder, self._ledger, version, goes_on=not finished)
+        self._model = found.model
+        for note in found.notes:
+            self._books.note(note)
+        if finished:
+            self._restore_final()
         self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
         self._privacy: privacy.PrivacyBooks | None = privacy.open_books(self._config, self._ledger)
         self._ledger.set_run("quarantine_after", self._config.server.quarantine_after)
@@ -276,6 +279,18 @@ class Aggregator:
         self._state = self._restored_rounds(last, roster)
         if last is not None:
             self._books.note(f"resumed: {self._state.phase} round {self._state.round} at version {self._model.version}")
+
+    def _restore_final(self) -> None:
+        """Write again what is damaged of a finished run's result."""
+        named: dict[str, str] = self._ledger.get_run("final_files") or {}
+        damage = repair.faults({self._folder.path / "state" / name: sha256 for name, sha256 in named.items()})
+        if not damage:
+            return
+        final = self._ledger.get_run("final")
+        model = repair.published_at(self._folder, self._ledger, final["version"])
+        files = self._folder.final_files(*self._result(model, final))
+        for path, what in damage.items():
+            self._books.note(repair.replace_damaged(path, files[path], what))
 
     def _restored_rounds(self, last: StoredRound | None, roster: Sequence[tuple[ClientKey, str]]) -> RoundsState:
         now_s = self._clock()
@@ -612,6 +627,11 @@ class Aggregator:
             self._opened = self._state
         self._actions.extend(actions)
 
+    def _note_once(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self._books.note(text)
+
     def _must_act(self) -> bool:
         return any(not isinstance(a, (rounds.SendTask, rounds.Note)) for a in self._actions)
 
@@ -781,18 +801,37 @@ class Aggregator:
         found = self._updates_to.get(which)
         if found is None:
             model = run_rules.personal_state(self._model, self._method, key, shape=self._published_units)
-            found = make_update(
-                self._folder.read_step,
+            update = partial(
+                make_update,
+                self._read_step,
                 shape=self._published_units,
-                from_version=held_version,
                 to_version=model.version,
                 published=model.published,
                 sha256=model.sha256,
             )
+            try:
+                found = update(from_version=held_version)
+            except RunFolderError as error:
+                self._note_once(f"{error}; clients that hold an older version get the whole state")
+                found = update(from_version=UNKNOWN_VERSION)
             while len(self._updates_to) >= MAX_CACHED_UPDATES:
                 del self._updates_to[next(iter(self._updates_to))]
             self._updates_to[which] = found
         return found
+
+    def _read_step(self, from_version: int) -> bytes:
+        """A step, verified; the newest one is made again where the disk has damaged it.
+
+        Raises:
+            RunFolderError: it is damaged, and was folded too long ago.
+        """
+        try:
+            return repair.read_step(self._folder, self._ledger, from_version)
+        except RunFolderError:
+            if from_version + 1 != self._model.version:
+                raise
+        self._books.note(repair.make_step_again(self._folder, self._ledger, self._model.version))
+        return repair.read_step(self._folder, self._ledger, from_version)
 
     def _close_round(self) -> None:
         began_s = self._clock()
@@ -830,8 +869,9 @@ class Aggregator:
             privacy=self._privacy,
         )
         model = closed.model
+        files: dict[str, str] = {}
         if closed.step is not None:
-            self._folder.save_version(
+            files = self._folder.save_version(
                 model.version,
                 step=closed.step,
                 published=model.published,
@@ -867,6 +907,7 @@ class Aggregator:
                 stop_reason=closed.stop_reason,
                 metrics=metrics,
                 unix_s=self._books.now_unix_s,
+                files=files,
             )
         for block in sorted(set(grown.block_ids) - set(before.block_ids)):
             self._books.note(f"round {number}: {growth.growth_line(self._folder.plan, before.block_ids, block)}")
@@ -881,7 +922,7 @@ class Aggregator:
         self._durations_s = [*self._durations_s, metrics["round_s"]][-progress.ETA_ROUNDS :]
         self._folder.append_metrics(metrics)
         self._folder.drop_old_states(model.version)
-        if not self._config.server.keep_updates:
+        if files and not self._config.server.keep_updates:
             self._folder.drop_updates(number)
         for clip in closed.folded.clipped:
             name = self._books.name(clip.client)
@@ -946,7 +987,7 @@ class Aggregator:
     def _use_final_state(self, version: int) -> None:
         """Go back to an earlier version, for a run that diverged; the steps lead there bit for bit."""
         if version != self._model.version:
-            self._model = state_at(self._folder, version)
+            self._model = repair.published_at(self._folder, self._ledger, version)
             self._updates_to.clear()
             self._fell_back = True
 
@@ -967,13 +1008,11 @@ class Aggregator:
             measured=self._ledger.measurements(number),
             clients=self._books.clients.values(),
         )
-        self._folder.save_final(everybodys.published, final)
-        if self._method.mixture is not None:
-            clusters = range(self._method.mixture.clusters)
-            self._folder.save_clusters([cluster_state(self._model.published, cluster) for cluster in clusters])
+        files = self._folder.save_final(*self._result(self._model, final))
         with self._ledger.transaction():
             self._books.save_all()
             self._ledger.set_run("final", final)
+            self._ledger.set_run("final_files", files)
             self._ledger.set_run("waiting_for", rounds.waiting_for(self._state, self._rules))
             self._ledger.commit_round(
                 number,
@@ -985,9 +1024,20 @@ class Aggregator:
                 metrics=None,
                 unix_s=self._books.now_unix_s,
             )
+        if not self._config.server.keep_updates:
+            self._folder.drop_updates(number)
         self._books.say(progress.final_line(final))
         for key in self._connected():
             self._endpoint.send(key, Goodbye(reason=f"the run is finished: {reason}", finished=True))
+
+    def _result(
+        self, model: run_rules.GlobalState, final: Mapping[str, Any]
+    ) -> tuple[State, Mapping[str, Any], tuple[State, ...]]:
+        """What is written of a finished run: everybody's state, the record, and what own models are mixed from."""
+        everybodys = run_rules.personal_state(model, self._method, None, shape=self._published_units)
+        mixture = self._method.mixture
+        clusters = () if mixture is None else range(mixture.clusters)
+        return everybodys.published, final, tuple(cluster_state(model.published, c) for c in clusters)
 
     # small steps
 
@@ -1057,7 +1107,8 @@ def serve(
     stop = stop or threading.Event()
     folder = open_run_folder(run, tuple(overrides))
     try:
-        return _serve(folder, say, stop)
+        with naming_damage(folder.ledger_path):
+            return _serve(folder, say, stop)
     except sqlite3.OperationalError as error:
         say(f"{folder.ledger_path}: {error}; nothing that was acknowledged is lost, serve again to go on")
     except OSError as error:
@@ -1074,6 +1125,7 @@ def _serve(folder: RunFolder, say: Callable[[str], None], stop: threading.Event)
         cleanup.enter_context(_interrupts(stop))
         withdraw_request(run)
         folder.save_effective_config()
+        repair.check_ledger_is_there(folder)
         ledger = open_ledger(folder.ledger_path, folder.identity())
         cleanup.callback(ledger.close)
         keys = load_or_create_server_keys(run)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fedblocks.aggregator.ledger import Ledger, StoredClient, StoredRound, is_made, open_read_only
+from fedblocks.aggregator.ledger import Ledger, StoredClient, StoredRound, is_made, naming_damage, open_read_only
 from fedblocks.aggregator.progress import forgetting_text
 from fedblocks.aggregator.registry import client_from_record
 from fedblocks.aggregator.run_folder import RunFolder, read_run_folder
@@ -56,7 +56,7 @@ def run_status(run: Path, *, newest_rounds: int | None = None) -> dict[str, Any]
 
     Raises:
         RunFolderError, ConfigError: ``run`` is no run folder.
-        LedgerError: the ledger was written by another release.
+        LedgerError: the ledger was written by another release, or is damaged.
     """
     folder = read_run_folder(run)
     status: dict[str, Any] = {
@@ -84,7 +84,8 @@ def run_status(run: Path, *, newest_rounds: int | None = None) -> dict[str, Any]
         return {**status, **never, **nothing, **rest}
     ledger = open_read_only(folder.ledger_path)
     try:
-        return {**status, **_served(folder, ledger, newest_rounds)}
+        with naming_damage(folder.ledger_path):
+            return {**status, **_served(folder, ledger, newest_rounds)}
     finally:
         ledger.close()
 

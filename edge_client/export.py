@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_torch_file
 from safetensors.torch import save_file
@@ -44,8 +45,10 @@ from fedblocks.edge_client.checkpoint import (
     initial_tensor,
 )
 from fedblocks.profiles.units import EXTRA_UNIT, block_units
+from fedblocks.protocol.errors import LocalProtocolError
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
 from fedblocks.protocol.run_config import ConfigError
+from fedblocks.protocol.state import state_sha256
 from fedblocks.protocol.tensors import unflatten
 
 if TYPE_CHECKING:
@@ -433,6 +436,9 @@ def trained_part(plan: ExpansionPlan, state: State) -> ExpansionPlan:
     return replace(plan, blocks=trained) if trained else plan
 
 
+_WRITTEN_AGAIN: Final = "the aggregator writes it again at its next start: fedblocks serve"
+
+
 def load_final(run: Path, client: str = "") -> tuple[ExpansionPlan, dict[int, dict[str, np.ndarray]]]:
     """Plan, without the blocks that never became active, and last published state of a run folder.
 
@@ -440,14 +446,26 @@ def load_final(run: Path, client: str = "") -> tuple[ExpansionPlan, dict[int, di
         client: name of the site whose own state it is, mixed from the clusters; default: the one for all.
 
     Raises:
-        ConfigError: the run has not published a final state, or this site has none of its own.
+        ConfigError: the run has not published a final state, or this site has none of its own; or the file is not the
+            one that the run ended with.
     """
     path = run / "state" / "final.safetensors"
     if not path.is_file():
         raise ConfigError(f"{path} does not exist: the run has not finished; see fedblocks status {run}")
     plan = ExpansionPlan.from_json((run / "plan.json").read_text(encoding="utf-8"))
-    active = load_final_record(run).get("active_blocks") or plan.block_ids  # older releases had no growth
-    return plan.reduced(active), unflatten(_own_state(run, client) if client else load_file(path))
+    record = load_final_record(run)
+    active = record.get("active_blocks") or plan.block_ids  # older releases had no growth
+    if client:
+        return plan.reduced(active), unflatten(_own_state(run, client))
+    try:
+        state = unflatten(load_file(path))
+        found = state_sha256(plan.units.published(), state)
+    except (SafetensorError, LocalProtocolError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged: {error}; {_WRITTEN_AGAIN} {run}") from error
+    if (ended := record.get("state_sha256", found)) != found:
+        what = f"it holds state {found[:12]}…, the run ended with {ended[:12]}…"
+        raise ConfigError(f"{path} is damaged: {what}; {_WRITTEN_AGAIN} {run}")
+    return plan.reduced(active), state
 
 
 def _own_state(run: Path, client: str) -> dict[str, np.ndarray]:

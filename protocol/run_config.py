@@ -249,7 +249,9 @@ class ServerSection:
     quarantine_after: int = _key(
         3, "a client whose updates were refused so often gets no task until `fedblocks keys release`; 0: never"
     )
-    keep_updates: bool = _key(False, "keep each client's folded updates (for a replay); false: deleted after folding")
+    keep_updates: bool = _key(
+        False, "keep each client's folded updates (for a replay); false: until the next version is there"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

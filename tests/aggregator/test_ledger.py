@@ -546,3 +546,36 @@ def test_an_assignment_from_before_the_proximal_term_has_none(tmp_path: Path) ->
     db.commit()
     db.close()
     assert [a.message for a in opened(tmp_path).assignments(0)] == [assignment("a0"), evaluate("b0")]
+
+
+def test_the_ledger_names_the_files_of_a_version_and_the_round_that_made_it(tmp_path: Path) -> None:
+    ledger = with_open_round(tmp_path)
+    ledger.start_closing(0)
+    ledger.commit_round(
+        0,
+        new_version=1,
+        state_sha256="ab",
+        settings=None,
+        method_state=None,
+        stop_reason=None,
+        metrics=None,
+        unix_s=3.0,
+        files={"v00001.qdown": "cd", "v00001.safetensors": "ef"},
+    )
+    assert ledger.files_of(1) == {"v00001.qdown": "cd", "v00001.safetensors": "ef"}
+    assert ledger.files_of(2) == {}
+    made = ledger.round_of_version(1)
+    assert made is not None
+    assert (made.round, made.state_sha256) == (0, "ab")
+    assert ledger.round_of_version(0) is None
+    assert ledger.round_of_version(2) is None
+
+
+def test_a_ledger_from_before_the_files_were_named_gets_the_table_and_names_none(tmp_path: Path) -> None:
+    with_open_round(tmp_path).close()
+    db = sqlite3.connect(tmp_path / "ledger.sqlite")
+    db.execute("DROP TABLE files")
+    db.execute("PRAGMA user_version = 15")
+    db.commit()
+    db.close()
+    assert opened(tmp_path).files_of(1) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -93,9 +94,20 @@ def test_the_published_steps_alone_lead_to_the_final_state(make_world: Callable[
     assert all(s.held_version == 3 for s in world.sites.values())
 
 
-def test_payloads_are_deleted_once_folded_unless_they_are_to_be_kept(make_world: Callable[..., Any]) -> None:
+def test_payloads_are_deleted_with_the_next_version_and_at_the_end_unless_they_are_to_be_kept(
+    make_world: Callable[..., Any],
+) -> None:
     world = make_world("ann", "bob", overrides=("run.max_rounds=2",))
     world.join()
+    world.round()
+    world.sites["ann"].work()
+    world.step()
+    assert sorted(p.parent.name for p in world.path.rglob("*.delta")) == ["00001", "00001", "00002"]
+    world.receive()
+    world.sites["bob"].work()
+    world.step()
+    world.receive()
+    assert sorted(p.parent.name for p in world.path.rglob("*.delta")) == ["00002", "00002"]
     world.finish()
     assert list((world.path / "updates").rglob("*.delta")) == []
     with pytest.raises(RunFolderError, match="keep_updates=true"):
@@ -928,6 +940,7 @@ def test_a_state_file_that_is_not_what_the_ledger_names_is_not_served(make_world
     world.round()
     world.kill()
     world.folder.save_version(1, step=b"", published={}, residual={})
+    shutil.rmtree(world.path / "updates")  # else it is made again
     with pytest.raises(RunFolderError, match="restore the folder from a backup"):
         world.start()
 

@@ -31,10 +31,13 @@ from fedblocks.edge_client.export import (
     build_expanded_hf,
     export_hf,
     export_run,
+    load_final,
     trained_part,
 )
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, plan_expansion
 from fedblocks.protocol.run_config import ConfigError
+from fedblocks.protocol.state import state_sha256
+from fedblocks.protocol.tensors import flatten
 
 Factory = Callable[..., Path]
 State = dict[int, dict[str, np.ndarray]]
@@ -330,6 +333,23 @@ def test_the_final_state_of_a_run_folder_is_exported(small: Checkpoint, tmp_path
     export_hf(checkpoint=small, plan=plan, state=state, strength=0.5, out=tmp_path / "direct")
     for file in (tmp_path / "direct").iterdir():
         assert sha256(file) == sha256(tmp_path / "out" / file.name)
+
+
+def test_a_final_state_that_the_disk_has_damaged_is_not_exported(small: Checkpoint, tmp_path: Path) -> None:
+    plan = make_plan(small)
+    state = random_state(plan)
+    run = tmp_path / "run"
+    (run / "state").mkdir(parents=True)
+    (run / "plan.json").write_text(plan.to_json())
+    path = run / "state" / "final.safetensors"
+    data = safetensors.numpy.save(flatten(state))
+    (run / "state" / "final.json").write_text(json.dumps({"state_sha256": state_sha256(plan.units, state)}))
+    for damaged, says in ((data[:-1] + bytes([data[-1] ^ 1]), "holds state"), (data[:-9], "is damaged")):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=rf"{says}.*: fedblocks serve {run}"):
+            load_final(run)
+    path.write_bytes(data)
+    assert load_final(run)[1].keys() == state.keys()
 
 
 def test_the_strength_that_the_run_chose_is_exported_with_what_was_measured_of_it(
