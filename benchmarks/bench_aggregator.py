@@ -1,7 +1,7 @@
 """What does the aggregator cost? Rounds beside the bare wire, memory by number of clients, a thousand clients, a soak.
 
     make bench-aggregator                                    everything -> benchmarks/results/aggregator.json (an hour)
-    python benchmarks/bench_aggregator.py round              a part: round, memory, clients, soak
+    python benchmarks/bench_aggregator.py round              a part: round, memory, clients, soak, trickle
 
 The aggregator is ``fedblocks serve`` in a process of its own, CURVE on, the ledger and every update on the disk that is
 named; the clients are those of light_clients.py. A round lasts from its plan to its published state, by the metrics of
@@ -11,11 +11,13 @@ the aggregator. The floor (bare_wire.py) moves the same bytes between as many so
 ``memory``   peak memory of the aggregator's process with 4, 16 and 64 clients of 25 MB
 ``clients``  1,000 clients: how long until all are in, rounds, memory and descriptors
 ``soak``     10,000 rounds of a tiny model: slope of memory, descriptors and the ledger's size over the second half
+``trickle``  8 clients of 25 MB in fp32, with and without 200 strangers that send one byte a second each, in turns
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -26,8 +28,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -47,6 +51,15 @@ ROUNDS: Final = 3
 REPEATS: Final = 3
 MANY: Final = 1000
 SOAK_ROUNDS: Final = 10_000
+TRICKLERS: Final = 200
+#: Of the ``trickle`` part: so many rounds with and so many without the strangers, by turns.
+TURNS: Final = 6
+#: Of the part ``trickle``: a run with and one without the strangers, so many times.
+TURNS: Final = 5
+FEW: Final = 8
+TRICKLERS: Final = 200
+#: What a peer of ZMTP 3.1 says first.
+GREETING: Final = b"\xff" + bytes(8) + b"\x7f\x03\x01CURVE".ljust(54, b"\x00")
 SAMPLE_S: Final = 0.05
 PATIENCE_S: Final = 1800.0
 
@@ -84,8 +97,12 @@ def serve(
     processes: int,
     overrides: Sequence[str],
     sample_s: float = SAMPLE_S,
+    beside: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> Served:
     """Serves a run of light clients to its end and removes its folder.
+
+    Args:
+        beside: what else goes on at the aggregator's address from before the first client until the run is over.
 
     Raises:
         RuntimeError: the aggregator ended with an error, or the run took too long; the text holds its last lines.
@@ -101,10 +118,12 @@ def serve(
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     fleet: Fleet | None = None
+    cleanup = ExitStack()
     try:
         _until(lambda: "serving" in log.read_text(encoding="utf-8"), server, log)
         time.sleep(0.5)
         idle = _anonymous_bytes(server.pid)
+        cleanup.enter_context(beside(address))
         began = time.monotonic()
         fleet = Fleet(address, keys.public, pairs, plan, processes)
         watched, metrics = Watched(), run / "metrics.jsonl"
@@ -128,6 +147,7 @@ def serve(
             ledger_bytes=sum(path.stat().st_size for path in run.glob("ledger*")),
         )
     finally:
+        cleanup.close()
         server.kill()
         server.wait()
         if fleet is not None:
@@ -307,6 +327,83 @@ def soak(*, count: int = SOAK_ROUNDS) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def tricklers(address: str, *, count: int) -> Generator[None]:
+    """Strangers that each send one byte of a greeting a second, until the end; who is dropped comes back."""
+    host, port = address.removeprefix("tcp://").split(":")
+    sent: dict[socket.socket, int] = {}
+    done = threading.Event()
+
+    def trickle() -> None:
+        while not done.wait(1.0):
+            for one, position in list(sent.items()):
+                try:
+                    one.send(GREETING[position : position + 1] or b"\x00")
+                    sent[one] += 1
+                except OSError:
+                    del sent[one]
+                    one.close()
+                    with suppress(OSError):  # the aggregator is gone: the run is over
+                        come()
+
+    def come() -> None:
+        one = socket.create_connection((host, int(port)))
+        one.setblocking(False)
+        sent[one] = 0
+
+    for _ in range(count):
+        come()
+    thread = threading.Thread(target=trickle)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        for one in sent:
+            one.close()
+
+
+def slow_loris(
+    *,
+    processes: int,
+    clients: int = FEW,
+    turns: int = TURNS,
+    strangers: int = TRICKLERS,
+    sizes: Mapping[str, int] = MB25,
+) -> dict[str, Any]:
+    """Rounds with and without strangers that trickle, a run of each by turns; all rounds but each run's first."""
+    found: dict[str, list[list[float]]] = {"without": [], "with": []}
+    loads: list[float] = []
+    for turn in range(turns):
+        order = ("without", "with") if turn % 2 == 0 else ("with", "without")
+        for name in order:
+            loads.append(os.getloadavg()[0])
+            served = serve(
+                DISK / "trickle",
+                sizes,
+                clients=clients,
+                processes=processes,
+                overrides=(f"run.max_rounds={ROUNDS + 1}", "delta.format=fp32"),
+                beside=partial(tricklers, count=strangers) if name == "with" else nullcontext,
+            )
+            found[name].append([row["round_s"] for row in served.rows[1:]])
+        print({name: runs[-1] for name, runs in found.items()}, f"turn {turn + 1}", flush=True)
+    median = {name: statistics.median(itertools.chain.from_iterable(runs)) for name, runs in found.items()}
+    pairs = zip(found["with"], found["without"], strict=True)
+    return {
+        "slow_loris": {
+            "round_ratio": median["with"] / median["without"],
+            "round_ratio_by_turn": [statistics.median(a) / statistics.median(b) for a, b in pairs],
+            "strangers": strangers,
+            "clients": clients,
+            "median_s": median,
+            "all_s": found,
+            "load_average": loads,
+        }
+    }
+
+
 def main(arguments: Sequence[str]) -> None:
     """The command line."""
     parts: dict[str, Callable[[], dict[str, Any]]] = {
@@ -314,6 +411,7 @@ def main(arguments: Sequence[str]) -> None:
         "memory": lambda: memory(processes=2),
         "clients": lambda: clients(processes=4),
         "soak": soak,
+        "trickle": lambda: slow_loris(processes=1),
     }
     parser = argparse.ArgumentParser(description="what the aggregator costs")
     parser.add_argument("part", nargs="*", choices=[*parts, []], default=list(parts))
