@@ -346,9 +346,12 @@ def _everybody_there(state: RoundsState, rules: Rules) -> bool:
     return not _expected(state) or state.elapsed_s >= rules.gather_s
 
 
-def _measure(state: RoundsState, _rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
+def _measure(state: RoundsState, rules: Rules) -> tuple[RoundsState, tuple[Action, ...]]:
+    """Silent clients measure only where nobody else is there: the final measurement waits minutes for each it asks."""
     state = _without_expectations(state)
-    return _entering(state, "preparing"), (MeasureFinal(clients=present_clients(state)),)
+    present = present_clients(state)
+    heard = tuple(key for key in present if not is_silent(state, key, rules))
+    return _entering(state, "preparing"), (MeasureFinal(clients=heard or present),)
 
 
 def _all_in(state: RoundsState, _rules: Rules) -> bool:

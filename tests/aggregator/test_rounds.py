@@ -310,6 +310,15 @@ def test_after_the_last_round_the_present_clients_measure_the_final_state_and_th
     assert waiting_for(state, RULES) == "nothing: the run is finished"
 
 
+@pytest.mark.parametrize(("awake", "measuring"), [("ab", "ab"), ("a", "a"), ("", "ab")])
+def test_a_silent_client_is_asked_for_the_final_measurement_only_where_all_are_silent(
+    awake: str, measuring: str
+) -> None:
+    state, _ = after(open_round("a", "b"), Tick(now_s=59.0), *heard(awake, 59.0))
+    _, actions = after(state, stored("a"), stored("b"), RoundFolded(version=1, accepted=2, stop_reason="max_rounds"))
+    assert actions[-1] == MeasureFinal(clients=tuple(key(name) for name in measuring))
+
+
 def test_the_final_measurement_does_not_wait_beyond_its_deadline() -> None:
     state, _ = after(open_round("a", "b"), stored("a"), stored("b"))
     tasks = {key("a"): Task(attempt_id=attempt("a", 2), kind="evaluate")}
