@@ -137,6 +137,18 @@ class Endpoint(Protocol):
     def refuse_upload(self, upload_id: UploadId, refused: Refused) -> None: ...
 
 
+class OpenEndpoint(Endpoint, Protocol):
+    """What serving needs beside it."""
+
+    @property
+    def address(self) -> str: ...
+    def close(self) -> None: ...
+
+
+MakeEndpoint = Callable[[RunFolder, Registry], OpenEndpoint]
+"""How the clients of a run are reached, given its folder and who may take part."""
+
+
 class Aggregator:
     """One run being served.
 
@@ -1090,6 +1102,7 @@ def serve(
     *,
     on_event: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
+    make_endpoint: MakeEndpoint | None = None,
 ) -> int:
     """Serve a run folder until the run is finished or interrupted; returns the exit code.
 
@@ -1099,6 +1112,7 @@ def serve(
         on_event: takes each line for the operator.
         stop: set it to stop as Ctrl-C does: nothing is lost, and serving again goes on. Signals are caught only in the
             main thread.
+        make_endpoint: None: a port of our own (``server.bind``).
 
     Raises:
         RunFolderError, ConfigError, LedgerError, EndpointError, KeyFileError: with the cause and what to do.
@@ -1108,7 +1122,7 @@ def serve(
     folder = open_run_folder(run, tuple(overrides))
     try:
         with naming_damage(folder.ledger_path):
-            return _serve(folder, say, stop)
+            return _serve(folder, say, stop, make_endpoint or _router)
     except sqlite3.OperationalError as error:
         say(f"{folder.ledger_path}: {error}; nothing that was acknowledged is lost, serve again to go on")
     except OSError as error:
@@ -1117,7 +1131,14 @@ def serve(
     return EXIT_INTERRUPTED
 
 
-def _serve(folder: RunFolder, say: Callable[[str], None], stop: threading.Event) -> int:
+def _router(folder: RunFolder, members: Registry) -> RouterEndpoint:
+    """A port of our own."""
+    expected = max(64, 2 * sum(e.standing == "enrolled" for e in members.list()))
+    keys = load_or_create_server_keys(folder.path)
+    return RouterEndpoint(folder.config.server.bind, keys=keys, registry=members, expected_clients=expected)
+
+
+def _serve(folder: RunFolder, say: Callable[[str], None], stop: threading.Event, make_endpoint: MakeEndpoint) -> int:
     """All that :func:`serve` does but opening the folder and saying that the disk failed."""
     run = folder.path
     with contextlib.ExitStack() as cleanup:
@@ -1128,12 +1149,9 @@ def _serve(folder: RunFolder, say: Callable[[str], None], stop: threading.Event)
         repair.check_ledger_is_there(folder)
         ledger = open_ledger(folder.ledger_path, folder.identity())
         cleanup.callback(ledger.close)
-        keys = load_or_create_server_keys(run)
         members = Registry(run)
         roster = [(e.key, e.name) for e in members.list() if e.standing == "enrolled"]
-        endpoint = RouterEndpoint(
-            folder.config.server.bind, keys=keys, registry=members, expected_clients=max(64, 2 * len(roster))
-        )
+        endpoint = make_endpoint(folder, members)
         cleanup.callback(endpoint.close)
         say(f"serving {folder.info.run_id} at {endpoint.address}")
         if folder.config.server.metrics_address:

@@ -30,12 +30,14 @@ from fedblocks.edge_client.summary import Summary, SummaryFile, held_out_sha256
 from fedblocks.edge_client.transport import (
     Connected,
     Disconnected,
+    OnSent,
     Problem,
     Received,
     Transport,
     TransportEvent,
     UploadSent,
 )
+from fedblocks.edge_client.turns import TurnTransport
 from fedblocks.profiles.board import MachineState, changed, read_state
 from fedblocks.profiles.device import DeviceProfile
 from fedblocks.profiles.link import LinkRecord
@@ -114,6 +116,8 @@ class JoinOptions:
     emulate: str | None = None
     emulate_scale: float = 1.0
     socks_proxy: str | None = None
+    flower: Path | None = None
+    """The Unix socket at which a Flower SuperNode asks; None: over ZeroMQ."""
 
     @property
     def cache(self) -> CacheSettings:
@@ -359,13 +363,8 @@ class SiteClient:
         self.line = read_record(self.options.home, self.site.address)
         try:
             while True:
-                transport = Transport(
-                    self.site.address,
-                    server_key=self.site.server_key,
-                    key_pair=self.identity,
-                    socks_proxy=self.options.socks_proxy,
-                    on_sent=lambda kind, num_bytes, what: sent.write(sent_line(kind, num_bytes, what)),
-                    meter=LinkMeter(self.line),
+                transport = self._open_transport(
+                    lambda kind, num_bytes, what: sent.write(sent_line(kind, num_bytes, what))
                 )
                 try:
                     code, refused_key = self._follow(transport)
@@ -385,13 +384,26 @@ class SiteClient:
             if not self.options.cache.keep:
                 shutil.rmtree(self.store.cache_folder / "prefix", ignore_errors=True)
 
+    def _open_transport(self, on_sent: OnSent) -> Transport | TurnTransport:
+        meter = LinkMeter(self.line)
+        if self.options.flower is not None:
+            return TurnTransport(self.options.flower, key=self.identity.public, on_sent=on_sent, meter=meter)
+        return Transport(
+            self.site.address,
+            server_key=self.site.server_key,
+            key_pair=self.identity,
+            socks_proxy=self.options.socks_proxy,
+            on_sent=on_sent,
+            meter=meter,
+        )
+
     def _on_interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         if self.stop_asked:
             raise KeyboardInterrupt
         self.stop_asked = True
         self.say("stopping after this step; press Ctrl-C again to stop now")
 
-    def _follow(self, transport: Transport) -> tuple[int, bool]:
+    def _follow(self, transport: Transport | TurnTransport) -> tuple[int, bool]:
         """The session's actions, one after the other; returns the exit code, and whether our key was refused."""
         shell = Shell(self, transport)
         state = s.SessionState(
@@ -436,7 +448,9 @@ def why_it_leaves(error: Exception) -> str:
     return f"{in_words}: {error}"[:1000] if code == EXIT_DOES_NOT_FIT else f"an error, exit code {code}"
 
 
-def _session_event(event: TransportEvent | None, transport: Transport, say: Say, *, resting: bool) -> s.Event:
+def _session_event(
+    event: TransportEvent | None, transport: Transport | TurnTransport, say: Say, *, resting: bool
+) -> s.Event:
     match event:
         case None | UploadSent():
             return s.Tick(uploading=transport.uploading, resting=resting)

@@ -413,6 +413,10 @@ def join(
     socks_proxy: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="SOCKS5 proxy for the connection")
     ] = None,
+    flower: Annotated[
+        Path | None,
+        typer.Option(metavar="SOCKET", help="take part through a Flower SuperNode, which asks here (docs/flower.md)"),
+    ] = None,
 ) -> None:
     """Take part in a run as a site. The data never leave this machine.
 
@@ -441,6 +445,7 @@ def join(
         emulate=emulate,
         emulate_scale=emulate_scale,
         socks_proxy=socks_proxy,
+        flower=flower,
     )
     raise typer.Exit(join_run(options, say=lambda line: typer.echo(line)))
 

@@ -57,6 +57,7 @@ class Consortium:
 
     def __init__(self, run: Path, model: Path, folder: Path) -> None:
         self.run, self.model, self.folder = run, model, folder
+        self.programs = Path(sys.executable).parent
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -78,7 +79,7 @@ class Consortium:
         (self.run / "run.toml").write_text(text)
 
     def command(self, *arguments: str) -> list[str]:
-        return [str(Path(sys.executable).parent / "fedblocks"), *arguments]
+        return [str(self.programs / "fedblocks"), *arguments]
 
     def start(self, name: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Start (or restart) a process; its output is appended to ``<name>.log``."""

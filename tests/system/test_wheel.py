@@ -60,6 +60,7 @@ def test_the_listed_packages_are_the_folders():
     for room in ("profiles", "protocol", "kernels", "edge_client", "aggregator"):
         for init in (REPO / room).rglob("__init__.py"):
             found.add("fedblocks." + ".".join(init.parent.relative_to(REPO).parts))
+    found.add("fedblocks.flower")
 
     assert listed == found
 
@@ -71,6 +72,7 @@ def test_the_wheel_holds_nothing_at_its_top_level_but_fedblocks(wheel):
     assert tops == {"fedblocks", next(t for t in tops if t.endswith(".dist-info"))}
     assert "fedblocks/edge_client/starter/model/model.safetensors" in names
     assert "fedblocks/aggregator/status_page.html" in names
+    assert {"fedblocks/flower/app/pyproject.toml", "fedblocks/flower/app/LICENSE"} <= set(names)
     assert any(n.startswith("fedblocks/profiles/catalog/") and n.endswith(".toml") for n in names)
     assert not any("/tests/" in n or "/benchmarks/" in n for n in names)
 

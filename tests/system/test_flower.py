@@ -1,0 +1,169 @@
+"""Does a federation give the same state through Flower as through ZeroMQ? With a real SuperLink and real SuperNodes.
+
+Flower pins older libraries than ours, so it stands in an environment of its own, beside torch and this checkout: `make
+test-flower` makes it in `.peers/flwr`; FEDBLOCKS_PEERS names another folder that holds `flwr/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPO = Path(__file__).parents[2]
+PEERS = Path(os.environ.get("FEDBLOCKS_PEERS", REPO / ".peers")) / "flwr" / "bin"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        not ((PEERS / "flwr").exists() and (PEERS / "fedblocks").exists()),
+        reason=f"no Flower with fedblocks in {PEERS}; make test-flower",
+    ),
+]
+SETTINGS = (
+    "run.max_rounds=2",
+    "training.steps=4",
+    "training.learning_rate=3e-3",
+    "allocation.deadline_s=300",
+    "server.keep_updates=true",
+)
+SITES = ("site-1", "site-2", "site-3")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Grid:
+    """A SuperLink and its SuperNodes, each its own process, in a Flower home of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.port = free_port()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        home = folder / "flwr-home"
+        home.mkdir()
+        (home / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n[superlink.here]\naddress = "127.0.0.1:{self.port}"\ninsecure = true\n'
+        )
+        self.env = {
+            **os.environ,
+            "PATH": f"{PEERS}:{os.environ['PATH']}",
+            "FLWR_HOME": str(home),
+            "FLWR_TELEMETRY_ENABLED": "0",
+            "FLWR_DISABLE_UPDATE_CHECK": "1",
+            "PYTHONSAFEPATH": "1",
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def start(self, name: str, *command: str) -> None:
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [str(PEERS / command[0]), *command[1:]],
+                cwd=self.folder, env=self.env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def superlink(self) -> None:
+        self.start("superlink", "flower-superlink", "--insecure", "--port", str(self.port),
+                   "--disable-runtime-dependency-installation")  # fmt: skip
+        until_s = time.monotonic() + 60
+        while time.monotonic() < until_s:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.2)
+        raise AssertionError(self.logs())
+
+    def supernode(self, name: str, join: str) -> None:
+        node_config = f'socket="{self.folder / name}.sock" join="{join}"'
+        self.start(name, "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.port}",
+                   "--port", str(free_port()), "--node-config", node_config)  # fmt: skip
+
+    def flwr(self, *arguments: str) -> Any:
+        done = subprocess.run(
+            [str(PEERS / "flwr"), *arguments, "--format", "json"],
+            cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
+
+    def run(self, run: Path, timeout_s: float = 600) -> str:
+        """Submit the run and wait for its end; its status."""
+        app = REPO / "fedblocks" / "flower" / "app"
+        run_id = str(self.flwr("run", str(app), "--run-config", f'run="{run}"')["run-id"])
+        until_s = time.monotonic() + timeout_s
+        while time.monotonic() < until_s:
+            status = next(r["status"] for r in self.flwr("list")["runs"] if str(r["run-id"]) == run_id)
+            if status.startswith("finished"):
+                return status
+            time.sleep(3)
+        raise AssertionError(f"not finished within {timeout_s} s\n{self.logs()}")
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-6000:]}" for path in sorted(self.folder.glob("*.log")))
+
+    def close(self) -> None:
+        for process in self.processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Iterator[Grid]:
+    made = Grid(tmp_path / "g")
+    yield made
+    made.close()
+
+
+def result(run: Path) -> dict[str, Any]:
+    return json.loads((run / "state" / "final.json").read_text())
+
+
+def test_two_rounds_of_three_sites_end_in_the_same_state_through_flower_and_through_zeromq(
+    consortium: Callable[..., Any], grid: Grid
+) -> None:
+    c = consortium(*SETTINGS, clients=3)
+    c.programs = PEERS  # the same libraries: bitsandbytes, say, rounds the base to 4 bits in another way than we do
+    other = shutil.copytree(c.run, c.folder / "run-flower")
+    homes = {site: shutil.copytree(c.home(site), grid.folder / site) for site in SITES}  # the same keys
+
+    c.serve()
+    for site in SITES:
+        c.join(site)
+    assert [c.wait(name, 240) for name in ("aggregator", *SITES)] == [0] * 4
+
+    grid.superlink()
+    for site in SITES:
+        arguments = f"{c.folder}/{site}.toml --data {c.folder}/{site}.jsonl --model {c.model} --home {homes[site]}"
+        grid.supernode(site, arguments)
+    assert grid.run(other) == "finished:completed", grid.logs()
+
+    direct, carried = result(c.run), result(other)
+    assert carried["stop_reason"] == "max_rounds"
+    assert carried["version"] == 2
+    assert carried["state_sha256"] == direct["state_sha256"], grid.logs()
+    rounds = [json.loads(line) for line in (other / "metrics.jsonl").read_text().splitlines()]
+    assert [r["num_accepted"] for r in rounds] == [3, 3]
+    for site in SITES:  # the long-lived client took all turns of the run, and ended with it
+        log = (grid.folder / f"{site}.log").read_text()
+        assert log.count("ready: run ") == 1
