@@ -111,7 +111,9 @@ def serve(
     folder.mkdir(parents=True)
     run, log = folder / "run", folder / "log"
     address = f"tcp://127.0.0.1:{_free_port()}"
-    common = (f"server.bind={address}", f"allocation.min_cohort={clients}", "allocation.cohort_fraction=1.0")
+    # A light client sends the same update in every round: no round may ask for a narrower block than the first.
+    fixed = ("allocation.cohort_fraction=1.0", "allocation.slim=false")
+    common = (f"server.bind={address}", f"allocation.min_cohort={clients}", *fixed)
     plan = write_run(run, sizes, *common, *overrides)
     pairs, keys = enrol(run, clients), load_or_create_server_keys(run)
     command = [sys.executable, "-m", "fedblocks", "serve", str(run)]
@@ -384,7 +386,7 @@ def slow_loris(
                 sizes,
                 clients=clients,
                 processes=processes,
-                overrides=(f"run.max_rounds={ROUNDS + 1}", "delta.format=fp32"),
+                overrides=(f"run.max_rounds={ROUNDS + 1}", "delta.format=fp32", "allocation.deadline_s=600.0"),
                 beside=partial(tricklers, count=strangers) if name == "with" else nullcontext,
             )
             found[name].append([row["round_s"] for row in served.rows[1:]])
