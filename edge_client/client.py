@@ -139,7 +139,7 @@ def join(options: JoinOptions, *, say: Say) -> int:
     _check_base(options.model, site)
     profile = device_profile(options, say)
     if options.dry_run:
-        say(_what_would_leave(site, _hello(options, site, data, profile, held_version=0)))
+        say(_what_would_leave(site, _hello(options, site, data, profile, held_version=0), options.flower))
         return 0
     key_is_new = not (options.home / KEY_FILE).exists()
     identity = load_or_create_identity(options.home)
@@ -202,10 +202,15 @@ def greeting(options: JoinOptions, data: SiteData, profile: DeviceProfile) -> He
     return _hello(options, options.site, data, profile, held_version=held_version)
 
 
-def _what_would_leave(site: SiteFile, hello: Hello) -> str:
+def _what_would_leave(site: SiteFile, hello: Hello, flower: Path | None) -> str:
     """Everything that would leave this machine, before anything has."""
+    way = f"to {site.address}, one outbound TCP connection, encrypted for the key {site.server_key}:"
+    if flower is not None:
+        way = (
+            f"to the Flower SuperNode that asks at {flower}, which sends it on as it was set up to (its TLS, its keys):"
+        )
     lines = [
-        f"to {site.address}, one outbound TCP connection, encrypted for the key {site.server_key}:",
+        way,
         "hello (once per connection): " + json.dumps(to_plain(hello), indent=2),
         "ready (once per connection): nothing but the word",
         "heartbeat (every few seconds): attempt id, phase, steps done",
