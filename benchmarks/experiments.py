@@ -403,7 +403,9 @@ class Study:
         return [row for row in found if row is not None]
 
     def rates(self, line: Line) -> tuple[float, ...]:
-        """The line's own, and once these have been run the fifth."""
+        """The line's own, and once these have been run the fifth; none for a line that takes another's."""
+        if line.rates_of:
+            return ()
         rows = self._pilot(line, line.rates)
         points = None if line is self._reference else self.points()
         if len(rows) < len(line.rates) or (points is None and line is not self._reference):

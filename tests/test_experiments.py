@@ -135,6 +135,17 @@ def test_runs_are_asked_for_line_by_line_and_a_new_process_goes_on_where_one_sto
     assert again.missing() is None
 
 
+def test_a_line_with_the_rate_of_another_has_no_pilot_runs_and_runs_at_that_rate(tmp_path):
+    follower = (
+        '[[line]]\nname = "budget"\nmethod = "blocks"\nblocks = 3\nanchor = true\nmax_kl = 0.1\nrates_of = "fedbe"\n'
+    )
+    one = study(tmp_path, ONE_LINE + OURS + follower)
+    order = [finish(one, 0.9) for _ in range(15)]
+    assert order[9:12] == [("fedbe", order[9][1], seed) for seed in (1, 2, 3)]
+    assert order[12:] == [("budget", order[9][1], seed) for seed in (1, 2, 3)]
+    assert one.missing() is None
+
+
 def test_one_changed_setting_is_another_run(tmp_path):
     experiment = study(tmp_path).experiment
     line = experiment.lines[1]
