@@ -54,6 +54,7 @@ from fedblocks.profiles.units import (
     ExpandedBlocks,
     LowRankPairs,
     MergedLinears,
+    PersonalPairs,
     TrainedUnits,
     Units,
     unit_parameters,
@@ -702,13 +703,16 @@ class _Problem:
 
     def download_bytes(self, client: AllocationClient) -> int:
         """Largest payload of catching up: each version replayed, or an fp32 snapshot if that is smaller (methods.md
-        7.2). Of merged pairs a version is the pairs of all clients."""
+        7.2). Of merged pairs a version is the pairs of all clients; of personal ones it is the client's prior."""
         settings, num_blocks, block = self.settings, len(self.layout.positions), self.layout.blocks[0]
         of_block = unit_bytes(self.units, block, settings.delta_format, settings.down_density)
         replay = num_blocks * of_block + self._beside_bytes(settings.delta_format)
         whole, trainable = self.units, self.layout.trainable
         if isinstance(trainable, LowRankPairs) and trainable.merged and isinstance(whole, TrainedUnits):
             whole, replay = whole.published(), replay * self.num_clients
+        if isinstance(trainable, PersonalPairs) and isinstance(whole, TrainedUnits):  # always whole
+            prior = num_blocks * unit_bytes(whole.held(), block, "fp32") + self._beside_bytes("fp32")
+            return prior if client.versions_behind else 0
         snapshot = num_blocks * unit_bytes(whole, block, "fp32") + self._beside_bytes("fp32")
         return min(client.versions_behind * replay, snapshot)
 

@@ -1,10 +1,13 @@
-"""How does each client get expanded blocks of its own? As its mixture of clusters' states (methods.md 10.2).
+"""How does each client get a model of its own? As its mixture of clusters' states (methods.md 10.2).
 
 With ``mixture.clusters`` above 1 the published state holds every unit once per cluster, under the number
 ``cluster·CLUSTER_STRIDE + unit``. A client downloads the mixture of them by its memberships, under the plan's own
 numbers; it trains and sends as ever. A round's updates are folded once for each cluster, every client's weight times
 its membership, so the mean is divided by the membership of those who trained a value. Afterwards the memberships
 follow from the clients' projected updates (``mixture.py``).
+
+Of personal pairs (``methods/fedhft_served.py``) the clusters' states are what the weights have changed by, and the
+method folds the round itself; who belongs where is found out here.
 
 The number of clusters stays as it is: two populations that turn out to be one cost both clusters a part of their data.
 
@@ -14,6 +17,7 @@ Everything here is a pure function; :class:`Mixture` is written to the ledger wi
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +28,14 @@ import numpy as np
 from fedblocks.aggregator import aggregation, mixture
 from fedblocks.aggregator.aggregation import FULL_COVERAGE, AcceptedUpdate, FoldResult, NormHistory
 from fedblocks.aggregator.mixture import Float64s, Projection
-from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT, Units, unit_tensors
+from fedblocks.aggregator.pairs import linears, pairs_trainable
+from fedblocks.aggregator.personal_pairs import trained_pair
+from fedblocks.aggregator.plain_mean import OpenUpdate
+from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT, Units, personal_pairs, unit_tensors
+from fedblocks.protocol.low_rank import pair_norm
 from fedblocks.protocol.messages import ClientKey
 from fedblocks.protocol.run_config import MixtureSection
+from fedblocks.protocol.state import LORA_B
 from fedblocks.protocol.tensors import FloatArray, State
 
 #: Share of the old memberships that stays, and of a client's old projected update.
@@ -178,7 +187,10 @@ def regrouped(found: Mixture, updates: Sequence[AcceptedUpdate], *, shape: Units
         before = members.get(update.client)
         known = {s.block: s.values for s in before.signatures} if before is not None else {}
         apart = [p - q for p, q in zip(found.memberships(update.client), everybody, strict=True)]
-        for block, values in _signatures(update, shape, found.seed, mixed(published, apart)).items():
+        wanted = _signature_units(update, shape)
+        own = mixed({n: t for n, t in published.items() if n % CLUSTER_STRIDE in wanted}, apart)
+        of_update = _pair_signature if personal_pairs(shape) is not None and EXTRA_UNIT not in wanted else _signatures
+        for block, values in of_update(update, wanted, shape, found.seed, own).items():
             old = known.get(block)
             known[block] = values if old is None else _decayed(old, values)
         members[update.client] = Member(
@@ -216,7 +228,46 @@ def _fitted(found: Mixture) -> Mixture:
     )
 
 
-def _signatures(update: AcceptedUpdate, shape: Units, seed: int, own: State) -> dict[int, tuple[float, ...]]:
+def _signature_units(update: AcceptedUpdate, shape: Units) -> tuple[int, ...]:
+    """The units of an update that tell clients apart: of pairs the head if there is one, else the last two layers."""
+    if personal_pairs(shape) is None:
+        return update.blocks
+    return (EXTRA_UNIT,) if EXTRA_UNIT in update.blocks else update.blocks[-2:]
+
+
+def _pair_signature(
+    update: AcceptedUpdate, units: Sequence[int], shape: Units, seed: int, own: State
+) -> dict[int, tuple[float, ...]]:
+    """The same of the pairs of these layers, as one: ``own + sc·B A``, from the factors; under the last layer's number.
+
+    Args:
+        own: changes of the weights.
+    """
+    scale = pairs_trainable(shape).scaling
+    one = OpenUpdate(update, shape)
+    z: Float64s = np.zeros(mixture.DIMENSIONS, dtype=np.float64)
+    squares: list[float] = []
+    for unit in units:
+        for pair in linears(shape, unit):
+            trained = trained_pair(one, pair, shape)
+            assert trained is not None
+            left, right = trained.left(scale), trained.right
+            name = pair.b.name.removesuffix(LORA_B)
+            projection = _projection(f"{unit}.{name}", len(left), len(right), seed)
+            z = np.add(z, projection.of_pair(left, right))
+            squares.append(pair_norm(left, right) ** 2)
+            start = own.get(unit, {}).get(f"{name}.weight")
+            if start is not None:
+                wide = start.astype(np.float64)
+                z = np.add(z, projection.of_matrix(wide))
+                squares += [float(np.sum(np.square(wide))), 2 * float(np.sum(np.multiply(wide @ right, left)))]
+    squared = math.fsum(squares)
+    return {units[-1]: tuple((z / squared**0.5).tolist())} if squared > 0 else {}
+
+
+def _signatures(
+    update: AcceptedUpdate, units: Sequence[int], shape: Units, seed: int, own: State
+) -> dict[int, tuple[float, ...]]:
     """Unit -> the projection of what the client ended with, less the population's state, divided by its norm; a unit
     where that is zero is absent.
 
@@ -228,7 +279,8 @@ def _signatures(update: AcceptedUpdate, shape: Units, seed: int, own: State) -> 
     """
     found: dict[int, tuple[float, ...]] = {}
     members = aggregation.by_block([update], [1.0], shape)
-    for block, (member,) in members.items():
+    for block in units:
+        (member,) = members[block]
         payload = update.read_payload()
         z: Float64s = np.zeros(mixture.DIMENSIONS, dtype=np.float64)
         squared = 0.0

@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
-from fedblocks.profiles.model_shape import WIDTHS
+from fedblocks.profiles.model_shape import WIDTHS, ChosenRows
 from fedblocks.profiles.units import Units, unit_tensors
 from fedblocks.protocol.messages import ClientKey
-from fedblocks.protocol.tensors import FloatArray, State, TensorSlot, decode_tensor, delta_layout
+from fedblocks.protocol.row_mask import RowMask
+from fedblocks.protocol.tensors import FloatArray, State, TensorSlot, decode_tensor, delta_layout, read_row_mask
 
 Float64s = NDArray[np.float64]
 
@@ -38,7 +39,9 @@ class OpenUpdate:
         self._slots: dict[tuple[int, str], TensorSlot] = {(slot.block, slot.spec.name): slot for slot in layout.slots}
 
     def change(self, unit: int, name: str) -> FloatArray | None:
-        """Trained minus start of one tensor, in the shape that was trained; None if this update has not trained it."""
+        """Trained minus start of one tensor, in the shape that was trained, or whole where the client chose the rows;
+        None if this update has not trained it.
+        """
         slot = self._slots.get((unit, name))
         if slot is None:
             return None
@@ -46,7 +49,14 @@ class OpenUpdate:
         decoded = decode_tensor(
             slot.spec, slot.rows_sent, payload, format=self.update.format, density=self.update.density
         )
-        return decoded.reshape(slot.spec.shape)
+        return decoded if isinstance(slot.spec, ChosenRows) else decoded.reshape(slot.spec.shape)
+
+    def trained_rows(self, unit: int, name: str) -> RowMask:
+        """Which rows of a matrix this update has trained: those it names, or all."""
+        slot = self._slots[unit, name]
+        if isinstance(slot.spec, ChosenRows):
+            return read_row_mask(slot.spec, slot.of(self.update.read_payload()))
+        return np.ones(slot.spec.shape[0], dtype=np.bool_)
 
 
 def opened(updates: Sequence[AcceptedUpdate], shape: Units) -> list[OpenUpdate]:

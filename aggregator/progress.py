@@ -7,6 +7,7 @@ Keys of the record, units in their names (stable; docs/cli.md):
 ``score, accuracy, nll_per_token`` (pooled validation of the version that the round started from), ``general_accuracy,
 general_nll_per_token, retention``; ``kl, kl_budget, kl_over_budget, forgetting``;
 ``epsilon`` (spent by a private run, else null);
+``prior_error`` (what the priors that clients started from left out, mean; else null);
 ``anchor_weight`` (of this round), ``next_anchor_weight, learning_rate``;
 ``active_blocks`` (ids of the blocks that the model had), ``next_active_blocks`` (one more after a growth),
 ``growth_refused`` (why a block was not added; empty), ``spent`` (``seconds, num_bytes, joules`` so far);
@@ -20,6 +21,7 @@ the accepted weight);
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -171,6 +173,7 @@ def round_record(
     earlier_s: Sequence[float],
     open_s: float,
     fold_s: float,
+    prior_errors: Sequence[float] = (),
 ) -> dict[str, Any]:
     """The record of a round that is about to be committed.
 
@@ -181,6 +184,7 @@ def round_record(
         bytes_by_key: (up, down) of each client since the last record.
         earlier_s: durations of the last rounds.
         open_s: seconds from the assignments to the close.
+        prior_errors: of the priors that clients started from.
     """
     by_attempt = {u.delta.attempt_id: u for u in updates}
     outcomes = Counter(a.outcome for a in assigned)
@@ -193,6 +197,7 @@ def round_record(
         "loss": weighted_loss(updates),
         **measured_values(closed.pooled, retention(closed.pooled, closed.state), config.forgetting),
         "epsilon": epsilon_spent(closed, config),
+        "prior_error": statistics.fmean(prior_errors) if prior_errors else None,
         "anchor_weight": before.anchor_weight,
         "next_anchor_weight": closed.state.anchor_weight,
         "learning_rate": learning_rate(config, record.round),

@@ -42,7 +42,7 @@ from fedblocks.aggregator.robust import combine_of
 from fedblocks.aggregator.server_optimizer import ServerRule, server_step
 from fedblocks.profiles.cost import AS_PROFILED, StackLayout
 from fedblocks.profiles.model_shape import WIDTHS
-from fedblocks.profiles.units import Units, block_units
+from fedblocks.profiles.units import TrainedUnits, Units, block_units, personal_pairs
 from fedblocks.protocol import state as states
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -57,6 +57,8 @@ from fedblocks.protocol.messages import (
     StateUpdate,
     TrainReport,
 )
+from fedblocks.protocol.priors import prior_of
+from fedblocks.protocol.row_mask import SHARES
 from fedblocks.protocol.run_config import ForgettingSection, RunConfig
 from fedblocks.protocol.tensors import FloatArray, State
 
@@ -223,10 +225,17 @@ class Run:
             deadline_s=allocation.deadline_s,
             debt_weight=allocation.debt_weight,
             rarity_weight=allocation.rarity_weight,
-            widths=WIDTHS if allocation.slim else (1.0,),
+            widths=widths_of(self.config),
             policy=allocation.policy,
             seed=self.config.run.seed,
         )
+
+
+def widths_of(config: RunConfig) -> tuple[float, ...]:
+    """The widths that an assignment of the run may have, ascending: of fedhft the shares of B's rows."""
+    if not config.allocation.slim:
+        return (1.0,)
+    return SHARES if config.run.method == "fedhft" else WIDTHS
 
 
 def active_blocks(run: Run, state: MethodState) -> tuple[int, ...]:
@@ -782,12 +791,30 @@ def regrouped(
 
 
 def personal_state(model: GlobalState, state: MethodState, client: ClientKey | None, *, shape: Units) -> GlobalState:
-    """What a client starts from; with None, what stands for all of them."""
-    if state.mixture is None:
+    """What a client starts from, in the units that it holds; with None, what stands for all of them.
+
+    Args:
+        shape: what an update consists of.
+    """
+    personal = isinstance(shape, TrainedUnits) and personal_pairs(shape) is not None
+    if state.mixture is None and not personal:
         return model
-    memberships = state.mixture.population() if client is None else state.mixture.memberships(client)
-    published = personalisation.mixed(model.published, memberships)
-    return replace(model, published=published, residual={}, moments={}, sha256=states.state_sha256(shape, published))
+    published = personalisation.mixed(model.published, memberships_of(state, client))
+    error = None
+    if isinstance(shape, TrainedUnits):
+        if personal:
+            prior = prior_of(published, shape)
+            published, error = prior.state, prior.error
+        shape = shape.held()
+    sha256 = states.state_sha256(shape, published)
+    return replace(model, published=published, residual={}, moments={}, sha256=sha256, prior_error=error)
+
+
+def memberships_of(state: MethodState, client: ClientKey | None) -> tuple[float, ...]:
+    """A client's share in each cluster; with None, the population's."""
+    if state.mixture is None:
+        return (1.0,)
+    return state.mixture.population() if client is None else state.mixture.memberships(client)
 
 
 def new_orphans(state: MethodState) -> dict[int, bool]:
@@ -819,6 +846,8 @@ class GlobalState:
     """Of ``published``."""
     moments: State = field(default_factory=dict[int, dict[str, FloatArray]])
     """Of the server's optimizer; empty for ``avg``."""
+    prior_error: float | None = None
+    """Of a client's prior: the share of what was learnt that its rank leaves out."""
 
     @classmethod
     def zero(cls, shape: Units) -> GlobalState:
@@ -918,7 +947,7 @@ def fold_round(
     if rule.noise_multiplier > 0:
         assert noise_key, "a private run has a key"
         return private_fold(updates, shape=shape, rule=rule, key=noise_key, round=round)
-    if state.mixture is not None:
+    if state.mixture is not None and personal_pairs(shape) is None:
         history = {norms.block: norms.rounds for norms in state.norms}
         return personalisation.fold(updates, shape=shape, history=history, found=state.mixture)
     if rule.kind == "mean":

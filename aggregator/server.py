@@ -76,7 +76,6 @@ from fedblocks.aggregator.replay import accepted_update
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
 from fedblocks.aggregator.stopping import stop_requested, withdraw_request
-from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.errors import RETRY_CODES
 from fedblocks.protocol.messages import (
@@ -120,6 +119,8 @@ MIN_SILENT_S: Final = 5.0
 MIN_FINAL_MEASURE_S: Final = 60.0
 #: State updates that are kept ready, by the version that they start from.
 MAX_CACHED_UPDATES: Final = 8
+#: From here on the operator is told that a larger rank keeps more of what clients have learnt (methods.md 10.2).
+MAX_PRIOR_ERROR: Final = 0.1
 #: After so long without a line the operator is told what the run waits for.
 QUIET_S: Final = 10.0
 #: Goodbyes leave before the socket closes.
@@ -182,6 +183,7 @@ class Aggregator:
         self._config = folder.config
         self._units = folder.plan.units
         self._published_units = self._units.published()
+        self._held_units = self._units.held()
         self._rules_of_method = methods.of(self._config.run.method, self._config.run.rule)
         self._books = Books(
             ledger,
@@ -213,7 +215,8 @@ class Aggregator:
         self._unanswered: set[ClientKey] = set()
         """Clients that were sent a task and have not answered it: they may hold its state, or the one before."""
         self._uploads: dict[UploadId, ClientKey] = {}
-        self._updates_to: dict[tuple[int, ClientKey | None], tuple[StateUpdate, bytes]] = {}
+        self._prior_errors: list[float] = []
+        self._updates_to: dict[tuple[int, tuple[float, ...]], tuple[StateUpdate, bytes]] = {}
         self._fell_back = False
         """The result is not the newest version: what a client holds of it was mixed by earlier memberships."""
         self._told: dict[ClientKey, object] = {}
@@ -436,7 +439,7 @@ class Aggregator:
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
             data=self._folder.data_format,
             resources=self._folder.info.resources,
-            least_width=WIDTHS[0] if self._config.allocation.slim else 1.0,
+            least_width=run_rules.widths_of(self._config)[0],
             active_blocks=run_rules.active_blocks(self._run, self._method),
         )
         self._send(key, welcome)
@@ -806,17 +809,19 @@ class Aggregator:
 
         A model of the client's own is sent whole: no steps lead from one mixture to the next.
         """
-        personal = self._method.mixture is not None
+        personal = self._method.mixture is not None or self._held_units != self._published_units
         if personal and (held_version != self._model.version or self._fell_back):
             held_version = UNKNOWN_VERSION
-        which = (held_version, key if personal else None)
+        which = (held_version, run_rules.memberships_of(self._method, key))
         found = self._updates_to.get(which)
         if found is None:
-            model = run_rules.personal_state(self._model, self._method, key, shape=self._published_units)
+            model = run_rules.personal_state(self._model, self._method, key, shape=self._units)
+            if model.prior_error is not None:
+                self._prior_errors.append(model.prior_error)
             update = partial(
                 make_update,
                 self._read_step,
-                shape=self._published_units,
+                shape=self._held_units,
                 to_version=model.version,
                 published=model.published,
                 sha256=model.sha256,
@@ -904,6 +909,7 @@ class Aggregator:
             earlier_s=self._durations_s,
             open_s=opened.elapsed_s,
             fold_s=self._clock() - began_s,
+            prior_errors=self._prior_errors,
         )
         grown = run_rules.grown(self._run, closed.state).plan
         if grown.base_cut != before.base_cut:
@@ -929,6 +935,12 @@ class Aggregator:
         refused = closed.state.growth.refused
         if refused and refused != self._method.growth.refused:
             self._books.note(f"round {number}: not grown: {refused}")
+        if (error := metrics["prior_error"]) is not None and error > MAX_PRIOR_ERROR:
+            self._books.note(
+                f"round {number}: the priors leave out {error:.0%} of what was learnt (Frobenius norm); a larger "
+                "trainable.prior_rank (another run: fedblocks init) keeps more"
+            )
+        self._prior_errors.clear()
         self._model, self._method, self._privacy = model, closed.state, closed.privacy
         self._updates_to.clear()
         self._durations_s = [*self._durations_s, metrics["round_s"]][-progress.ETA_ROUNDS :]
@@ -1008,7 +1020,7 @@ class Aggregator:
         last_trained = self._ledger.get_round(number - 1)
         reason = last_trained.stop_reason if last_trained is not None else None
         self._books.count_bytes(self._endpoint.bytes_by_key)
-        everybodys = run_rules.personal_state(self._model, self._method, None, shape=self._published_units)
+        everybodys = run_rules.personal_state(self._model, self._method, None, shape=self._units)
         final = progress.final_record(
             self._folder.info,
             everybodys,
@@ -1046,7 +1058,7 @@ class Aggregator:
         self, model: run_rules.GlobalState, final: Mapping[str, Any]
     ) -> tuple[State, Mapping[str, Any], tuple[State, ...]]:
         """What is written of a finished run: everybody's state, the record, and what own models are mixed from."""
-        everybodys = run_rules.personal_state(model, self._method, None, shape=self._published_units)
+        everybodys = run_rules.personal_state(model, self._method, None, shape=self._units)
         mixture = self._method.mixture
         clusters = () if mixture is None else range(mixture.clusters)
         return everybodys.published, final, tuple(cluster_state(model.published, c) for c in clusters)

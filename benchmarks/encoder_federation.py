@@ -37,13 +37,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedblocks.aggregator import low_rank
 from fedblocks.aggregator.cohort import choose_cohort
-from fedblocks.aggregator.low_rank import Factored, Truncated
 from fedblocks.aggregator.methods import fedhft
 from fedblocks.aggregator.methods.fedhft import MixtureState, PairUpdate, Prior, Update
 from fedblocks.aggregator.run_rules import draw
 from fedblocks.edge_client.masked_low_rank import FrozenPrior, MaskedLowRank, first_factor
+from fedblocks.protocol import low_rank
+from fedblocks.protocol.low_rank import Factored, Truncated
 from fedblocks.protocol.messages import ClientKey
 from fedblocks.protocol.row_mask import choose_rows, next_scores
 

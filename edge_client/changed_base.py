@@ -4,6 +4,7 @@ Source: methods.md 11.
 
     pairs          W + g·s·B A          s = alpha / r
     merged pairs   W + g·D              D = the sum of all stacks
+    personal pairs W + g·U V            the client's, or the population's, prior
     base tensors   W + g·D              g = 0 is the base, 1 what was trained
 
 Sums and products are made in fp64 and rounded once to the type that the checkpoint stores.
@@ -21,7 +22,15 @@ from typing_extensions import assert_never
 
 from fedblocks.edge_client.checkpoint import TORCH_DTYPE, Checkpoint
 from fedblocks.edge_client.unit_values import base_name
-from fedblocks.profiles.units import BaseTensors, ExpandedBlocks, LowRankPairs, MergedLinears, unit_tensors
+from fedblocks.profiles.units import (
+    EXTRA_UNIT,
+    BaseTensors,
+    ExpandedBlocks,
+    LowRankPairs,
+    MergedLinears,
+    PersonalPairs,
+    unit_tensors,
+)
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.initial_pairs import initial_pair_tensor
 
@@ -49,7 +58,9 @@ def changed_tensors(
         return {}
     found: dict[str, Callable[[], Tensor]] = {}
     for unit, tensors in sorted(state.items()):
-        specs = unit_tensors(plan.units.published(), unit)
+        if unit == EXTRA_UNIT:  # stands beside the base
+            continue
+        specs = unit_tensors(plan.units.held(), unit)
         odd = [s.name for s in specs if s.name in tensors and tensors[s.name].shape != s.shape]
         odd += sorted(set(tensors) - {spec.name for spec in specs})
         if odd:
@@ -86,9 +97,11 @@ def _with_pair(
     specs: tuple,
     strength: float,
 ) -> np.ndarray:
-    """g·s·B A of one linear."""
+    """g·s·B A of one linear; of a prior g·B A."""
     by_name = {spec.name: spec for spec in specs}
     a_name, b_name = f"{linear}.lora_A", f"{linear}.lora_B"
+    if isinstance(pairs, PersonalPairs):
+        return strength * (tensors[b_name].astype(np.float64) @ tensors[a_name].astype(np.float64))
     a = initial_pair_tensor(pairs, unit, by_name[a_name])
     if a_name in tensors:
         a = a + tensors[a_name]

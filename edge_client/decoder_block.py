@@ -93,8 +93,20 @@ class LoraPair:
     """A low-rank addition to one linear layer: ``y += scale · (x Aᵀ) Bᵀ`` (Hu et al., arXiv 2106.09685)."""
 
     a: Tensor  # (r, in)
-    b: Tensor  # (out, r)
+    b: Tensor  # (out, r), or (k, r) of the rows alone
     scale: float
+    rows: Tensor | None = None  # (k,) int64, ascending: the outputs that B adds to; None: all
+    num_out: int = 0
+    """out, where there are ``rows``."""
+    prior: LoraPair | None = None
+    """Another pair beneath it, frozen."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """What it adds: x (..., in) -> (..., out)."""
+        change = self.scale * functional.linear(functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+        if self.rows is not None:
+            change = change.new_zeros(*change.shape[:-1], self.num_out).index_add(-1, self.rows, change)
+        return change if self.prior is None else change + self.prior.of(x)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -343,11 +355,7 @@ def linear(
         y = functional.linear(x, weight, bias)
     if not pairs:
         return y
-    additions = [
-        pair.scale * functional.linear(functional.linear(x, pair.a.to(x.dtype)), pair.b.to(x.dtype))
-        for pair in (pairs[name] for name in names)
-    ]
-    return y + torch.cat(additions, dim=-1)
+    return y + torch.cat([pairs[name].of(x) for name in names], dim=-1)
 
 
 def _window_mask(queries: int, keys: int, window: int, device: torch.device) -> Tensor:

@@ -26,11 +26,11 @@ from torch.nn import functional
 from fedblocks.edge_client.affine_migration import OUTPUT_NORM, normalised_layers, plain_norm
 from fedblocks.edge_client.checkpoint import CheckpointError
 from fedblocks.edge_client.decoder_block import BlockSpec, BlockWeights
-from fedblocks.edge_client.encoder_block import encoder_forward
-from fedblocks.edge_client.expanded_model import ExpandedModel, ParamGroup, State
+from fedblocks.edge_client.encoder_block import LINEARS, encoder_forward
+from fedblocks.edge_client.expanded_model import Chosen, ExpandedModel, ParamGroup, State
 from fedblocks.edge_client.recompute import recomputed
 from fedblocks.profiles.model_shape import TensorSpec
-from fedblocks.profiles.units import EXTRA_UNIT, NamedTensors
+from fedblocks.profiles.units import EXTRA_UNIT, NamedTensors, block_units
 
 if TYPE_CHECKING:
     from fedblocks.profiles.cost import OptimizerMode
@@ -63,6 +63,7 @@ class EncoderModel(ExpandedModel):
     """
 
     embedding_name = WORDS
+    linears = LINEARS
 
     def _set_up(self, config: Mapping[str, Any]) -> None:
         check_pooling(self.checkpoint.folder)
@@ -115,14 +116,26 @@ class EncoderModel(ExpandedModel):
     def train_blocks(
         self, blocks: Sequence[int], optimizer: OptimizerMode = "fp32", width: float = 1.0
     ) -> list[ParamGroup]:
-        """As the decoder's; :data:`EXTRA_UNIT` among the blocks is the head, fp32 whatever the optimizer."""
+        """As the decoder's; :data:`EXTRA_UNIT` among the blocks is the head."""
         groups = super().train_blocks([block for block in blocks if block != EXTRA_UNIT], optimizer, width)
         self._head = {}
-        if EXTRA_UNIT in blocks:
-            self._head = {name: value.requires_grad_() for name, value in self._published_head().items()}
-            leaves = tuple(self._head.values())
-            groups.append(ParamGroup(name=f"block {EXTRA_UNIT}", tensors=leaves, named=dict(self._head)))
-        return groups
+        return [*groups, self._train_head()] if EXTRA_UNIT in blocks else groups
+
+    def _train_head(self) -> ParamGroup:
+        """The head as leaves, fp32 whatever the optimizer."""
+        self._head = {name: value.requires_grad_() for name, value in self._published_head().items()}
+        return ParamGroup(name=f"block {EXTRA_UNIT}", tensors=tuple(self._head.values()), named=dict(self._head))
+
+    def train_units(
+        self,
+        units: Sequence[int],
+        optimizer: OptimizerMode = "fp32",
+        width: float = 1.0,
+        chosen: Chosen | None = None,
+    ) -> list[ParamGroup]:
+        """As the decoder's; :data:`EXTRA_UNIT` among the units is the head."""
+        groups = super().train_units(block_units(units), optimizer, width, chosen)
+        return [*groups, self._train_head()] if EXTRA_UNIT in units else groups
 
     # How it computes
 
@@ -179,9 +192,10 @@ class EncoderModel(ExpandedModel):
             name = self.checkpoint.layer_name(below.index, OUTPUT_NORM)
             gamma, beta = (self.checkpoint.tensor(f"{name}.{kind}").to(h) for kind in ("weight", "bias"))
             h = torch.addcmul(beta, h, gamma)
-        for position in range(from_position, self.num_positions):
-            if self.stack[position].kind == "base":
-                h = encoder_forward(h, self.weights(position), self._specs[position], lengths)
+        with self.base_only():
+            for position in range(from_position, self.num_positions):
+                if self.stack[position].kind == "base":
+                    h = encoder_forward(h, self.weights(position), self._specs[position], lengths)
         return h
 
     def run(

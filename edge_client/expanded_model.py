@@ -37,17 +37,19 @@ from fedblocks.edge_client.rotary import Rotary
 from fedblocks.edge_client.store import LazyTensors
 from fedblocks.edge_client.unit_values import initial_value
 from fedblocks.kernels.ops import merge_split, rms_norm, split_fp32
-from fedblocks.profiles.model_shape import ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import ChosenRows, ModelShape, TensorSpec
 from fedblocks.profiles.units import (
     EXPANDED_BLOCKS,
     BaseTensors,
     ExpandedBlocks,
     LowRankPairs,
     MergedLinears,
+    PersonalPairs,
     Trainable,
     unit_tensors,
 )
 from fedblocks.protocol.expansion import ExpansionPlan, StackEntry
+from fedblocks.protocol.row_mask import RowMask
 
 if TYPE_CHECKING:
     from fedblocks.profiles.cost import FrozenForm, OptimizerMode, Residency
@@ -60,6 +62,8 @@ ROWS_APART_SHARE: Final = 0.9
 
 State = Mapping[int, Mapping[str, npt.NDArray[np.float32]]]
 """Accumulated deltas: block id -> tensor name -> array of the tensor's shape; what is missing is zero."""
+Chosen = Mapping[int, Mapping[str, RowMask]]
+"""Unit -> name of a pair's B -> the rows of it that train, (out,)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +110,8 @@ class ExpandedModel:
     """
 
     embedding_name = EMBEDDING
+    linears: tuple[str, ...] = LINEARS
+    """Module paths of a layer's linears, in the order in which they are applied."""
 
     def __init__(
         self,
@@ -257,6 +263,8 @@ class ExpandedModel:
         """
         assert self.plan is not None
         value = initial_value(self.checkpoint, self.plan, block_id, spec, self._version)
+        if isinstance(self._trainable, PersonalPairs):
+            return value  # the state is the prior beneath the pairs, which start anew
         delta = (self._state if state is None else state).get(block_id, {}).get(spec.name)
         return value if delta is None else value.add_(torch.from_numpy(np.ascontiguousarray(delta)))
 
@@ -326,31 +334,40 @@ class ExpandedModel:
         return self._placed[entry.index]
 
     def _published_pairs(self, layer: int) -> dict[str, LoraPair]:
-        """The pairs of a layer at the strength; none where nothing was learnt."""
+        """The pairs of a layer at the strength, or its prior; none where nothing was learnt."""
         assert isinstance(self._trainable, LowRankPairs)
         if self._strength == 0.0 or layer not in self._state:
             return {}
         if layer not in self._pairs:
-            values = {spec.name: self._start(layer, spec).to(self.device, self.dtype) for spec in self._specs_of(layer)}
-            self._pairs[layer] = self._pairs_from(values, self._strength)
+            if isinstance(self._trainable, PersonalPairs):
+                values = {name: self._from_state(layer, name) for name in self._state[layer]}
+                self._pairs[layer] = self._pairs_from(values, self._strength)
+            else:
+                values = {
+                    spec.name: self._start(layer, spec).to(self.device, self.dtype) for spec in self._specs_of(layer)
+                }
+                self._pairs[layer] = self._pairs_from(values, self._strength * self._trainable.scaling)
         return self._pairs[layer]
+
+    def _from_state(self, unit: int, name: str) -> Tensor:
+        """A tensor of the state in the compute dtype."""
+        return torch.from_numpy(np.array(self._state[unit][name], dtype=np.float32)).to(self.device, self.dtype)
 
     def _specs_of(self, unit: int) -> tuple[TensorSpec, ...]:
         assert self.plan is not None
         return unit_tensors(self.plan.units, unit)
 
-    def _pairs_from(self, values: Mapping[str, Tensor], strength: float = 1.0) -> dict[str, LoraPair]:
+    def _pairs_from(self, values: Mapping[str, Tensor], scale: float) -> dict[str, LoraPair]:
         """A pair for every linear; those that are no target get one of rank 0, which adds zeros."""
-        assert isinstance(self._trainable, LowRankPairs)
         sizes = {spec.name: spec.shape for spec in self.shape.block_tensors()}
         pairs: dict[str, LoraPair] = {}
-        for linear in LINEARS:
+        for linear in self.linears:
             a, b = values.get(f"{linear}.lora_A"), values.get(f"{linear}.lora_B")
             if a is None or b is None:
                 out, inner = sizes[f"{linear}.weight"]
                 a = torch.zeros(0, inner, dtype=self.dtype, device=self.device)
                 b = torch.zeros(out, 0, dtype=self.dtype, device=self.device)
-            pairs[linear] = LoraPair(a, b, strength * self._trainable.scaling)
+            pairs[linear] = LoraPair(a, b, scale)
         return pairs
 
     def _frozen_layer(self, position: int, entry: StackEntry) -> BlockWeights:
@@ -489,15 +506,22 @@ class ExpandedModel:
     # What trains
 
     def train_units(
-        self, units: Sequence[int], optimizer: OptimizerMode = "fp32", width: float = 1.0
+        self,
+        units: Sequence[int],
+        optimizer: OptimizerMode = "fp32",
+        width: float = 1.0,
+        chosen: Chosen | None = None,
     ) -> list[ParamGroup]:
         """Makes these units of the plan leaf parameters, at this width where they have one; all else stays frozen.
+
+        Args:
+            chosen: the rows of each pair's B that train, of personal pairs at a width below 1.
 
         Returns:
             One group for each unit, in their order, its tensors named and shaped as ``unit_tensors`` says.
 
         Raises:
-            ValueError: the strength is not 1, or there is no such width.
+            ValueError: the strength is not 1, there is no such width, or no rows are chosen where it asks for them.
         """
         match self._trainable:
             case ExpandedBlocks():
@@ -506,33 +530,67 @@ class ExpandedModel:
                 if self._strength != 1.0:
                     raise ValueError(f"training at strength {self._strength}, expected 1: it is for evaluation only")
                 self._replaced.clear()
-                train = self._train_pairs if isinstance(self._trainable, LowRankPairs) else self._train_base_unit
-                return [train(unit, width) for unit in units]
+                if isinstance(self._trainable, LowRankPairs):
+                    return [self._train_pairs(unit, width, (chosen or {}).get(unit, {})) for unit in units]
+                return [self._train_base_unit(unit) for unit in units]
             case MergedLinears():
                 raise ValueError("merged weights are published, not trained: the pairs train")
 
-    def _train_pairs(self, layer: int, width: float) -> ParamGroup:
+    def score_units(self, units: Sequence[int]) -> list[ParamGroup]:
+        """Personal pairs before their rows are chosen: B of all rows, zero, is a leaf; A has no gradient.
+
+        Returns:
+            One group for each unit, in their order; only what is B has a name in it.
+        """
+        self._replaced.clear()
+        groups: list[ParamGroup] = []
+        for layer in units:
+            values = {spec.name: self._start(layer, spec).to(self.device) for spec in self._specs_of(layer)}
+            named = {name: value.requires_grad_() for name, value in values.items() if name.endswith(".lora_B")}
+            self._put_pairs(layer, values, {})
+            groups.append(ParamGroup(name=f"layer {layer}", tensors=tuple(named.values()), named=named))
+        return groups
+
+    def _put_pairs(self, layer: int, values: Mapping[str, Tensor], chosen: Mapping[str, RowMask]) -> None:
+        """Have these pairs over a layer, and over its prior where it has one."""
+        assert isinstance(self._trainable, LowRankPairs)
+        position = self.stack.index(StackEntry(kind="base", index=layer))
+        entry = self.stack[position]
+        frozen = self._changed_layer(entry) if self._trainable.merged else self._frozen_layer(position, entry)
+        pairs = self._pairs_from(values, self._trainable.scaling)
+        prior = self._published_pairs(layer) if isinstance(self._trainable, PersonalPairs) else {}
+        for linear, pair in pairs.items():
+            mask = chosen.get(f"{linear}.lora_B")
+            if mask is not None:
+                rows = torch.from_numpy(np.flatnonzero(mask)).to(self.device)
+                pairs[linear] = replace(pair, rows=rows, num_out=len(mask))
+            if linear in prior and len(prior[linear].a):
+                pairs[linear] = replace(pairs[linear], prior=prior[linear])
+        self._pairs.pop(layer, None)
+        self._replaced[position] = replace(frozen, lora=pairs)
+
+    def _train_pairs(self, layer: int, width: float, chosen: Mapping[str, RowMask]) -> ParamGroup:
         """Low-rank pairs over one layer, which is frozen beside them."""
         assert self.plan is not None
         named: dict[str, Tensor] = {}
         decayed: list[Tensor] = []
         trained = unit_tensors(self.plan.units, layer, width)
         for spec, part in zip(self._specs_of(layer), trained, strict=True):
+            mask = chosen.get(part.name)
+            if isinstance(part, ChosenRows) and (mask is None or int(mask.sum()) != part.shape[0]):
+                raise ValueError(
+                    f"layer {layer}: {part.name} trains {part.shape[0]} rows at width {width:g}, and "
+                    f"{0 if mask is None else int(mask.sum())} are chosen"
+                )
             value = _first(self._start(layer, spec), part.shape)
             named[spec.name] = value.to(self.device).contiguous().clone().requires_grad_()
             if spec.is_out:
                 decayed.append(named[spec.name])
-        position = self.stack.index(StackEntry(kind="base", index=layer))
-        entry, trainable = self.stack[position], self._trainable
-        merged = isinstance(trainable, LowRankPairs) and trainable.merged
-        frozen = self._changed_layer(entry) if merged else self._frozen_layer(position, entry)
-        self._pairs.pop(layer, None)
-        self._replaced[position] = replace(frozen, lora=self._pairs_from(named))
+        self._put_pairs(layer, named, chosen if width < 1.0 else {})
         return ParamGroup(name=f"layer {layer}", tensors=tuple(named.values()), decayed=tuple(decayed), named=named)
 
-    def _train_base_unit(self, unit: int, width: float) -> ParamGroup:
+    def _train_base_unit(self, unit: int) -> ParamGroup:
         """One base layer, or embedding, final norm and head, in fp32."""
-        del width
         if unit == self.shape.num_layers:
             self._tables.clear()
             for spec in self._specs_of(unit):

@@ -44,9 +44,10 @@ from fedblocks.edge_client.checkpoint import (
     initial_block,
     initial_tensor,
 )
-from fedblocks.profiles.units import EXTRA_UNIT, block_units
+from fedblocks.profiles.units import EXTRA_UNIT, PersonalPairs, block_units
 from fedblocks.protocol.errors import LocalProtocolError
 from fedblocks.protocol.expansion import ExpansionError, ExpansionPlan, expand_config, family_of
+from fedblocks.protocol.priors import prior_of
 from fedblocks.protocol.run_config import ConfigError
 from fedblocks.protocol.state import state_sha256
 from fedblocks.protocol.tensors import unflatten
@@ -456,10 +457,13 @@ def load_final(run: Path, client: str = "") -> tuple[ExpansionPlan, dict[int, di
     record = load_final_record(run)
     active = record.get("active_blocks") or plan.block_ids  # older releases had no growth
     if client:
-        return plan.reduced(active), unflatten(_own_state(run, client))
+        own = unflatten(_own_state(run, client))
+        if isinstance(plan.trainable, PersonalPairs):
+            own = prior_of(own, plan.units).state
+        return plan.reduced(active), own
     try:
         state = unflatten(load_file(path))
-        found = state_sha256(plan.units.published(), state)
+        found = state_sha256(plan.units.held(), state)
     except (SafetensorError, LocalProtocolError, ValueError) as error:
         raise ConfigError(f"{path} is damaged: {error}; {_WRITTEN_AGAIN} {run}") from error
     if (ended := record.get("state_sha256", found)) != found:
@@ -599,9 +603,15 @@ def base_of_export(folder: Path) -> dict[str, torch.Tensor]:
     """The base's tensors in an exported encoder: its blocks dropped, its norms restored; name in the base -> tensor.
 
     What is left out is only what the model's class does not have.
+
+    Raises:
+        ExportError: the run has changed the base's own tensors.
     """
     grown = Checkpoint.open(folder)
-    plan = ExpansionPlan.from_plain(json.loads((folder / EXPORT_RECORD).read_bytes())["plan"])
+    record = json.loads((folder / EXPORT_RECORD).read_bytes())
+    plan = ExpansionPlan.from_plain(record["plan"])
+    if not plan.blocks and record["strength"] != 0:
+        raise ExportError(f"{folder}: its run changed the base's own tensors; take what they were from the base")
     if grown.shape == plan.shape:  # exported at strength 0
         return {name: grown.tensor(name) for name in grown.names()}
     return _without_blocks(folder, grown, plan)
@@ -664,7 +674,7 @@ def _verify(
         if name not in changed and _tensor_hash(written, new_name) != hashes[name]:
             raise ExpansionError("E_IDENTITY", f"{folder}: tensor {new_name} is not the base's {name}; the disk failed")
     if checkpoint.shape.encoder:
-        _verify_encoder(folder, checkpoint, written, plan)
+        _verify_encoder(folder, checkpoint, written, plan, changed)
         return hashes
     from transformers import AutoModelForCausalLM
 
@@ -685,15 +695,21 @@ def _verify(
     return hashes
 
 
-def _verify_encoder(folder: Path, checkpoint: Checkpoint, written: Checkpoint, plan: ExpansionPlan | None) -> None:
-    """The folder loads as a user would load it, and without its blocks, the norms restored, it is the base's bits."""
+def _verify_encoder(
+    folder: Path, checkpoint: Checkpoint, written: Checkpoint, plan: ExpansionPlan | None, changed: Collection[str]
+) -> None:
+    """The folder loads as a user would load it, and without its blocks, the norms restored, it is the base's bits; so
+    it is with the base's values in the place of those that were changed."""
     from transformers import AutoModel
 
     with _quiet_transformers():
         loaded = AutoModel.from_pretrained(folder, dtype=checkpoint.dtype, trust_remote_code=False).eval()
         base = AutoModel.from_pretrained(checkpoint.folder, dtype=checkpoint.dtype, trust_remote_code=False).eval()
     if plan is not None:
-        restored = _without_blocks(folder, written, plan)
+        if plan.blocks:
+            restored = _without_blocks(folder, written, plan)
+        else:
+            restored = {name: (checkpoint if name in changed else written).tensor(name) for name in written.names()}
         weights = {name: tensor.to(checkpoint.dtype) for name, tensor in restored.items()}
         loaded = _build(checkpoint.config, weights, checkpoint.dtype)
     _require_equal(base, loaded, "the export without its blocks, with the base's norms,")

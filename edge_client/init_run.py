@@ -159,10 +159,10 @@ def _check_arguments(
                     "tokens and writes its anchor texts itself; leave it out"
                 )
         return
-    if config.run.method not in ("fedbe", "llamapro"):
+    if config.run.method not in ("fedbe", "llamapro", "fedhft"):
         raise ConfigError(
             f"run.method is {config.run.method!r}, and a {checkpoint.shape.family} model is an encoder: its run "
-            "trains expanded blocks and its head; take 'fedbe' or 'llamapro'"
+            "trains its head and expanded blocks or personal pairs; take 'fedbe', 'llamapro' or 'fedhft'"
         )
     if labels is None or anchor_texts is None:
         missing = "--labels FILE (rows with a label, or one label on each line)"

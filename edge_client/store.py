@@ -124,6 +124,11 @@ class ClientStore:
         """Where the error-feedback residual is kept."""
         return self.folder / "residual"
 
+    @property
+    def row_scores_folder(self) -> Path:
+        """Where the scores of the pairs' rows are kept."""
+        return self.folder / "row_scores"
+
     def resource(self, name: str) -> Path:
         """Path of a file of the run."""
         return self._resources / name

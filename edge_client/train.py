@@ -26,12 +26,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedblocks.edge_client.expanded_model import ExpandedModel, ParamGroup
+from fedblocks.edge_client.expanded_model import Chosen, ExpandedModel, ParamGroup
 from fedblocks.edge_client.objective import Losses, Objective, objective_of
 from fedblocks.edge_client.optimizer import AdamW
+from fedblocks.edge_client.row_scores import Energies
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.kernels.ops import linear_cross_entropy, linear_kl_topk
-from fedblocks.profiles.cost import ExecutionMode
+from fedblocks.profiles.cost import SCORING_BATCHES, ExecutionMode
+from fedblocks.profiles.units import block_units
 from fedblocks.protocol.messages import Assignment
 
 if TYPE_CHECKING:
@@ -136,6 +138,8 @@ class TrainResult:
     """Block id -> tensor name -> trained value minus start value, computed when it is asked for."""
     ends: Callable[[int, str], tuple[Tensor, Tensor]]
     """(block id, tensor name) -> the two, on the device."""
+    chosen: Chosen | None
+    """The rows that trained, where the client chose them."""
     steps: int
     num_target_tokens: int
     loss_first: float
@@ -334,6 +338,7 @@ def train(
     prefix: PrefixStates,
     mode: ExecutionMode | None = None,
     round_cache_bytes: int = 0,
+    choose_rows: Callable[[Sequence[Energies]], Chosen] | None = None,
     now: Callable[[], float],
     status: Status,
 ) -> TrainResult:
@@ -347,6 +352,8 @@ def train(
         mode: how to carry it out; default as the assignment says.
         round_cache_bytes: memory for hidden states at the assignment's own cut: where the lowest block that is trained
             lies above the lowest of the plan, the blocks between them run once for each sample instead of each step.
+        choose_rows: says which rows of the pairs train, from the energies of the first batches; default: the
+            assignment's width is of another kind.
         now: monotonic seconds.
         status: see :data:`Status`; phases are ``"prefix"`` and ``"training"``.
 
@@ -412,10 +419,18 @@ def train(
 
     began = now()
     model.recompute = mode.checkpoint
-    groups = model.train_units(task.blocks, mode.optimizer, task.width)
+    losses = objective.losses(model, states.cut)
+    chosen = None
+    if choose_rows is not None:
+        first = itertools.islice(_with_targets(task_windows()), min(SCORING_BATCHES, len(windows)))
+        try:
+            chosen = choose_rows(list(row_energies(model, block_units(task.blocks), losses, first)))
+        except ValueError as error:
+            raise NonFiniteError(str(error)) from error
+    groups = model.train_units(task.blocks, mode.optimizer, task.width, chosen)
     result = run_steps(
         groups=groups,
-        losses=objective.losses(model, states.cut),
+        losses=losses,
         optimizer_mode=mode.optimizer,
         task=task_windows(),
         anchor=anchor_batches(),
@@ -430,6 +445,7 @@ def train(
     return TrainResult(
         deltas=model.deltas(groups),
         ends=model.ends(groups),
+        chosen=chosen,
         steps=task.steps,
         num_target_tokens=result.num_target_tokens,
         loss_first=statistics.fmean(result.task_loss[:quarter]),
@@ -440,6 +456,28 @@ def train(
         step_s=statistics.median(result.step_s),
         gradient_energy=_energy_of_each(groups, result.gradient_energy),
     )
+
+
+def row_energies(
+    model: ExpandedModel, units: Sequence[int], losses: Losses, windows: Iterable[Sequence[TaskBatch]]
+) -> Iterator[Energies]:
+    """|dL/dB[i,:]|² of every row of the units' pairs, for each window (methods.md 10.2, step 2).
+
+    Afterwards the model holds the pairs as :meth:`ExpandedModel.score_units` leaves them.
+    """
+    groups = model.score_units(units)
+    for window in windows:
+        tokens = sum(len(batch.targets) for batch in window)
+        for batch in window:
+            _backward(losses.task(batch, 1 / tokens))
+        found: dict[int, dict[str, npt.NDArray[np.float32]]] = {}
+        for unit, group in zip(units, groups, strict=True):
+            found[unit] = {}
+            for name, leaf in group.named.items():
+                assert leaf.grad is not None
+                found[unit][name] = leaf.grad.square().sum(dim=1).cpu().numpy()
+                leaf.grad = None
+        yield found
 
 
 def _energy_of_each(groups: Sequence[ParamGroup], found: Iterable[float]) -> tuple[float, ...]:

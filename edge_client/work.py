@@ -10,6 +10,7 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from fedblocks.edge_client.data import SiteData, TextEncoder, tokenise_file
 from fedblocks.edge_client.device_encoding import device_encoder
 from fedblocks.edge_client.encoder_objective import open_teacher
 from fedblocks.edge_client.evaluate import evaluate_examples, measure_anchor
-from fedblocks.edge_client.expanded_model import ExpandedModel, open_model
+from fedblocks.edge_client.expanded_model import Chosen, ExpandedModel, open_model
 from fedblocks.edge_client.memory import (
     PeakMemory,
     anonymous_bytes,
@@ -35,13 +36,14 @@ from fedblocks.edge_client.memory import (
 from fedblocks.edge_client.prefix_cache import PrefixStates, RecordStore, TokenInputs, cut_fields, cut_key, evict_others
 from fedblocks.edge_client.residual import ResidualStore
 from fedblocks.edge_client.rollout import Bench, rollout
+from fedblocks.edge_client.row_scores import Energies, RowScores
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.store import ClientStore
 from fedblocks.edge_client.train import NonFiniteError, TrainingError, train
 from fedblocks.kernels.ops import DISPATCHER
 from fedblocks.profiles.cost import ModeChoice, NoFit, Workload, choose_mode, step_time
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.profiles.units import BaseTensors, ExpandedBlocks, LowRankPairs, block_units
+from fedblocks.profiles.units import BaseTensors, ExpandedBlocks, LowRankPairs, PersonalPairs, block_units
 from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import (
@@ -188,6 +190,7 @@ class Workbench:
         self._stores: dict[str, RecordStore] = {}
         self._build(tuple(active_blocks) or self.plan.block_ids)
         self.residuals = ResidualStore(store.residual_folder, plan=self.plan)
+        self._row_scores = RowScores(store.row_scores_folder, plan=self.plan, client=client)
         general = store.resource("general.jsonl")
         self.general: Sequence[TokenisedSample] = tokenise_file(general, encoder) if general.is_file() else ()
 
@@ -293,7 +296,7 @@ class Workbench:
             RemoteProtocolError: the update does not lead to the announced state; the held state is as before.
         """
         held = self.state if update.from_version == self.held_version else {}
-        self.state = apply_update(held, update, payload, shape=self.plan.units.published(), blocks=self.plan.unit_ids)
+        self.state = apply_update(held, update, payload, shape=self.plan.units.held(), blocks=self.plan.unit_ids)
         if update.to_version != self.held_version:
             self.held_version = update.to_version
             self.store.put_held_state(update.to_version, self.state)
@@ -457,6 +460,7 @@ class Workbench:
                     teacher=self.teacher,
                     prefix=self.prefix,
                     round_cache_bytes=self._round_cache_bytes(chosen, limit),
+                    choose_rows=self._row_chooser(task),
                     now=time.monotonic,
                     status=self._paced(task, status),
                 )
@@ -473,6 +477,7 @@ class Workbench:
                     density=task.delta_density,
                     cap=cap,
                     width=task.width,
+                    chosen=result.chosen,
                     encode=device_encoder(result.ends, density=task.delta_density, cap=cap) if on_device else None,
                 )
         except NonFiniteError as error:
@@ -527,7 +532,14 @@ class Workbench:
     def _owes_residuals(self, task: Assignment) -> bool:
         """Does what an update leaves out join a later one? Not where pairs start anew, in other directions."""
         trainable = self.plan.trainable
-        return task.delta_format == "int8" and not (isinstance(trainable, LowRankPairs) and trainable.merged)
+        anew = isinstance(trainable, PersonalPairs) or (isinstance(trainable, LowRankPairs) and trainable.merged)
+        return task.delta_format == "int8" and not anew
+
+    def _row_chooser(self, task: Assignment) -> Callable[[Sequence[Energies]], Chosen] | None:
+        """Says which rows of the pairs train; None where no rows are chosen, or all train."""
+        if not isinstance(self.plan.trainable, PersonalPairs) or task.width == 1.0:
+            return None
+        return partial(self._row_scores.choose, round=task.round, width=task.width)
 
     def _choose(self, blocks: Sequence[int], work: Workload, limit: int, width: float = 1.0) -> ModeChoice | NoFit:
         """The fastest exact way to train these blocks at this width within the limit, or within what is free now."""

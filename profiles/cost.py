@@ -17,12 +17,13 @@ from functools import lru_cache
 from typing import Final, Literal, NamedTuple
 
 from fedblocks.profiles.device import Accelerator, DeviceProfile
-from fedblocks.profiles.model_shape import ModelShape
+from fedblocks.profiles.model_shape import ChosenRows, ModelShape
 from fedblocks.profiles.units import (
     EXPANDED_BLOCKS,
     BaseTensors,
     ExpandedBlocks,
     LowRankPairs,
+    PersonalPairs,
     Trainable,
     TrainedUnits,
     Units,
@@ -67,6 +68,8 @@ ROWS_APART_SHARE: Final = 0.9
 #: are held to (runtime.md 10). Below the second share they are none.
 TIME_TOLERANCE: Final = 0.15
 SAME_TIME: Final = 0.01
+#: Batches whose gradient tells a client which rows of its pairs to train (``edge_client/row_scores.py``).
+SCORING_BATCHES: Final = 2
 #: Share of the memory above R that a prediction may fill; R itself is measured, not predicted (methods.md 6.1).
 MEMORY_SAFETY: Final = 0.9
 
@@ -269,6 +272,19 @@ def _pair_sizes(shape: ModelShape, pairs: LowRankPairs, width: float) -> tuple[i
     return total, total, max(spec.size for spec in specs)
 
 
+@lru_cache(maxsize=256)
+def _prior_sizes(shape: ModelShape, pairs: PersonalPairs) -> tuple[int, int]:
+    """Of one layer: parameters of the frozen prior, and of B with all its rows."""
+    units = TrainedUnits(shape=shape, trainable=pairs)
+    held = sum(spec.size for spec in unit_tensors(units.held(), 0))
+    return held, sum(spec.size for spec in unit_tensors(units, 0) if spec.is_out)
+
+
+def _scoring_steps(layout: StackLayout, of: _Set) -> int:
+    """Passes before the first step, from which a client learns which rows to train (methods.md 10.2)."""
+    return SCORING_BATCHES if isinstance(layout.trainable, PersonalPairs) and of.width < 1.0 else 0
+
+
 def _trained_sizes(shape: ModelShape, layout: StackLayout, width: float) -> tuple[int, int, int]:
     """What trains at one position of the layout."""
     if isinstance(layout.trainable, LowRankPairs):
@@ -393,6 +409,8 @@ def _suffix_flops(
         trained, total = 0, 6.0 * of.size * _trained_sizes(shape, layout, of.width)[0]
     else:
         total = 0.0
+    if isinstance(layout.trainable, PersonalPairs):  # the prior, and the gradient of its inputs
+        total += 4.0 * layout.num_entries * _prior_sizes(shape, layout.trainable)[0]
     width = 1.0 if isinstance(layout.trainable, BaseTensors) else of.width
     total += fresh_share * (of.low - layout.base_cut) * forward_block_flops(shape, context)
     total += trained * trained_block_flops(shape, context, width=width)
@@ -705,13 +723,14 @@ def round_time(
     """Seconds of a whole round; ``scale`` corrects the computed parts (not the transfers) by measured / predicted."""
     mode = mode or usual_mode(work)
     time = _Time(device, shape, layout, work)
-    step_s = scale * time.step_s(_set_of(layout, blocks, width), mode)
+    of = _set_of(layout, blocks, width)
+    step_s = scale * time.step_s(of, mode)
     return TimeBreakdown(
         download_s=download_num_bytes / device.downlink_bytes_per_s,
         fill_s=scale * time.fill_s(mode.residency),
         measure_s=measure_time(device, shape, layout, work, scale=scale),
         step_s=step_s,
-        train_s=work.steps * step_s,
+        train_s=(work.steps + _scoring_steps(layout, of)) * step_s,
         upload_s=upload_num_bytes / device.uplink_bytes_per_s,
     )
 
@@ -761,9 +780,9 @@ def unit_bytes(
     """
     if not 0 < density <= 1:
         raise ValueError(f"upload: density is {density}, expected a number in (0, 1]")
+    total = sum(math.ceil(spec.num_rows / 8) for spec in unit_tensors(of, unit, width) if isinstance(spec, ChosenRows))
     if payload_format != "int8":
-        return unit_parameters(of, unit, width) * (2 if payload_format == "bf16" else 4)
-    total = 0
+        return total + unit_parameters(of, unit, width) * (2 if payload_format == "bf16" else 4)
     for spec in unit_tensors(of, unit, width):
         rows, columns = spec.rows_cols
         if len(spec.shape) == 1:
@@ -972,6 +991,10 @@ class _Memory:
         self._base_above = layout.num_entries - layout.base_cut - layout.num_held
         self._pairs = isinstance(layout.trainable, LowRankPairs)
         self._merged = isinstance(layout.trainable, LowRankPairs) and layout.trainable.merged
+        self._prior = self._all_rows = 0
+        if isinstance(layout.trainable, PersonalPairs):
+            prior, rows = _prior_sizes(shape, layout.trainable)
+            self._prior, self._all_rows = prior * layout.num_entries * e, rows * layout.num_entries
         self._value_bytes = 8 if work.keeps_start else 4
         self._beside = sum(layout.beside.values())
         vectors = self._block - linear
@@ -1027,7 +1050,7 @@ class _Memory:
         if self._merged:  # changed and decoded, beside the packed bytes of the base
             layer += self._packed
         below = self._base_cut * self._packed if mode.residency == "resident" else 0
-        return self._base_above * layer + below
+        return self._base_above * layer + below + self._prior
 
     def _tables(self, mode: ExecutionMode) -> int:
         return self._head + (self._embedding if mode.residency == "resident" else 0)
@@ -1066,17 +1089,22 @@ class _Memory:
         # Value, change, what is still owed, and codes at the usual density; what was owed of one tensor, and its clip.
         yield _Moment("encoding", 0, 0, 0, 12 * trained + trained // 4, 0, kept, 8 * largest)
 
-    def training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, _Moment]:
-        """The worst moment of a pass, and the optimizer's step."""
+    def training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, ...]:
+        """The worst moment of a pass, the optimizer's step, and the passes that score rows."""
         trained = self._trained(of)
         frozen, head, blocks = self._frozen(mode), self._tables(mode), self._not_training(of)
         moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
         held = self._value_bytes * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
         gradients, saved, work = self._worst_of_pass(of, mode)
-        return (
+        found = (
             _Moment("training", frozen, blocks, head, held + gradients, saved, self._inputs, work),
             self._step_moment(of, mode),
         )
+        if not _scoring_steps(self._layout, of):
+            return found
+        # A and B of all rows, zero, and the gradient of the latter; no moments yet.
+        scored = 4 * self._trained(of._replace(width=1.0)) + GRADIENT_BYTES * self._all_rows
+        return (*found, _Moment("training", frozen, blocks, head, scored, saved, self._inputs, work))
 
     def _step_moment(self, of: _Set, mode: ExecutionMode) -> _Moment:
         """The optimizer's step."""
@@ -1513,7 +1541,8 @@ class ModeSearch:
 
     def _seconds(self, of: _Set, mode: ExecutionMode) -> float:
         """Of the first pass and all steps."""
-        return self._time.fill_s(mode.residency) + self._work.steps * self._time.step_s(of, mode)
+        steps = self._work.steps + _scoring_steps(self._layout, of)
+        return self._time.fill_s(mode.residency) + steps * self._time.step_s(of, mode)
 
 
 _Demand = tuple[bool, bool, bool]

@@ -45,6 +45,14 @@ class TensorSpec:
         return self.shape[0], self.size // self.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class ChosenRows(TensorSpec):
+    """Some rows of a tensor, chosen by who trains them: a row mask says which (``protocol/tensors.py``)."""
+
+    num_rows: int = 0
+    """Of the whole tensor."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
     """Sizes of a pre-norm decoder of the Llama kind, or of an encoder; symbols of runtime.md in the comments."""

@@ -6,6 +6,7 @@ closed list, :data:`Trainable`:
 ==============  ==================================================================================================
 ExpandedBlocks  unit = an expanded block, all of its tensors; a width is a slim block (methods.md 3)
 LowRankPairs    unit = a base layer, a pair A, B for each of its target linears; a width is the first components
+PersonalPairs   the same pairs, of which a width is a share of B's rows, over a frozen prior of the client's own
 MergedLinears   unit = a base layer, the whole weights of its target linears: what merged pairs have changed
 BaseTensors     unit = a base layer, all of its tensors; and one unit (:attr:`BaseTensors.tables`) for the embedding,
                 the final norm and the head
@@ -17,6 +18,7 @@ no width. A :class:`ModelShape` alone stands for expanded blocks and nothing els
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +26,7 @@ from typing import Final, Literal, get_args
 
 from typing_extensions import assert_never
 
-from fedblocks.profiles.model_shape import WIDTHS, ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import WIDTHS, ChosenRows, ModelShape, TensorSpec
 
 Targets = Literal["all", "qv"]
 """Which linears get a pair: every projection, or those of the queries and of the values (the choice of LoRA, Hu et al.,
@@ -84,6 +86,29 @@ class LowRankPairs:
         """
         _check_width(width)
         return max(1, int(width * self.rank))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PersonalPairs(LowRankPairs):
+    """Pairs that start anew in every round, each time from the same A, over what the client has learnt so far.
+
+    What they learn joins the weights' changes at the aggregator (:meth:`TrainedUnits.published`); each client gets its
+    own mixture of those, cut to ``prior_rank`` (:meth:`TrainedUnits.held`), and holds it frozen. A width is the share
+    of the rows of B that train, chosen by the client; A trains whole (methods.md 10.2).
+
+    Raises:
+        ValueError: as for any pairs, or a prior of a rank below 1.
+    """
+
+    prior_rank: int = 32
+    """r_d."""
+
+    def __post_init__(self) -> None:
+        LowRankPairs.__post_init__(self)
+        if type(self.prior_rank) is not int or self.prior_rank < 1:
+            raise ValueError(
+                f"personal pairs: prior_rank is {self.prior_rank!r}, expected a whole number of at least 1"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,22 +176,34 @@ class TrainedUnits:
                     raise ValueError(f"base tensors: layers are {chosen}, the model has {layers}")
             case LowRankPairs(rank=rank, targets=targets):
                 most = min(min(spec.shape) for spec in _targets(self.shape, targets))
-                if rank > most:
-                    raise ValueError(
-                        f"low-rank pairs: rank is {rank}, expected at most {most}, the smallest dimension of a target; "
-                        "a pair of a higher rank is larger than what it stands for"
-                    )
+                prior_rank = self.trainable.prior_rank if isinstance(self.trainable, PersonalPairs) else 0
+                for name, found in (("rank", rank), ("prior_rank", prior_rank)):
+                    if found > most:
+                        raise ValueError(
+                            f"low-rank pairs: {name} is {found}, expected at most {most}, the smallest dimension of a "
+                            "target; a pair of a higher rank is larger than what it stands for"
+                        )
             case ExpandedBlocks() | MergedLinears():
                 pass
             case _:
                 assert_never(self.trainable)
 
     def published(self) -> Units:
-        """The units of the published state: those of the updates, but where pairs are merged."""
-        if isinstance(self.trainable, LowRankPairs) and self.trainable.merged:
+        """The units of the published state: those of the updates, but where what pairs learn joins the weights."""
+        if isinstance(self.trainable, PersonalPairs) or (
+            isinstance(self.trainable, LowRankPairs) and self.trainable.merged
+        ):
             merged = MergedLinears(targets=self.trainable.targets)
             return TrainedUnits(shape=self.shape, trainable=merged, extra=self.extra)
         return self
+
+    def held(self) -> Units:
+        """The units of the state that a client gets and holds: the published ones, but where it is a prior of its own:
+        B A of that rank, both zero at the start."""
+        if isinstance(self.trainable, PersonalPairs):
+            pairs = LowRankPairs(rank=self.trainable.prior_rank, scaling=1.0, targets=self.trainable.targets)
+            return TrainedUnits(shape=self.shape, trainable=pairs, extra=self.extra)
+        return self.published()
 
 
 Units = ModelShape | TrainedUnits
@@ -220,6 +257,12 @@ def trained_unit_ids(of: TrainedUnits, blocks: Sequence[int]) -> tuple[int, ...]
     return ids if of.extra is None else (*ids, EXTRA_UNIT)
 
 
+def personal_pairs(of: Units) -> PersonalPairs | None:
+    """What the units train, if it is that."""
+    trainable = of.trainable if isinstance(of, TrainedUnits) else None
+    return trainable if isinstance(trainable, PersonalPairs) else None
+
+
 def block_units(units: Sequence[int]) -> tuple[int, ...]:
     """These units without the extra tensor set: those that stand in the stack and have a cost of their own."""
     return tuple(unit for unit in units if unit != EXTRA_UNIT)
@@ -249,6 +292,8 @@ def _unit_tensors(of: TrainedUnits, unit: int, width: float) -> tuple[TensorSpec
     if unit not in trained_unit_ids(of, ()):
         raise KeyError(f"the run has no unit {unit}; its units are {list(trained_unit_ids(of, ()))}")
     match trainable:
+        case PersonalPairs(rank=rank, targets=targets):
+            return tuple(spec for target in _targets(shape, targets) for spec in _chosen_rows(target, rank, width))
         case LowRankPairs(targets=targets):
             rank = trainable.rank_at(width)
             return tuple(spec for target in _targets(shape, targets) for spec in _pair(target, rank))
@@ -268,6 +313,15 @@ def _pair(target: TensorSpec, rank: int) -> tuple[TensorSpec, TensorSpec]:
         TensorSpec(name=f"{linear}.lora_A", shape=(rank, inner)),
         TensorSpec(name=f"{linear}.lora_B", shape=(out, rank), is_out=True),
     )
+
+
+def _chosen_rows(target: TensorSpec, rank: int, width: float) -> tuple[TensorSpec, TensorSpec]:
+    """A and, of B, this share of the rows."""
+    a, b = _pair(target, rank)
+    if width == 1.0:
+        return a, b
+    rows = math.ceil(width * b.shape[0])
+    return a, ChosenRows(name=b.name, shape=(rows, rank), is_out=True, num_rows=b.shape[0])
 
 
 def _table_tensors(shape: ModelShape) -> tuple[TensorSpec, ...]:

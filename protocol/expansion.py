@@ -38,6 +38,7 @@ from fedblocks.profiles.units import (
     LowRankPairs,
     MergedLinears,
     NamedTensors,
+    PersonalPairs,
     Trainable,
     TrainedUnits,
     trained_unit_ids,
@@ -648,6 +649,11 @@ class ExpansionPlan:
                 return f"{len(self.blocks)} expanded blocks, placement {self.placement}"
             case LowRankPairs(rank=rank, targets=targets, merged=merged):
                 where = "every projection" if targets == "all" else "the projections of queries and values"
+                if isinstance(self.trainable, PersonalPairs):
+                    return (
+                        f"low-rank pairs of rank {rank} over {where}, their rows by device, over a prior of rank "
+                        f"{self.trainable.prior_rank} of each client's own"
+                    )
                 return f"low-rank pairs of rank {rank} over {where}" + (", merged in every round" if merged else "")
             case MergedLinears():
                 return "merged pairs"
@@ -779,7 +785,11 @@ class ExpansionPlan:
 
 
 #: Kind in plan.json -> what trains there.
-_TRAINABLES: Final[dict[str, type[LowRankPairs | BaseTensors]]] = {"low_rank": LowRankPairs, "base": BaseTensors}
+_TRAINABLES: Final[dict[str, type[LowRankPairs | BaseTensors]]] = {
+    "low_rank": LowRankPairs,
+    "personal_pairs": PersonalPairs,
+    "base": BaseTensors,
+}
 _KIND_OF: Final[dict[type, str]] = {cls: kind for kind, cls in _TRAINABLES.items()}
 
 

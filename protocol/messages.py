@@ -17,7 +17,7 @@ from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.profiles.units import block_units
 from fedblocks.protocol.errors import RefusalCode
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 
 #: Lines about kernels in one update, and the length of each.
 MAX_KERNEL_FALLS: Final = 8

@@ -11,7 +11,14 @@ from typing import Any
 
 from typing_extensions import assert_never
 
-from fedblocks.profiles.units import EXPANDED_BLOCKS, BaseTensors, ExpandedBlocks, LowRankPairs, Trainable
+from fedblocks.profiles.units import (
+    EXPANDED_BLOCKS,
+    BaseTensors,
+    ExpandedBlocks,
+    LowRankPairs,
+    PersonalPairs,
+    Trainable,
+)
 from fedblocks.protocol.expansion import (
     ExpansionError,
     ExpansionPlan,
@@ -38,10 +45,10 @@ def plan_of(config: RunConfig, *, base_hash: str, model_config: Mapping[str, Any
             placement=config.expansion.placement,
             num_blocks=config.most_blocks,
         )
-    if shape.encoder:
+    if shape.encoder and not isinstance(trainable, PersonalPairs):
         raise ConfigError(
             f"run.method is {config.run.method!r}, which trains decoders only; what works for this encoder "
-            f"(model_type {model_config.get('model_type')!r}): fedbe or llamapro"
+            f"(model_type {model_config.get('model_type')!r}): fedbe, llamapro or fedhft"
         )
     try:
         return plan_trainable(base_hash=base_hash, config=model_config, trainable=trainable)
@@ -74,6 +81,14 @@ def trainable_of(config: RunConfig, num_layers: int) -> Trainable:
                 targets=config.trainable.targets,
                 seed=config.run.seed,
                 merged=config.run.method == "flora",
+            )
+        case "fedhft":
+            return PersonalPairs(
+                rank=config.trainable.rank,
+                scaling=config.trainable.scaling,
+                targets=config.trainable.targets,
+                seed=config.run.seed,
+                prior_rank=config.trainable.prior_rank,
             )
         case _:
             assert_never(config.run.method)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedblocks.protocol.errors import RemoteProtocolError
-from fedblocks.protocol.tensors import FloatArray
 
 #: Shares of the rows that a client may train; the weakest device the smallest.
 SHARES: Final = (0.25, 0.5, 1.0)
@@ -24,6 +23,7 @@ SCORE_DECAY: Final = 0.9
 #: Share of the rows that is drawn, so that a row with an outdated score has its turn.
 EXPLORATION: Final = 0.1
 
+FloatArray = NDArray[np.float32]
 RowMask = NDArray[np.bool_]
 
 
@@ -67,18 +67,29 @@ def pack(mask: RowMask) -> bytes:
     return np.packbits(mask, bitorder="little").tobytes()
 
 
-def unpack(packed: bytes, num_out: int, share: float) -> RowMask:
+def packed_bytes(num_out: int) -> int:
+    """Length of a packed mask."""
+    return (num_out + 7) // 8
+
+
+def unpack(packed: bytes | memoryview, num_out: int, expected: int) -> RowMask:
     """The mask from its bytes.
 
+    Args:
+        expected: how many rows it must name, :func:`num_rows` of the assigned share.
+
     Raises:
-        RemoteProtocolError: another length, a bit beyond the last row, or another number of rows than the share asks.
+        RemoteProtocolError: ``length_mismatch`` for another length, a bit beyond the last row, or another number of
+            rows.
     """
-    if len(packed) != math.ceil(num_out / 8):
-        raise RemoteProtocolError(f"a row mask has {len(packed)} bytes, expected {math.ceil(num_out / 8)}")
+    if len(packed) != packed_bytes(num_out):
+        raise RemoteProtocolError(
+            f"a row mask has {len(packed)} bytes, expected {packed_bytes(num_out)}", code="length_mismatch"
+        )
     bits = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), bitorder="little")
-    expected = num_rows(num_out, share)
     if bits[num_out:].any() or int(bits.sum()) != expected:
         raise RemoteProtocolError(
-            f"a row mask names {int(bits.sum())} of {num_out} rows, expected exactly {expected} for the share {share:g}"
+            f"a row mask names {int(bits.sum())} of {num_out} rows, expected exactly {expected}, the assigned share",
+            code="length_mismatch",
         )
     return bits[:num_out].astype(np.bool_)

@@ -26,7 +26,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-MethodName = Literal["fedbe", "fedavg", "fedprox", "fedit", "hetlora", "flexlora", "flora", "topn", "llamapro"]
+MethodName = Literal[
+    "fedbe", "fedavg", "fedprox", "fedit", "hetlora", "flexlora", "flora", "topn", "llamapro", "fedhft"
+]
 """What ``run.method`` may be; each has its file in ``aggregator/methods/``."""
 #: A budget that nothing exceeds, for an anchor without a budget. An infinite one means no anchor.
 NO_BUDGET: Final = sys.float_info.max
@@ -62,6 +64,7 @@ METHOD_DEFAULTS: Final[Mapping[MethodName, Mapping[str, Any]]] = {
     "flora": {**_TIER_RANKS, **_WHOLE_ROWS},
     "topn": _AS_PUBLISHED,
     "llamapro": {**_AS_PUBLISHED, "expansion.placement": "interleaved"},
+    "fedhft": {**_TIER_RANKS, **_WHOLE_ROWS, "trainable.scaling": 1.0, "trainable.targets": "qv"},
 }
 
 
@@ -113,6 +116,7 @@ class TrainableSection:
 
     rank: int = _key(16, "largest rank of the low-rank pairs; with allocation.slim also 1/2, 1/4 and 1/8 of it")
     scaling: float = _key(2.0, "alpha / rank of the pairs, the same for every rank")
+    prior_rank: int = _key(32, "fedhft: rank to which what a client has learnt so far is cut when it is sent to it")
     targets: Targets = _key("all", "all | qv: pairs over every projection, or over those of queries and values")
     top_layers: int = _key(1, "topn: so many of the base's highest layers train")
 
@@ -279,6 +283,7 @@ class RunConfig:
             "run.max_rounds",
             "expansion.blocks",
             "trainable.rank",
+            "trainable.prior_rank",
             "trainable.top_layers",
             "training.steps",
             "training.batch_size",
@@ -354,14 +359,18 @@ class RunConfig:
             masked = self.delta.format == "int8" and self.value(key) < 1
             self._require(
                 key,
-                not masked or self.run.method not in ("flexlora", "flora"),
+                not masked or self.run.method not in ("flexlora", "flora", "fedhft"),
                 f"1: the pairs of the method {self.run.method} are others in every round, and a row cannot wait for it",
             )
+        if self.run.method == "fedhft":
+            folds = "the method fedhft adds what each client's pairs amount to"
+            self._require("training.server_optimizer", self.training.server_optimizer == "avg", f"avg: {folds}")
+            self._require("run.rule", not self.run.rule, f"none: {folds}")
         self._check_privacy()
         self._require("mixture.clusters", 1 <= self.mixture.clusters <= MAX_CLUSTERS, f"1 to {MAX_CLUSTERS}")
         if self.mixture.clusters > 1:
             personal = "where clients have models of their own (mixture.clusters above 1)"
-            self._require("run.method", self.run.method == "fedbe", f"fedbe {personal}")
+            self._require("run.method", self.run.method in ("fedbe", "fedhft"), f"fedbe or fedhft {personal}")
             self._require("run.rule", not self.run.rule, f"none {personal}")
             self._require("training.fold", self.training.fold == "mean", f"mean {personal}")
             self._require("privacy.noise_multiplier", self.privacy.noise_multiplier == 0, f"0 {personal}")
@@ -501,10 +510,13 @@ def for_model(config: RunConfig, *, encoder: bool) -> RunConfig:
         ConfigError: a key of the other kind of model is set.
     """
     foreign = _OF_DECODERS if encoder else _OF_ENCODERS
-    drift = config.forgetting.max_drift or NO_BUDGET
+    of_method = METHOD_DEFAULTS[config.run.method]
+    # A method that has no anchor unless somebody asks for one has none of either kind.
+    drift = config.forgetting.max_drift or of_method.get("forgetting.max_kl", NO_BUDGET)
     for key in foreign:
         name = key.split(".")[1]
         default = next(f.default for f in dataclasses.fields(ForgettingSection) if f.name == name)
+        default = of_method.get(key, default)
         already = encoder and name == "max_kl" and config.forgetting.max_kl == drift
         if config.value(key) != default and not already:
             raise ConfigError(f"{key} is {config.value(key)!r}: {foreign_key_text(key)}")

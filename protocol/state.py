@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from typing_extensions import assert_never
 
 from fedblocks.profiles.model_shape import TensorSpec
-from fedblocks.profiles.units import EXTRA_UNIT, MergedLinears, TrainedUnits, Units, unit_tensors
+from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT, MergedLinears, TrainedUnits, Units, unit_tensors
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import DeltaFormat, StateEncoding, StateUpdate, TensorHeader
@@ -357,7 +357,7 @@ def publish_stack(published: State, stack: State, *, shape: Units, scaling: floa
 def _stacked(unit: int, shape: Units, rank: int) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes of what a stack holds of a unit, in order."""
     specs = unit_tensors(shape, unit)
-    if unit == EXTRA_UNIT:
+    if unit % CLUSTER_STRIDE == EXTRA_UNIT:
         return [(spec.name, spec.shape) for spec in specs]
     found: list[tuple[str, tuple[int, ...]]] = []
     for spec in specs:

@@ -14,6 +14,10 @@ bf16    ``2·R·C`` bytes, ``k = R``
 fp32    ``4·R·C`` bytes, ``k = R``
 ======  =========================================================================================================
 
+Of a tensor whose rows the client has chosen (``model_shape.ChosenRows``), the row mask comes first: one bit for each
+row of the whole tensor, ``ceil(rows/8)`` bytes, as many bits set as rows were assigned. What follows is the tensor of
+those rows.
+
 Rows that carry nothing (all zero, or a scale that would be subnormal) are not sent.
 Where a bitmap names the rows they are simply absent from it.
 A vector has no bitmap: ``k`` is 1 or 0, and 0 takes no bytes.
@@ -36,10 +40,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from fedblocks.profiles.model_shape import TensorSpec
+from fedblocks.profiles.model_shape import ChosenRows, TensorSpec
 from fedblocks.profiles.units import Units, unit_tensors
+from fedblocks.protocol import row_mask
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import DeltaFormat, TensorHeader
+from fedblocks.protocol.row_mask import RowMask
 
 FloatArray = NDArray[np.float32]
 State = dict[int, dict[str, FloatArray]]
@@ -95,7 +101,8 @@ class EncodedTensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """The rows that a payload holds of one tensor: row ``index[i]`` is ``float32(values[i]) · scales[i]``."""
+    """The rows that a payload holds of one tensor: row ``index[i]`` is ``float32(values[i]) · scales[i]``; of chosen
+    rows the index is that in the whole tensor."""
 
     index: NDArray[np.int64]  # (k,) ascending
     scales: FloatArray  # (k,) ones for the dense formats
@@ -148,13 +155,14 @@ def payload_length(spec: TensorSpec, rows_sent: int, *, format: DeltaFormat, den
         RemoteProtocolError: ``shape_mismatch`` if this tensor cannot have that many rows sent.
     """
     rows, cols = spec.rows_cols
+    mask = row_mask_bytes(spec)
     if format != "int8":
         if rows_sent != rows:
             raise RemoteProtocolError(
                 f"{spec.name}: {rows_sent} rows announced, expected all {rows} in format {format}",
                 code="shape_mismatch",
             )
-        return (2 if format == "bf16" else 4) * rows * cols
+        return mask + (2 if format == "bf16" else 4) * rows * cols
     most = rows_kept(spec, density)
     if _has_bitmap(spec, density):
         if not 0 <= rows_sent <= most:
@@ -162,12 +170,29 @@ def payload_length(spec: TensorSpec, rows_sent: int, *, format: DeltaFormat, den
                 f"{spec.name}: {rows_sent} rows announced, expected 0 to {most} of {rows} at density {density}",
                 code="shape_mismatch",
             )
-        return rows_sent * (cols + 4) + (rows + 7) // 8
+        return mask + rows_sent * (cols + 4) + (rows + 7) // 8
     if rows_sent not in (0, rows):
         raise RemoteProtocolError(
             f"{spec.name}: {rows_sent} rows announced, expected 0 or all {rows}", code="shape_mismatch"
         )
-    return rows_sent * (cols + 4)
+    return mask + rows_sent * (cols + 4)
+
+
+def row_mask_bytes(spec: TensorSpec) -> int:
+    """Bytes before a tensor that say which of its rows it has; 0 but for chosen rows."""
+    return row_mask.packed_bytes(spec.num_rows) if isinstance(spec, ChosenRows) else 0
+
+
+def read_row_mask(spec: ChosenRows, payload: memoryview) -> RowMask:
+    """Which rows the client has chosen, (rows of the whole tensor,).
+
+    Raises:
+        RemoteProtocolError: ``length_mismatch``, not exactly as many as were assigned.
+    """
+    try:
+        return row_mask.unpack(payload[: row_mask_bytes(spec)], spec.num_rows, spec.shape[0])
+    except RemoteProtocolError as error:
+        raise RemoteProtocolError(f"{spec.name}: {error}", code=error.code) from error
 
 
 def encode_tensor(
@@ -304,14 +329,19 @@ def read_rows(
 
     Raises:
         RemoteProtocolError: ``shape_mismatch`` (impossible number of rows), ``length_mismatch`` (other length than the
-            formula's; a bitmap that names other rows than announced), ``malformed`` (code -128, scale below 2^-126) or
-            ``non_finite``.
+            formula's; a bitmap that names other rows than announced; a row mask of another number of rows than
+            assigned), ``malformed`` (code -128, scale below 2^-126) or ``non_finite``.
     """
     expected = payload_length(spec, rows_sent, format=format, density=density)
     if len(payload) != expected:
         raise RemoteProtocolError(
             f"{spec.name}: {len(payload)} bytes, expected {expected} for {rows_sent} rows", code="length_mismatch"
         )
+    if isinstance(spec, ChosenRows):
+        chosen = np.flatnonzero(read_row_mask(spec, payload))
+        inner = TensorSpec(name=spec.name, shape=spec.shape, is_out=spec.is_out)
+        rows = read_rows(inner, rows_sent, payload[row_mask_bytes(spec) :], format=format, density=density)
+        return Rows(index=chosen[rows.index], scales=rows.scales, values=rows.values)
     num_rows, num_cols = spec.rows_cols
     if format != "int8":
         kind = np.dtype("<f4") if format == "fp32" else np.dtype(ml_dtypes.bfloat16)
@@ -361,13 +391,17 @@ def decode_tensor(
     format: DeltaFormat,
     density: float,
 ) -> FloatArray:
-    """The values in one tensor's bytes, fp32 ``(R, C)``; rows that were not sent are 0.
+    """The values in one tensor's bytes, fp32 ``(R, C)``; rows that were not sent are 0. Of chosen rows, those of the
+    whole tensor.
 
     Raises:
         RemoteProtocolError: as :func:`read_rows`.
     """
     rows = read_rows(spec, rows_sent, payload, format=format, density=density)
-    decoded = np.zeros(spec.rows_cols, dtype=np.float32)
+    num_rows, num_cols = spec.rows_cols
+    if isinstance(spec, ChosenRows):
+        num_rows = spec.num_rows
+    decoded = np.zeros((num_rows, num_cols), dtype=np.float32)
     decoded[rows.index] = rows.decoded()
     return decoded
 
@@ -492,6 +526,7 @@ def encode_delta(
     cap: float = math.inf,
     width: float = 1.0,
     encode: Callable[[int, TensorSpec, FloatArray | None], EncodedTensor] | None = None,
+    chosen: Mapping[int, Mapping[str, RowMask]] | None = None,
 ) -> EncodedDelta:
     """All tensors of ``blocks`` (ascending) encoded in payload order. A residual that is missing is zero.
 
@@ -502,9 +537,11 @@ def encode_delta(
         width: share of each block that was trained, one of ``model_shape.WIDTHS``.
         encode: (block, tensor, what is owed of it) -> its bytes, by the rule of :func:`encode_tensor`; instead of
             ``deltas``, for who holds the values elsewhere.
+        chosen: which rows train, of each tensor that asks for it (``model_shape.ChosenRows``).
 
     Raises:
-        LocalProtocolError: a delta has another shape than the model's, or a value that cannot be sent.
+        LocalProtocolError: a delta has another shape than the model's, a value that cannot be sent, or other rows than
+            are asked for.
     """
     headers: list[TensorHeader] = []
     parts: list[bytes] = []
@@ -522,7 +559,20 @@ def encode_delta(
                     raise LocalProtocolError(f"{found}, expected {spec.shape}")
                 encoded = encode_tensor(delta, owed, format=format, density=density, cap=cap)
             headers.append(TensorHeader(block=block, name=spec.name, rows_sent=encoded.rows_sent))
-            parts.append(encoded.payload)
+            parts.append(_mask_of(chosen or {}, block, spec) + encoded.payload)
             if encoded.residual is not None:
                 rest.setdefault(block, {})[spec.name] = encoded.residual
     return EncodedDelta(headers=tuple(headers), parts=tuple(parts), residuals=rest)
+
+
+def _mask_of(chosen: Mapping[int, Mapping[str, RowMask]], block: int, spec: TensorSpec) -> bytes:
+    if not isinstance(spec, ChosenRows):
+        return b""
+    mask = chosen.get(block, {}).get(spec.name)
+    found = None if mask is None else (len(mask), int(mask.sum()))
+    if mask is None or found != (spec.num_rows, spec.shape[0]):
+        raise LocalProtocolError(
+            f"block {block}: {spec.name} has a row mask of (rows, chosen) {found}, expected "
+            f"{(spec.num_rows, spec.shape[0])}"
+        )
+    return row_mask.pack(mask)

@@ -15,6 +15,7 @@ from typing import Final, cast
 from fedblocks.aggregator.methods import (
     fedavg,
     fedbe,
+    fedhft_served,
     fedit,
     fedprox,
     flexlora,
@@ -36,6 +37,7 @@ METHODS: Final[Mapping[MethodName, Method]] = {
     "flora": flora,
     "topn": topn,
     "llamapro": llamapro,
+    "fedhft": fedhft_served,
 }
 
 

@@ -27,18 +27,17 @@ from typing import Final
 
 import numpy as np
 
-from fedblocks.aggregator import low_rank, mixture
-from fedblocks.aggregator.aggregation import FULL_COVERAGE, NORM_CLIP, WEIGHT_CAP
-from fedblocks.aggregator.low_rank import Factored, Truncated
+from fedblocks.aggregator import mixture
 from fedblocks.aggregator.mixture import Float64s, Projection
+from fedblocks.aggregator.personal_pairs import PairUpdate, Weight, dense_move, pair_moves, weights_of
+from fedblocks.protocol import low_rank
+from fedblocks.protocol.low_rank import Factored, Truncated
 from fedblocks.protocol.messages import ClientKey
-from fedblocks.protocol.row_mask import RowMask, num_rows
+from fedblocks.protocol.row_mask import num_rows
 from fedblocks.protocol.tensors import FloatArray
 
 #: fp32 value, gradient, and both moments of AdamW.
 TRAINED_BYTES: Final = 16
-#: The median norm clips from so many updates on.
-MEDIAN_FROM: Final = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,34 +98,6 @@ class Layout:
                 f"the signature names {', '.join(missing) or 'nothing'}, expected some of what is trained: "
                 f"{', '.join(sorted(known))}"
             )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class PairUpdate:
-    """What a client trained of one matrix."""
-
-    rows: RowMask
-    """(out,)"""
-    b: FloatArray
-    """(rows trained, r)"""
-    a: FloatArray
-    """(r, in)"""
-
-    def __post_init__(self) -> None:
-        trained = int(self.rows.sum())
-        if self.b.shape != (trained, self.a.shape[0]):
-            raise ValueError(f"B has shape {self.b.shape}, expected {(trained, self.a.shape[0])} for {trained} rows")
-
-    @property
-    def right(self) -> Float64s:
-        """A transposed, (in, r)."""
-        return np.transpose(self.a.astype(np.float64))
-
-    def left(self, scale: float) -> Float64s:
-        """sc·B with all its rows, (out, r), those not trained zero."""
-        full = np.zeros((len(self.rows), self.a.shape[0]), dtype=np.float64)
-        full[self.rows] = np.multiply(self.b.astype(np.float64), scale)
-        return full
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -275,27 +246,8 @@ def aggregate(state: MixtureState, updates: Sequence[Update], *, layout: Layout,
     return _regrouped(state, settings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Weight:
-    examples: float
-    """w_k: the number of examples, bounded (methods.md 8.2)."""
-    clip: float
-    """Factor on the update."""
-
-
-def _weights(updates: Sequence[Update], settings: Settings) -> list[_Weight]:
-    median = statistics.median(update.num_examples for update in updates)
-    norms = [_norm(update, settings) for update in updates]
-    # An update that changes nothing has no say, as in the fold of expanded blocks.
-    positive = [norm for norm in norms if norm > 0]
-    bound = NORM_CLIP * statistics.median(positive) if len(positive) >= MEDIAN_FROM else math.inf
-    return [
-        _Weight(
-            examples=min(float(update.num_examples), WEIGHT_CAP * median),
-            clip=1.0 if norm <= bound else bound / norm,
-        )
-        for update, norm in zip(updates, norms, strict=True)
-    ]
+def _weights(updates: Sequence[Update], settings: Settings) -> list[Weight]:
+    return weights_of([update.num_examples for update in updates], [_norm(update, settings) for update in updates])
 
 
 def _norm(update: Update, settings: Settings) -> float:
@@ -307,54 +259,29 @@ def _norm(update: Update, settings: Settings) -> float:
 def _moved(
     cluster: Cluster,
     updates: Sequence[Update],
-    weights: Sequence[_Weight],
+    weights: Sequence[Weight],
     memberships: Sequence[float],
     settings: Settings,
 ) -> Cluster:
     """The M-step of one cluster (methods.md 10.2, step 5)."""
     matrices = dict(cluster.matrices)
     for name, matrix in cluster.matrices.items():
-        chosen = [
-            (u.pairs[name], w, p) for u, w, p in zip(updates, weights, memberships, strict=True) if name in u.pairs
-        ]
-        divisor = _divisor([(w, p, pair.rows.astype(np.float64)) for pair, w, p in chosen], np.zeros(matrix.shape[0]))
-        pairs = [
-            (
-                pair.left(settings.scale) * (w.examples * w.clip * p * divisor)[:, None],
-                pair.right,
-            )
-            for pair, w, p in chosen
-            if p > 0.0
-        ]
+        moves = pair_moves(
+            [update.pairs.get(name) for update in updates],
+            weights,
+            memberships,
+            num_out=matrix.shape[0],
+            scale=settings.scale,
+        )
+        pairs = [move for move in moves if move is not None]
         if pairs:
             matrices[name] = low_rank.add(matrix, pairs)
     dense = dict(cluster.dense)
     for name, value in cluster.dense.items():
-        changed = [
-            (u.dense[name], w, p) for u, w, p in zip(updates, weights, memberships, strict=True) if name in u.dense
-        ]
-        divisor = _divisor([(w, p, np.ones(())) for _, w, p in changed], np.zeros(()))
-        if divisor > 0:
-            total = np.zeros(value.shape, dtype=np.float64)
-            for change, w, p in changed:
-                total += (w.examples * w.clip * p) * change.astype(np.float64)
-            dense[name] = (value.astype(np.float64) + total * divisor).astype(np.float32)
+        move = dense_move([update.dense.get(name) for update in updates], weights, memberships)
+        if move is not None:
+            dense[name] = (value.astype(np.float64) + move).astype(np.float32)
     return Cluster(matrices=matrices, dense=dense)
-
-
-def _divisor(trained: Sequence[tuple[_Weight, float, Float64s]], zero: Float64s) -> Float64s:
-    """damp / den: den is the membership of those who trained the row, so a mean stays a mean; 0 where nobody did.
-
-    damp is ours. Where only clients trained that hardly belong to the cluster, their mean would become the cluster's
-    whatever their membership. So a cluster moves by less where the mean membership of its contributors, weighted by
-    that membership, is below :data:`FULL_COVERAGE`; uniform memberships of up to four clusters are not damped.
-    """
-    den = squared = zero
-    for weight, membership, mask in trained:
-        den = np.add(den, np.multiply(mask, weight.examples * membership))
-        squared = np.add(squared, np.multiply(mask, weight.examples * membership**2))
-    safe = np.where(den > 0, den, 1.0)
-    return np.where(den > 0, np.minimum(1.0, squared / safe / FULL_COVERAGE) / safe, 0.0)
 
 
 # Who belongs where

@@ -4,8 +4,8 @@
 
 Components come in the order of their singular values, so that the first r_k are the best pair of that rank and each
 client takes its own. The SVD is that of the stacked factors by QR: W itself is not formed while its rank, the sum of
-the clients' ranks, is below its size (``low_rank.py``). Components beyond the rank of W start anew: A as at first, B
-zero. The paper sends U S and Vᵀ; the root on both sides is the same product with pairs that train evenly.
+the clients' ranks, is below its size (``protocol/low_rank.py``). Components beyond the rank of W start anew: A as at
+first, B zero. The paper sends U S and Vᵀ; the root on both sides is the same product with pairs that train evenly.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Final
 import numpy as np
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
-from fedblocks.aggregator.low_rank import Factored, truncate
 from fedblocks.aggregator.pairs import (
     Linear,
     fold_pairs,
@@ -28,6 +27,7 @@ from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate
 from fedblocks.aggregator.run_rules import GlobalState, MethodState, plan, publish
 from fedblocks.profiles.units import Units
 from fedblocks.protocol.initial_pairs import initial_pair_tensor
+from fedblocks.protocol.low_rank import Factored, truncate
 from fedblocks.protocol.tensors import FloatArray
 
 #: Singular values below this share of the largest are rounding.

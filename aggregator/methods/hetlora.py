@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
-from fedblocks.aggregator.low_rank import pair_norm
 from fedblocks.aggregator.pairs import Linear, fold_pairs, published_value, trained_value
 from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate, add_first
 from fedblocks.aggregator.run_rules import GlobalState, MethodState, plan, publish
 from fedblocks.profiles.units import Units
+from fedblocks.protocol.low_rank import pair_norm
 
 __all__ = ["aggregate", "plan", "publish"]
 

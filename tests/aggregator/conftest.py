@@ -29,7 +29,8 @@ from fedblocks.aggregator.run_folder import open_run_folder
 from fedblocks.aggregator.server import Aggregator
 from fedblocks.profiles.cost import ExecutionMode
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.profiles.units import unit_tensors
+from fedblocks.profiles.model_shape import ChosenRows
+from fedblocks.profiles.units import personal_pairs, unit_tensors
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
 from fedblocks.protocol.expansion import ExpansionPlan, Placement, plan_expansion
@@ -58,6 +59,7 @@ from fedblocks.protocol.messages import (
     Welcome,
 )
 from fedblocks.protocol.method_plan import plan_of
+from fedblocks.protocol.row_mask import choose_rows
 from fedblocks.protocol.state import apply_update
 from fedblocks.protocol.tensors import cut, encode_delta, pad
 
@@ -256,6 +258,8 @@ class Site:
     def _owe(self, residuals: dict[int, dict[str, Any]]) -> None:
         """An accepted update's residual replaces its slices."""
         units = self.world.plan.units
+        if personal_pairs(units):
+            return
         for block, tensors in residuals.items():
             specs = {spec.name: spec.shape for spec in unit_tensors(units, block)}
             owed = self.residual.setdefault(block, {})
@@ -271,7 +275,7 @@ class Site:
         assert hashlib.sha256(payload).hexdigest() == task.payload_sha256
         plan = self.world.plan
         held = self.held if task.state.from_version == self.held_version else {}
-        self.held = apply_update(held, task.state, payload, shape=plan.units.published(), blocks=plan.unit_ids)
+        self.held = apply_update(held, task.state, payload, shape=plan.units.held(), blocks=plan.unit_ids)
         self.held_version = task.state.to_version
         self.tasks.append(task)
 
@@ -322,21 +326,37 @@ class Site:
             }
             for block in task.blocks
         }
+        units = self.world.plan.units
         if self.direction is not None:
             common = np.random.default_rng(self.direction)
-            for spec in self.world.plan.shape.block_tensors(task.width):
+            for spec in unit_tensors(units, task.blocks[0], task.width):
                 shared = common.uniform(-step, step, spec.shape).astype(np.float32)
                 for tensors in deltas.values():
                     tensors[spec.name] = (0.2 * tensors[spec.name] + 0.8 * shared).astype(np.float32)
+        chosen = {
+            block: {
+                spec.name: choose_rows(
+                    np.zeros(spec.num_rows, dtype=np.float32),
+                    task.width,
+                    client=self.key,
+                    round=task.round,
+                    matrix=f"{block}/{spec.name}",
+                )
+                for spec in unit_tensors(units, block, task.width)
+                if isinstance(spec, ChosenRows)
+            }
+            for block in task.blocks
+        }
         encoded = encode_delta(
             self.world.plan.units,
             task.blocks,
             deltas,
-            self.residual,
+            {} if personal_pairs(units) else self.residual,
             format=task.delta_format,
             density=task.delta_density,
             cap=3 * task.learning_rate * task.steps,
             width=task.width,
+            chosen=chosen,
         )
         payload = b"".join(encoded.parts)
         report = TrainReport(

@@ -173,7 +173,7 @@ def test_a_block_that_one_cluster_lacks_counts_as_untrained_there() -> None:
         ("mixture.clusters=0", "mixture.clusters is 0, expected 1 to 4"),
         ("mixture.clusters=5", "mixture.clusters is 5, expected 1 to 4"),
         ("mixture.from_round=0", "mixture.from_round is 0"),
-        ("run.method=fedit", "run.method is 'fedit', expected fedbe where clients have models of their own"),
+        ("run.method=fedit", "run.method is 'fedit', expected fedbe or fedhft where clients have models of their own"),
         ("run.rule=mine.py", "run.rule is 'mine.py', expected none where clients have models of their own"),
         ("training.fold=median", "training.fold is 'median', expected mean where clients have models of their own"),
     ],

@@ -19,7 +19,15 @@ from fedblocks.profiles import catalog_files
 from fedblocks.profiles.catalog_files import QWEN2_5_0_5B
 from fedblocks.profiles.cost import Workload, peak_memory, step_time, unit_bytes, upload_bytes
 from fedblocks.profiles.device import DeviceProfile
-from fedblocks.profiles.units import BaseTensors, LowRankPairs, Trainable
+from fedblocks.profiles.model_shape import ChosenRows
+from fedblocks.profiles.units import (
+    BaseTensors,
+    LowRankPairs,
+    PersonalPairs,
+    Trainable,
+    unit_parameters,
+    unit_tensors,
+)
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import ClientKey, DataStatistics
 
@@ -105,6 +113,28 @@ def test_a_width_of_pairs_is_the_largest_that_fits() -> None:
     assert widths_at[1.01] == 1.0
     assert list(widths_at.values()) == sorted(widths_at.values(), reverse=True)
     assert min(widths_at.values()) < 1.0
+
+
+def test_of_personal_pairs_a_weak_device_gets_fewer_rows_and_needs_less_memory() -> None:
+    pairs, widths = PersonalPairs(rank=128, targets="all", prior_rank=32), (0.25, 0.5, 1.0)
+    plan = plan_of(pairs)
+    peaks = [
+        peak_memory(SHAPE, plan.layout, plan.layout.blocks, WORK, accelerator="cuda", width=width).peak
+        for width in widths
+    ]
+    trained = [sum(unit_parameters(plan.units, unit, width) for unit in plan.unit_ids) for width in widths]
+    assert peaks == sorted(peaks)
+    # Value, gradient and two moments, each of four bytes; the passes over all rows beforehand are no more than that.
+    assert peaks[2] - peaks[1] == pytest.approx(16 * (trained[2] - trained[1]), rel=0.3)
+    assert trained[0] < 0.65 * trained[2]
+    sizes = [client("one", "jetson-orin-nano-8gb", memory_gb=2.0 + 0.02 * i) for i in range(40)]
+    given = [choice for one in sizes for choice in planned(pairs, one, widths=widths).choices if choice.role == "train"]
+    assert [choice.width for choice in given] == sorted(choice.width for choice in given)
+    assert {choice.width for choice in given} == set(widths)
+    assert given[0].predicted is not None
+    assert given[0].predicted.upload_bytes == sum(unit_bytes(plan.units, unit, "fp32", 1.0, 0.25) for unit in LAYERS)
+    masks = sum(-(-spec.num_rows // 8) for spec in unit_tensors(plan.units, 0, 0.25) if isinstance(spec, ChosenRows))
+    assert unit_bytes(plan.units, 0, "fp32", 1.0, 0.25) == 4 * unit_parameters(plan.units, 0, 0.25) + masks
 
 
 def test_pairs_cost_less_memory_than_the_top_layers_and_those_less_than_everything() -> None:

@@ -122,6 +122,24 @@ def test_a_narrow_width_of_pairs_makes_a_smaller_update(bench: Any, make_assignm
     assert decoded(made, narrow, body)[0, "mlp.up_proj.lora_A"].shape[0] == 8
 
 
+def test_a_share_of_the_rows_is_chosen_by_their_energy_and_the_same_when_the_round_is_trained_again(
+    bench: Any, make_assignment: Any
+) -> None:
+    made = bench("fedhft", "trainable.rank=8", least_width=0.25)
+    whole, _ = run(made, make_assignment, round=3)
+    delta, body = run(made, make_assignment, round=3, width=0.25)
+    assert run(made, make_assignment, round=3, width=0.25)[1] == body
+    assert 1.4 < whole.payload_bytes / delta.payload_bytes < 1.6
+    of_q, of_v = (decoded(made, delta, body)[1, f"self_attn.{name}.lora_B"] for name in ("q_proj", "v_proj"))
+    assert [values.any(axis=1).sum() for values in (of_q, of_v)] == [len(of_q) // 4, len(of_v) // 4]
+    scores = made._row_scores._before(4)[1]["self_attn.q_proj.lora_B"]
+    chosen = of_q.any(axis=1)
+    assert set(np.argsort(-scores)[: int(0.9 * chosen.sum())]) <= set(np.flatnonzero(chosen))
+    later, later_body = run(made, make_assignment, round=4, width=0.25)
+    other = decoded(made, later, later_body)[1, "self_attn.q_proj.lora_B"].any(axis=1)
+    assert 0 < (other & ~chosen).sum() < chosen.sum()  # most by score, the rest drawn anew
+
+
 def test_the_proximal_term_keeps_a_task_nearer_to_its_start(bench: Any, make_assignment: Any) -> None:
     made = bench("fedit")
 
@@ -133,7 +151,7 @@ def test_the_proximal_term_keeps_a_task_nearer_to_its_start(bench: Any, make_ass
     assert length(30.0) < 0.7 * length(0.0)
 
 
-@pytest.mark.parametrize(("method", "owes"), [("fedit", True), ("flora", False)])
+@pytest.mark.parametrize(("method", "owes"), [("fedit", True), ("flora", False), ("fedhft", False)])
 def test_what_an_int8_update_leaves_out_waits_only_where_the_pairs_go_on(
     method: str, owes: bool, bench: Any, make_assignment: Any
 ) -> None:
@@ -160,7 +178,7 @@ def test_a_device_that_cannot_hold_all_of_it_is_refused_with_the_numbers(bench: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fedit", "hetlora", "flora", "topn", "fedavg"])
+@pytest.mark.parametrize("method", ["fedit", "hetlora", "flora", "topn", "fedavg", "fedhft"])
 def test_the_measured_peak_is_what_was_predicted(method: str, tmp_path: Path) -> None:
     """In a process of its own: what another test has left in memory would count."""
     ran = subprocess.run([sys.executable, __file__, method, str(tmp_path)], capture_output=True, text=True, check=True)
@@ -185,7 +203,8 @@ def _main(method: str, folder: Path) -> None:
     make_assignment = inspect.unwrap(_by_path("own", here / "conftest.py").make_assignment)()
     sizes = {"layers": 6, "hidden": 256, "intermediate": 704, "heads": 8, "vocab": 2048, "dtype": "bfloat16"}
     made = open_bench(folder, write, method, sizes=sizes)
-    for fields in ({"anchor_weight": 0.0}, {"anchor_weight": 1.0}, {"anchor_weight": 0.0, "proximal_weight": 0.1}):
+    last = {"width": 0.25} if method == "fedhft" else {"proximal_weight": 0.1}
+    for fields in ({"anchor_weight": 0.0}, {"anchor_weight": 1.0}, {"anchor_weight": 0.0, **last}):
         delta = run(made, make_assignment, **fields)[0]
         print(delta.train.predicted_peak_bytes, delta.train.peak_memory_bytes)
 

@@ -12,21 +12,38 @@ import torch
 from fedblocks.edge_client.anchor import AnchorSet, Teacher
 from fedblocks.edge_client.backbone import Backbone, DenseBackbone
 from fedblocks.edge_client.checkpoint import Checkpoint, base_hash
+from fedblocks.edge_client.decoder_block import LoraPair, linear
 from fedblocks.edge_client.evaluate import kl_full, measure_anchor
 from fedblocks.edge_client.expanded_model import ExpandedModel
+from fedblocks.edge_client.masked_low_rank import FrozenPrior, MaskedLowRank
 from fedblocks.edge_client.optimizer import AdamW
 from fedblocks.edge_client.prefix_cache import PrefixStates, TokenInputs
 from fedblocks.edge_client.samples import TokenisedSample
 from fedblocks.edge_client.train import stack_losses, task_batch
 from fedblocks.profiles.cost import FrozenForm
-from fedblocks.profiles.units import BaseTensors, LowRankPairs, Trainable, unit_tensors
+from fedblocks.profiles.units import (
+    BaseTensors,
+    LowRankPairs,
+    PersonalPairs,
+    Trainable,
+    unit_parameters,
+    unit_tensors,
+)
 from fedblocks.protocol.expansion import ExpansionPlan, plan_trainable
 
 IDS = torch.tensor([[5, 9, 40, 7, 3, 60], [8, 8, 90, 1, 2, 77]])
 ALL = BaseTensors(layers=(0, 1, 2), tables=True)
 TOP = BaseTensors(layers=(2,), tables=False)
 PAIRS = LowRankPairs(rank=8, scaling=2.0, seed=4)
-TRAINABLES: list[Trainable] = [PAIRS, LowRankPairs(rank=4, targets="qv"), LowRankPairs(rank=4, merged=True), ALL, TOP]
+PERSONAL = PersonalPairs(rank=4, scaling=1.0, targets="qv", prior_rank=6)
+TRAINABLES: list[Trainable] = [
+    PAIRS,
+    LowRankPairs(rank=4, targets="qv"),
+    LowRankPairs(rank=4, merged=True),
+    PERSONAL,
+    ALL,
+    TOP,
+]
 
 
 @pytest.fixture
@@ -50,7 +67,7 @@ def some_state(model: ExpandedModel, seed: int = 0, scale: float = 0.02) -> dict
     return {
         unit: {
             spec.name: (scale * rng.standard_normal(spec.shape)).astype(np.float32)
-            for spec in unit_tensors(plan.units.published(), unit)
+            for spec in unit_tensors(plan.units.held(), unit)
         }
         for unit in plan.unit_ids
     }
@@ -131,7 +148,7 @@ def test_a_step_moves_every_trained_tensor_and_its_delta_is_the_change(
                 continue
             assert np.abs(delta).max() > 1e-4, (unit, spec.name)
     trained = logits(model)
-    if isinstance(trainable, LowRankPairs) and trainable.merged:
+    if isinstance(trainable, PersonalPairs) or (isinstance(trainable, LowRankPairs) and trainable.merged):
         return
     moved = copy.deepcopy(state)
     for unit, tensors in moved.items():
@@ -149,6 +166,58 @@ def test_a_narrow_width_trains_the_first_components_alone(checkpoint: Checkpoint
     assert shapes == {spec.name: spec.shape for spec in unit_tensors(plan.units, 0, 0.25)}
     assert shapes["mlp.up_proj.lora_A"][0] == 2
     assert [group.name for group in groups] == ["layer 0", "layer 2"]
+
+
+def test_chosen_rows_over_a_prior_compute_as_the_masked_layer_does() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a = (torch.randn(*size, generator=generator) for size in ((5, 16), (12, 16), (3, 16)))
+    prior = FrozenPrior(left=np.ones((12, 2), np.float32), right=np.full((2, 16), 0.1, np.float32))
+    mask = np.arange(12) % 3 == 1
+    base = torch.nn.Linear(16, 12, bias=False)
+    base.weight.data = weight
+    reference = MaskedLowRank(base, num_out=12, a=a, prior=prior, scale=0.5)
+    reference.train_rows(mask)
+    b = torch.randn(4, 3, generator=generator)
+    assert reference.b is not None
+    reference.b.data.copy_(b)
+    leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+    beneath = LoraPair(torch.from_numpy(prior.right), torch.from_numpy(prior.left), 1.0)
+    rows = torch.from_numpy(np.flatnonzero(mask))
+    pair = LoraPair(*leaves, 0.5, rows=rows, num_out=12, prior=beneath)
+    found, wanted = linear(x, weight, None, {"q": pair}, ("q",)), reference(x)
+    torch.testing.assert_close(found, wanted)
+    out = torch.randn(5, 12, generator=generator)
+    (found * out).sum().backward()
+    (wanted * out).sum().backward()
+    torch.testing.assert_close(leaves[0].grad, reference.a.grad)
+    torch.testing.assert_close(leaves[1].grad, reference.b.grad)
+
+
+def test_of_personal_pairs_only_the_chosen_rows_are_there(checkpoint: Checkpoint) -> None:
+    model = model_of(checkpoint, PERSONAL)
+    plan = plan_of(model)
+    model.load_state(some_state(model), version=2)
+    before = logits(model)
+    scored = model.score_units(plan.unit_ids)
+    assert torch.equal(logits(model), before)  # B is zero
+    assert all(name.endswith("lora_B") for group in scored for name in group.named)
+    chosen = {
+        unit: {name: np.arange(len(leaf)) % 4 == 1 for name, leaf in group.named.items()}
+        for unit, group in zip(plan.unit_ids, scored, strict=True)
+    }
+    groups = model.train_units(plan.unit_ids, width=0.25, chosen=chosen)
+    assert torch.equal(logits(model), before)
+    for unit, group in zip(plan.unit_ids, groups, strict=True):
+        assert sum(t.numel() for t in group.tensors) == unit_parameters(plan.units, unit, 0.25)
+        assert {n: tuple(t.shape) for n, t in group.named.items()} == {
+            s.name: s.shape for s in unit_tensors(plan.units, unit, 0.25)
+        }
+    inputs = model.embed(IDS[:1]).detach()
+    sample = TokenisedSample(ids=IDS[0].numpy().astype(np.int32), label_mask=np.arange(6) > 2)
+    stack_losses(model, 0).task(task_batch([sample], inputs), 1.0).backward()
+    assert all(t.grad is not None and t.grad.abs().sum() > 0 for g in groups for n, t in g.named.items() if "_B" in n)
+    with pytest.raises(ValueError, match=r"q_proj.lora_B trains 16 rows at width 0.25, and 0 are chosen"):
+        model.train_units((0,), width=0.25)
 
 
 def test_merged_pairs_train_over_the_merged_weights_and_start_in_other_directions(checkpoint: Checkpoint) -> None:

@@ -505,7 +505,7 @@ def test_a_plan_of_other_trainables_survives_its_file(trainable: LowRankPairs | 
 @pytest.mark.parametrize(
     ("trainable", "message"),
     [
-        ({"kind": "other"}, "it trains 'other', expected low_rank or base"),
+        ({"kind": "other"}, "it trains 'other', expected low_rank, personal_pairs or base"),
         (7, "it trains None"),
         ({"kind": "base", "layers": [0]}, "exactly the fields"),
         ({"kind": "base", "layers": [99], "tables": False}, "layers are"),

@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedblocks import cli
+from fedblocks.aggregator.replay import replay
 from fedblocks.aggregator.run_folder import open_run_folder
 from fedblocks.edge_client.checkpoint import Checkpoint
 from fedblocks.edge_client.evaluation import evaluate_target
@@ -122,6 +123,41 @@ def test_three_sites_train_an_encoder_and_its_head_and_the_export_loads(inputs: 
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == Checkpoint.open(inputs.model).files[0].read_bytes()
 
 
+@pytest.mark.slow
+def test_sites_of_fedhft_train_pairs_and_head_and_each_gets_its_own_encoder(inputs: Inputs, tmp_path: Path) -> None:
+    from transformers import AutoModel
+
+    groups = (Group(device="jetson-orin-nano-8gb", count=4, name="nano", examples=20),)
+    settings = {
+        **{key: value for key, value in RUN.items() if key.startswith(("run.", "training.", "data."))},
+        "training.learning_rate": 1e-2,
+        "trainable.rank": 8,
+        "trainable.targets": "all",
+        "mixture.clusters": 2,
+        "mixture.from_round": 1,
+        "mixture.min_clients": 4,
+        "allocation.policy": "random",
+        "server.keep_updates": True,
+    }
+    result = simulate(Fleet(groups=groups, method="fedhft", run=settings, seed=5), inputs, tmp_path / "out")
+    assert [row["num_accepted"] for row in result.rounds] == [4, 4, 4]
+    run = tmp_path / "out" / "run"
+    assert all(version.equal for version in replay(run))
+    names = sorted(json.loads((run / "state" / "final.json").read_text())["memberships"])
+    heads = []
+    for client in (names[0], names[1], ""):
+        out = tmp_path / f"export-{client}"
+        summary = export_run(run, model=inputs.model, out=out, client=client)
+        assert (summary.num_layers, summary.num_blocks) == (4, 0)
+        loaded, head = AutoModel.from_pretrained(out).eval(), read_head(out)
+        assert head is not None
+        heads.append(head.weight)
+        assert classified(loaded, head, inputs.model, rows(30, seed=8)) > 0.5  # a third by chance
+    assert not np.array_equal(heads[0], heads[1])
+    base = export_run(run, model=inputs.model, out=tmp_path / "base", strength=0.0)
+    assert base.base_files_copied
+
+
 def check_onnx(run: Path, model: Path, out: Path, head: Any) -> None:
     """The graph gives the embedding and the labels' logits that the exported folder gives in torch."""
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -188,7 +224,7 @@ def test_without_a_budget_the_drift_is_told_and_nothing_is_enforced(inputs: Inpu
         ({"overrides": ("forgetting.max_kl=0.03",)}, "set forgetting.max_drift instead"),
         ({"overrides": ("data.max_tokens=1000",)}, "this model has 512 positions"),
         ({"overrides": ("expansion.placement=adaptive",)}, "is for decoders"),
-        ({"overrides": ("run.method=fedit",)}, "take 'fedbe' or 'llamapro'"),
+        ({"overrides": ("run.method=fedit",)}, "take 'fedbe', 'llamapro' or 'fedhft'"),
         ({"overrides": ("expansion.placement=top", "expansion.blocks=1", "expansion.max_blocks=2")}, "does not grow"),
     ],
 )

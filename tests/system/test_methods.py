@@ -58,7 +58,7 @@ def exported_logits(model: ExpandedModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["fedit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedavg", "flora"))]
+    "name", ["fedit", "fedhft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedavg", "flora"))]
 )
 def test_a_run_is_served_replayed_evaluated_and_exported(name: str, inputs: Inputs, tmp_path: Path) -> None:
     result = run_of(name, inputs, tmp_path / "out")

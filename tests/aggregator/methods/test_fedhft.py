@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fedblocks.aggregator import low_rank, mixture
+from fedblocks.aggregator import mixture
 from fedblocks.aggregator.methods import fedhft
 from fedblocks.aggregator.methods.fedhft import Layout, Member, PairUpdate, Settings, Update
+from fedblocks.protocol import low_rank
 from fedblocks.protocol.messages import ClientKey
 
 OUT, IN, RANK = 24, 16, 4

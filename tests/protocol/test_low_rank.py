@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedblocks.aggregator.low_rank import Factored, add, mixed, truncate
+from fedblocks.protocol.low_rank import Factored, add, mixed, truncate
 
 
 def pairs(seed, out, inner, *ranks):

@@ -52,6 +52,11 @@ class Factored:
         """Columns of the factors; the matrix's rank is at most that."""
         return self.left.shape[1]
 
+    @classmethod
+    def of(cls, matrix: FloatArray) -> Factored:
+        """A whole matrix, (out, in)."""
+        return _whole(matrix)
+
     def dense(self) -> Float64s:
         """The matrix, (out, in), fp64."""
         return np.matmul(self.left.astype(np.float64), np.transpose(self.right.astype(np.float64)))
