@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedblocks.profiles.model_shape import TensorSpec
-from fedblocks.profiles.units import LowRankPairs
+from fedblocks.profiles.units import LowRankPairs, PersonalPairs
 from fedblocks.protocol.initial_pairs import initial_pair_tensor
 
 PAIRS = LowRankPairs(rank=4, seed=7)
@@ -44,3 +44,12 @@ def test_merged_pairs_start_anew_in_each_version_and_others_do_not() -> None:
     assert np.array_equal(initial_pair_tensor(PAIRS, 0, A), initial_pair_tensor(PAIRS, 0, A, version=5))
     merged = replace(PAIRS, merged=True)
     assert not np.array_equal(initial_pair_tensor(merged, 0, A), initial_pair_tensor(merged, 0, A, version=5))
+
+
+def test_personal_pairs_have_the_variance_of_the_method_and_start_the_same_in_each_version() -> None:
+    personal = PersonalPairs(rank=4, seed=7)
+    a = initial_pair_tensor(personal, 0, A)
+    assert np.abs(a).max() <= np.sqrt(3 / 4)
+    assert 0.8 / 4 < a.var() < 1.2 / 4
+    assert np.array_equal(a, initial_pair_tensor(personal, 0, A, version=5))
+    assert not initial_pair_tensor(personal, 0, B).any()

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedblocks.profiles.model_shape import WIDTHS, ModelShape, TensorSpec
+from fedblocks.profiles.model_shape import WIDTHS, ChosenRows, ModelShape, TensorSpec
+from fedblocks.profiles.units import PersonalPairs, TrainedUnits, unit_tensors
+from fedblocks.protocol import row_mask
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import TensorHeader
 from fedblocks.protocol.tensors import (
@@ -443,6 +445,36 @@ def test_an_update_lists_its_tensors_in_order_and_its_layout_finds_each_one():
         xhat = decode_tensor(slot.spec, slot.rows_sent, slot.of(payload), format="int8", density=0.25)
         total = xhat.reshape(slot.spec.shape) + encoded.residuals[slot.block][slot.spec.name]
         np.testing.assert_allclose(total, deltas[slot.block][slot.spec.name], rtol=1e-6)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_chosen_rows_come_back_at_their_places_in_the_whole_tensor(format):
+    mask = np.arange(21) % 5 == 2
+    spec = ChosenRows(name="t", shape=(int(mask.sum()), 6), num_rows=21)
+    x = random_matrix(*spec.shape)
+    encoded = encode_tensor(x, None, format=format, density=1.0)
+    payload = memoryview(row_mask.pack(mask) + encoded.payload)
+    assert len(payload) == payload_length(spec, encoded.rows_sent, format=format, density=1.0)
+
+    whole = decode_tensor(spec, encoded.rows_sent, payload, format=format, density=1.0)
+    assert whole.shape == (21, 6)
+    assert not whole[~mask].any()
+    np.testing.assert_allclose(whole[mask], x, atol=1e-2 * np.abs(x).max())
+
+    for wrong in (mask ^ (np.arange(21) == 0), ~mask):
+        with pytest.raises(RemoteProtocolError, match="t: a row mask names") as caught:
+            read_rows(
+                spec, encoded.rows_sent, memoryview(row_mask.pack(wrong) + encoded.payload), format=format, density=1
+            )
+        assert caught.value.code == "length_mismatch"
+
+
+def test_rows_that_were_not_chosen_are_our_own_bug():
+    pairs = PersonalPairs(rank=2, targets="qv", prior_rank=2)
+    units = TrainedUnits(shape=model_shape(), trainable=pairs)
+    deltas = {0: {s.name: np.zeros(s.shape, np.float32) for s in unit_tensors(units, 0, 0.5)}}
+    with pytest.raises(LocalProtocolError, match=r"has a row mask of \(rows, chosen\) None, expected"):
+        encode_delta(units, (0,), deltas, {}, format="fp32", density=1.0, width=0.5)
 
 
 def layout_refusal(headers, blocks=(0, 2)):
