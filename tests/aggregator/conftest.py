@@ -491,6 +491,16 @@ def make_world(tmp_path: Path) -> Callable[..., World]:
 
 
 @pytest.fixture(scope="session")
+def make_world_at() -> Callable[..., World]:
+    """The same for a folder that outlives a test: ``make_world_at(folder, "ann", overrides=[...])``."""
+
+    def make(folder: Path, *names: str, overrides: Sequence[str] = ()) -> World:
+        return World(folder / "run", *names, overrides=overrides)
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def undisturbed_sha256(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Final state of ann's and bob's three rounds when nothing goes wrong."""
     world = World(tmp_path_factory.mktemp("undisturbed") / "run", "ann", "bob", overrides=("run.max_rounds=3",))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,10 +50,17 @@ def held(site: Any, name: str = "mlp.down_proj.weight") -> np.ndarray:
     return np.concatenate([site.held[block][name].ravel() for block in sorted(site.held)])
 
 
-def test_each_site_ends_with_its_groups_blocks(make_world: Callable[..., Any]) -> None:
-    world = two_populations(make_world)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, make_world_at: Callable[..., Any]) -> Any:
+    """The run of two populations when nothing goes wrong; only to be read."""
+    world = two_populations(partial(make_world_at, tmp_path_factory.mktemp("finished")))
     world.join()
     world.finish()
+    return world
+
+
+def test_each_site_ends_with_its_groups_blocks(finished: Any) -> None:
+    world = finished
     found = memberships(world)
     np.testing.assert_allclose(found.sum(axis=1), 1.0, atol=1e-12)
     own = found.argmax(axis=1)
@@ -81,12 +89,8 @@ def test_groups_stay_apart_when_updates_are_nothing_but_noise(make_world: Callab
     assert list(memberships(world).argmax(axis=1)) in ([0, 1] * 4, [1, 0] * 4)
 
 
-def test_the_result_is_the_populations_mixture_and_the_clusters_stand_beside_it(
-    make_world: Callable[..., Any],
-) -> None:
-    world = two_populations(make_world)
-    world.join()
-    world.finish()
+def test_the_result_is_the_populations_mixture_and_the_clusters_stand_beside_it(finished: Any) -> None:
+    world = finished
     folder = world.path / "state"
     whole = load_file(folder / "final.safetensors")
     clusters = [load_file(folder / f"final.cluster-{j}.safetensors") for j in range(2)]
@@ -97,27 +101,28 @@ def test_the_result_is_the_populations_mixture_and_the_clusters_stand_beside_it(
         np.testing.assert_allclose(value, expected, atol=1e-7)
 
 
+def end_of(world: Any) -> tuple[Any, ...]:
+    """Memberships and every site's own state; a replay gives the bits that were published."""
+    replayed = replay(world.path)
+    assert len(replayed) == 6
+    assert all(r.equal for r in replayed)
+    assert state_at(world.folder, 6).sha256 == replayed[-1].state_sha256
+    return memberships(world).tolist(), [held(site).tobytes() for site in world.sites.values()]
+
+
 @pytest.mark.parametrize("kill_after", [1, 3])
 def test_killed_and_started_again_the_run_ends_in_the_same_bits_and_a_replay_confirms_it(
-    make_world: Callable[..., Any], kill_after: int
+    make_world: Callable[..., Any], finished: Any, kill_after: int
 ) -> None:
-    ends = []
-    for kill in (False, True):
-        world = two_populations(make_world, folder=f"killed-{kill}")
-        world.join()
-        for _ in range(kill_after):
-            world.round(*NAMES)
-        if kill:
-            world.kill()
-            world.start()
-            world.join()
-        world.finish()
-        ends.append((memberships(world).tolist(), [held(site).tobytes() for site in world.sites.values()]))
-        replayed = replay(world.path)
-        assert len(replayed) == 6
-        assert all(r.equal for r in replayed)
-        assert state_at(world.folder, 6).sha256 == replayed[-1].state_sha256
-    assert ends[0] == ends[1]
+    world = two_populations(make_world)
+    world.join()
+    for _ in range(kill_after):
+        world.round(*NAMES)
+    world.kill()
+    world.start()
+    world.join()
+    world.finish()
+    assert end_of(world) == end_of(finished)
 
 
 def test_until_the_given_round_all_start_from_the_same_state(make_world: Callable[..., Any]) -> None:
@@ -190,11 +195,9 @@ def test_members_survive_the_ledger() -> None:
     assert from_plain(Mixture, json.loads(json.dumps(to_plain(found))), where="test") == found
 
 
-def test_an_export_takes_a_sites_own_state_bit_for_bit(make_world: Callable[..., Any]) -> None:
+def test_an_export_takes_a_sites_own_state_bit_for_bit(finished: Any) -> None:
     export = pytest.importorskip("fedblocks.edge_client.export")
-    world = two_populations(make_world)
-    world.join()
-    world.finish()
+    world = finished
     for site in world.sites.values():
         _, state = export.load_final(world.path, site.name)
         assert sorted(state) == sorted(site.held)
