@@ -909,9 +909,10 @@ class _Problem:
         refused: tuple[Refused, ...],
     ) -> RunnerUp | None:
         """What would have been taken next: without limits, in a faster mode, or at a lower value."""
-        if refused:
+        blocks, width, steps = tuple(sorted(self.layout.blocks)), self.settings.widths[-1], self.settings.steps
+        value = math.fsum(worth.of_block(block, width) for block in blocks)
+        if refused and (best.steps < steps or best.value < value):
             # Memory and time only grow with lower blocks and wider slices, so that the whole is out of reach too.
-            blocks, width, steps = tuple(sorted(self.layout.blocks)), self.settings.widths[-1], self.settings.steps
             other = candidate if steps == best.steps else _Candidate(self, candidate.client, steps, candidate.limits)
             over = other.refusal(blocks, width)
             return RunnerUp(
@@ -919,7 +920,7 @@ class _Problem:
                 width=width,
                 steps=steps,
                 mode=other.free_mode(blocks, width),
-                value=math.fsum(worth.of_block(block, width) for block in blocks),
+                value=value,
                 why_not=_excess_text(over),
                 limit=over.reason,
             )

@@ -10,7 +10,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedblocks.aggregator.allocation import (
@@ -261,6 +261,13 @@ def test_a6_every_client_without_training_has_a_reason(cohort, coverage, deadlin
 
 
 @given(site=SITES, coverage=COVERAGES, deadline_s=st.floats(0.05, 10))
+@example(  # what does not fit is worth nothing
+    site=client(
+        "a", memory_mib=23.0, flops=21719294408.0, num_examples=1, gradient_energy={0: 0.0, 1: 1.0}, time_scale=1.625
+    ),
+    coverage=covered({0: 1.0, 1: 0.0, 2: 0.0}),
+    deadline_s=2.0,
+)
 def test_a_limit_binds_exactly_where_more_would_have_been_taken_without_it(site, coverage, deadline_s):
     [choice] = plan([site], coverage=coverage, deadline_s=deadline_s).choices
     if choice.role != "train":
