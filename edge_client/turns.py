@@ -12,6 +12,7 @@ other than the last one is a new connection: the session greets and announces it
 from __future__ import annotations
 
 import fcntl
+import os
 import shlex
 import socket
 import subprocess
@@ -179,9 +180,9 @@ def ask(path: Path, frames: Sequence[Bytes], *, join: str) -> list[bytes]:
 
 
 def _listen(path: Path) -> tuple[TextIO, socket.socket]:
-    """The lock that says that this process answers at ``path``, and the socket there."""
+    """The lock that says which process answers at ``path`` (its number stands in the file), and the socket there."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = path.with_suffix(".lock").open("w")
+    lock = path.with_suffix(".lock").open("a", encoding="ascii")
     listener = socket.socket(socket.AF_UNIX)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,6 +193,8 @@ def _listen(path: Path) -> tuple[TextIO, socket.socket]:
         listener.close()
         why = "another client answers there" if isinstance(error, BlockingIOError) else error.strerror or str(error)
         raise ConfigError(f"cannot listen at {path}: {why}; give another --flower") from error
+    lock.truncate(0)
+    print(os.getpid(), file=lock, flush=True)
     path.chmod(0o600)
     listener.listen()
     return lock, listener

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -169,6 +170,7 @@ def test_the_asker_hears_of_a_client_that_ended_before_it_answered(transport: Tu
 
 
 def test_only_one_client_answers_at_a_socket(transport: TurnTransport) -> None:
+    assert path_of(transport).with_suffix(".lock").read_text() == f"{os.getpid()}\n"
     with pytest.raises(ConfigError, match="another client answers there"):
         TurnTransport(path_of(transport), key=ClientKey("me"), on_sent=lambda *_: None)
 
