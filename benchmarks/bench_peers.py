@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -148,8 +150,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--size", choices=[name for name in SIZES if name != "tiny"], default="25MB")
     parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
     options = parser.parse_args(arguments)
-    about = machine()
-    about["versions"] |= peer_versions()
+    about = {
+        "device": f"{platform.machine()}, {os.cpu_count()} cores",
+        "versions": machine()["versions"] | peer_versions(),
+    }
     FOLDER.mkdir(parents=True, exist_ok=True)
 
     def held(part: str) -> dict[str, Any]:

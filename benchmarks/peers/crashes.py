@@ -53,6 +53,7 @@ class OurRun:
             "allocation.cohort_fraction=1.0",
             f"allocation.deadline_s={DEADLINE_S}",
             "delta.format=fp32",
+            "allocation.slim=false",
             f"run.max_rounds={ROUNDS}",
         )
         pairs, keys = enrol(self.run, NODES), load_or_create_server_keys(self.run)
@@ -145,7 +146,6 @@ def with_flower(folder: Path, disturb: Callable[[flower.Flower], None], *, min_n
             "status": run.status(),
             "accepted_by_round": [note["num_accepted"] for note in run.notes("round")],
             "round_s": [note["round_s"] for note in run.notes("round")],
-            "waits_for_nodes": run.waits_for_nodes(),
             "observed_s": time.monotonic() - began_s,
         }
     shutil.rmtree(folder)

@@ -135,10 +135,6 @@ class Flower:
         """True if it did, or if Flower calls the run finished, for whatever reason."""
         return self.has_ended() or self.status().startswith("finished")
 
-    def waits_for_nodes(self) -> bool:
-        """True if the last that the ServerApp said is that nodes are missing."""
-        return "Waiting for nodes to connect" in self.log_tail()[-400:]
-
     def log_tail(self) -> str:
         """The last lines of the SuperLink, for an error."""
         return (self._folder / "superlink.log").read_text(encoding="utf-8", errors="replace")[-2000:]

@@ -18,6 +18,7 @@ from bench_aggregator import serve
 from peers.processes import Watch
 
 BENCHMARKS: Final = Path(__file__).parents[1]
+DEADLINE_S: Final = 900.0
 FORMATS: Final[Mapping[str, Sequence[str]]] = {
     "fp32": ("delta.format=fp32",),
     "int8": ("delta.format=int8", "delta.density=1.0", "delta.down_density=1.0"),
@@ -50,7 +51,7 @@ def leg(folder: Path, sizes: Mapping[str, int], *, clients: int, rounds: int, fo
             sizes,
             clients=clients,
             processes=clients,
-            overrides=(f"run.max_rounds={rounds}", *FORMATS[format]),
+            overrides=(f"run.max_rounds={rounds}", f"allocation.deadline_s={DEADLINE_S}", *FORMATS[format]),
         )
     accepted = [row["num_accepted"] for row in served.rows]
     return {
