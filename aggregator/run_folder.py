@@ -171,8 +171,13 @@ class RunFolder:
         self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
     ) -> dict[str, str]:
         """All files of a new version, durable; the ledger's row comes after, with their names and SHA-256."""
-        files = self.version_files(version, step=step, published=published, residual=residual, moments=moments)
-        return _write_all(files)
+        digests = _write_all({self.step_path(version): step})
+        states = {self.state_path(version): published, self.residual_path(version): residual}
+        if moments:
+            states[self.moments_path(version)] = moments
+        for path, state in states.items():
+            digests |= _write_all({path: to_safetensors(state)})  # one at a time: each is as large as the state
+        return digests
 
     def load_version(self, version: int) -> tuple[State, State, State]:
         """Published state, residual and the server optimizer's moments at ``version``; all empty at version 0.

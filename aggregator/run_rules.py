@@ -921,6 +921,7 @@ class ClosedRound:
     state: MethodState
     pooled: Pooled
     folded: FoldResult
+    """Without the aggregate, which is as large as the state and published by now."""
     stop_reason: StopReason | None
     settings: PublishSettings
     privacy: PrivacyBooks | None = None
@@ -1020,7 +1021,7 @@ def close(
         step=step,
         state=state,
         pooled=pooled,
-        folded=folded,
+        folded=replace(folded, aggregate={}),
         stop_reason=reason,
         settings=settings,
         privacy=privacy,

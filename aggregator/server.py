@@ -870,6 +870,7 @@ class Aggregator:
         units = self._folder.plan.reduced(before.block_ids).unit_ids
         cohort = sorted({a.client_key for a in assigned})
         self._books.count_bytes(self._endpoint.bytes_by_key)
+        self._updates_to.clear()  # as large as the state, and of a version that nobody starts from any more
         closed = run_rules.close(
             self._model,
             [accepted_update(self._folder, u, version=self._model.version) for u in stored],

@@ -223,6 +223,7 @@ def _publish(
                 rest.setdefault(block, {})[spec.name] = left
     header = StepHeader(format=format, density=density, blocks=tuple(blocks), rows_sent=tuple(rows_sent))
     step = b"".join([_frame(header), *parts])
+    parts.clear()  # as large as the step, and the new state is still to come
     return Publication(step=step, published=apply_step(published, step, shape=shape, blocks=blocks), residual=rest)
 
 
