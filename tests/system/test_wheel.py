@@ -40,10 +40,9 @@ def wheel(tmp_path_factory) -> Path:
 def clean_venv(wheel, tmp_path_factory) -> Path:
     """A venv that holds the wheel with the aggregator extra and nothing else."""
     folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run(
-        [folder / "bin/python", "-m", "pip", "install", "-q", f"{wheel}[aggregator]"], check=True, capture_output=True
-    )
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    install = [sys.executable, "-m", "pip", "--python", str(folder), "install", "-q", f"{wheel}[aggregator]"]
+    subprocess.run(install, check=True, capture_output=True)
     return folder
 
 
