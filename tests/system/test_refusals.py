@@ -7,13 +7,17 @@ import hashlib
 import json
 import struct
 import subprocess
+import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 
+from fedblocks import cli
 from fedblocks.aggregator.auth import Registry
 from fedblocks.aggregator.status import run_status
+from fedblocks.edge_client import client
 from fedblocks.edge_client.identity import load_or_create_identity
 from fedblocks.edge_client.transport import Connected, Problem, Received, Transport
 from fedblocks.profiles.cost import ExecutionMode
@@ -280,10 +284,18 @@ def test_a_wrong_server_key_ends_with_exit_code_4(consortium):
     assert "server key" in c.text("site-1")
 
 
-def test_nobody_at_the_address_is_exit_code_3(consortium):
+def test_nobody_at_the_address_is_exit_code_3(consortium, monkeypatch, capsys):
     c = consortium(*RULES, clients=1)
+    monkeypatch.setattr(client, "Transport", partial(Transport, connect_timeout_s=1.0))
+    arguments = ["join", str(c.folder / "site-1.toml"), "--data", str(c.folder / "site-1.jsonl")]
+    monkeypatch.setattr(
+        sys, "argv", ["fedblocks", *arguments, "--model", str(c.model), "--home", str(c.home("site-1"))]
+    )
 
-    c.join("site-1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
 
-    assert c.wait("site-1", 60) == 3, c.text("site-1")
-    assert "Traceback" not in c.text("site-1")
+    assert ended.value.code == 3
+    said = capsys.readouterr()
+    assert "no aggregator listens there" in said.out + said.err
+    assert "Traceback" not in said.out + said.err
