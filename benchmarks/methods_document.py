@@ -221,11 +221,12 @@ def headline(found: Mapping[str, Any]) -> str:
     """The issue's figures in a sentence each."""
     kept = found["retention_fedblocks"]
     by = ", ".join(f"{name} {value:.3f}" for name, value in found["retention_by_experiment"].items())
-    missed = f" Not reached: {', '.join(found['not_reached'])}." if found["not_reached"] else ""
+    missed = f" Not reached in {', '.join(found['not_reached'])}: a miss." if found["not_reached"] else ""
+    mean = f" **{kept:.3f}** ({by});" if kept is not None else ""
     difference = found["downstream_minus_fedit_points"]
     return "\n".join(
         [
-            f"* Retention at the first point: {'-' if kept is None else f'**{kept:.3f}**'} ({by}); target 0.97.{missed}",
+            f"* Retention of ours at FedIT's score less half a point:{mean} target 0.97.{missed}",
             f"* Score at the end minus that of FedIT: {'-' if difference is None else f'**{difference:+.1f}** points'}.",
             f"* Worst KL over its budget: **{found['kl_over_budget_worst']:.2f}** (target 1.1).",
         ]

@@ -141,6 +141,7 @@ def test_an_error_that_names_the_sites_files_is_not_told_to_the_operator(consort
     assert not any("patients" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_site_is_told_its_own_score_and_one_outside_its_hours_takes_no_part(consortium):
     c = consortium(*RULES, "allocation.min_cohort=1", clients=2)
     c.serve()

@@ -223,6 +223,7 @@ def test_a_key_that_is_not_enrolled_ends_with_exit_code_4_and_its_line_within_se
     assert run_status(c.run)["clients"] == []
 
 
+@pytest.mark.slow
 def test_a_new_key_waits_until_the_operator_lets_it_in(consortium):
     c = consortium(*RULES, clients=1)
     c.serve()
@@ -240,6 +241,7 @@ def test_a_new_key_waits_until_the_operator_lets_it_in(consortium):
     assert c.wait("site-1", 30) == 0, c.text("site-1")
 
 
+@pytest.mark.slow
 def test_a_client_whose_key_is_revoked_in_mid_run_ends_with_exit_code_4(consortium):
     c = consortium(*RULES, "run.max_rounds=50", "training.steps=60", "allocation.min_cohort=1")
     c.serve()

@@ -33,6 +33,7 @@ def finished(consortium):
     return c
 
 
+@pytest.mark.slow
 def test_two_client_processes_train_and_the_export_loads_without_fedblocks(finished, tmp_path):
     c = finished
     rounds = c.metrics()
