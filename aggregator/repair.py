@@ -217,7 +217,7 @@ def _files_from_updates(folder: RunFolder, ledger: Ledger, version: int) -> dict
     found = folder.version_files(
         version, step=step, published=model.published, residual=model.residual, moments=model.moments
     )
-    return _verified(found, ledger, version)
+    return _verified(dict(found), ledger, version)
 
 
 def _files_from_steps(folder: RunFolder, ledger: Ledger, version: int) -> dict[Path, bytes]:

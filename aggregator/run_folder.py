@@ -28,7 +28,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
@@ -158,26 +158,20 @@ class RunFolder:
 
     def version_files(
         self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
-    ) -> dict[Path, bytes]:
-        """What a version consists of, in the order of writing."""
-        files = {
-            self.step_path(version): step,
-            self.state_path(version): to_safetensors(published),
-            self.residual_path(version): to_safetensors(residual),
-        }
-        return {**files, self.moments_path(version): to_safetensors(moments)} if moments else files
+    ) -> Iterator[tuple[Path, bytes]]:
+        """What a version consists of, in the order of writing; one at a time, for each is as large as the state."""
+        yield self.step_path(version), step
+        yield self.state_path(version), to_safetensors(published)
+        yield self.residual_path(version), to_safetensors(residual)
+        if moments:
+            yield self.moments_path(version), to_safetensors(moments)
 
     def save_version(
         self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
     ) -> dict[str, str]:
         """All files of a new version, durable; the ledger's row comes after, with their names and SHA-256."""
-        digests = _write_all({self.step_path(version): step})
-        states = {self.state_path(version): published, self.residual_path(version): residual}
-        if moments:
-            states[self.moments_path(version)] = moments
-        for path, state in states.items():
-            digests |= _write_all({path: to_safetensors(state)})  # one at a time: each is as large as the state
-        return digests
+        files = self.version_files(version, step=step, published=published, residual=residual, moments=moments)
+        return _write_all(files)
 
     def load_version(self, version: int) -> tuple[State, State, State]:
         """Published state, residual and the server optimizer's moments at ``version``; all empty at version 0.
@@ -206,7 +200,7 @@ class RunFolder:
 
     def save_final(self, published: State, record: Mapping[str, Any], clusters: Sequence[State] = ()) -> dict[str, str]:
         """The result of the run; returns name -> SHA-256."""
-        return _write_all(self.final_files(published, record, clusters))
+        return _write_all(self.final_files(published, record, clusters).items())
 
     def final_files(
         self, published: State, record: Mapping[str, Any], clusters: Sequence[State] = ()
@@ -354,11 +348,14 @@ def _file_name(attempt_id: AttemptId) -> str:
     return attempt_id
 
 
-def _write_all(files: Mapping[Path, bytes]) -> dict[str, str]:
+def _write_all(files: Iterable[tuple[Path, bytes]]) -> dict[str, str]:
     """Name -> SHA-256 of what was written."""
-    for path, data in files.items():
+    digests = {}
+    for path, data in files:
         write_durably(path, data)
-    return {path.name: hashlib.sha256(data).hexdigest() for path, data in files.items()}
+        digests[path.name] = hashlib.sha256(data).hexdigest()
+        del data  # before the next one is made
+    return digests
 
 
 def to_safetensors(state: State) -> bytes:

@@ -884,6 +884,27 @@ def publish(
     return after, made.step
 
 
+def publish_stacks(
+    model: GlobalState, folded: FoldResult, *, shape: Units, scaling: float
+) -> tuple[GlobalState, bytes] | None:
+    """The state after the products of the stacked pairs are added, and the step, which is the stacks; None for none.
+
+    Args:
+        scaling: what the products are multiplied by.
+    """
+    if not folded.aggregate:
+        return None
+    units = states.published_units(shape)
+    made = states.publish_stack(model.published, folded.aggregate, shape=units, scaling=scaling)
+    after = GlobalState(
+        version=model.version + 1,
+        published=made.published,
+        residual={},
+        sha256=states.state_sha256(units, made.published),
+    )
+    return after, made.step
+
+
 class Method(Protocol):
     """What a method of ``methods/`` decides; pure functions of their arguments."""
 

@@ -27,10 +27,9 @@ from fedblocks.aggregator.personal_pairs import (
     weights_of,
 )
 from fedblocks.aggregator.plain_mean import OpenUpdate, folded, opened, units_of
-from fedblocks.aggregator.run_rules import GlobalState, MethodState, PublishSettings, plan
+from fedblocks.aggregator.run_rules import GlobalState, MethodState, PublishSettings, plan, publish_stacks
 from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT, Units, unit_tensors
-from fedblocks.protocol import state as states
 from fedblocks.protocol.low_rank import pair_norm
 from fedblocks.protocol.messages import ClientKey
 from fedblocks.protocol.tensors import FloatArray, State
@@ -149,14 +148,4 @@ def publish(
 ) -> tuple[GlobalState, bytes] | None:
     """The clusters' changes plus the products of their stacks; the step is the stacks."""
     del settings  # the stacks are exact, and nothing waits
-    if not folded.aggregate:
-        return None
-    published_units = states.published_units(shape)
-    made = states.publish_stack(model.published, folded.aggregate, shape=published_units, scaling=1.0)
-    after = GlobalState(
-        version=model.version + 1,
-        published=made.published,
-        residual={},
-        sha256=states.state_sha256(published_units, made.published),
-    )
-    return after, made.step
+    return publish_stacks(model, folded, shape=shape, scaling=1.0)

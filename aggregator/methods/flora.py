@@ -17,10 +17,9 @@ import numpy as np
 from fedblocks.aggregator.aggregation import AcceptedUpdate, FoldResult
 from fedblocks.aggregator.pairs import Linear, fold_pairs, pairs_trainable, published_value, trained_value
 from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate
-from fedblocks.aggregator.run_rules import GlobalState, MethodState, PublishSettings, plan
+from fedblocks.aggregator.run_rules import GlobalState, MethodState, PublishSettings, plan, publish_stacks
 from fedblocks.profiles.model_shape import TensorSpec
 from fedblocks.profiles.units import Units
-from fedblocks.protocol import state as states
 
 __all__ = ["aggregate", "plan", "publish"]
 
@@ -45,16 +44,4 @@ def publish(
 ) -> tuple[GlobalState, bytes] | None:
     """The weights changed by the product of the stack; the step is the stack."""
     del settings  # the stack is exact, and nothing waits
-    if not folded.aggregate:
-        return None
-    published_units = states.published_units(shape)
-    made = states.publish_stack(
-        model.published, folded.aggregate, shape=published_units, scaling=pairs_trainable(shape).scaling
-    )
-    after = GlobalState(
-        version=model.version + 1,
-        published=made.published,
-        residual={},
-        sha256=states.state_sha256(published_units, made.published),
-    )
-    return after, made.step
+    return publish_stacks(model, folded, shape=shape, scaling=pairs_trainable(shape).scaling)

@@ -110,7 +110,7 @@ def end_of(world: Any) -> tuple[Any, ...]:
     return memberships(world).tolist(), [held(site).tobytes() for site in world.sites.values()]
 
 
-@pytest.mark.parametrize("kill_after", [1, 3])
+@pytest.mark.parametrize("kill_after", [1, 3, 5])
 def test_killed_and_started_again_the_run_ends_in_the_same_bits_and_a_replay_confirms_it(
     make_world: Callable[..., Any], finished: Any, kill_after: int
 ) -> None:
@@ -212,11 +212,12 @@ def test_an_export_takes_a_sites_own_state_bit_for_bit(finished: Any) -> None:
     "overrides",
     [
         ("delta.format=int8", "delta.density=0.25"),
+        ("training.server_optimizer=adam",),
         ("allocation.slim=true", "delta.format=bf16"),
         ("expansion.blocks=2", "expansion.max_blocks=3", "run.max_rounds=12"),
         ("mixture.clusters=4",),
     ],
-    ids=["int8", "slim", "growth", "four"],
+    ids=["int8", "adam", "slim", "growth", "four"],
 )
 def test_whatever_else_a_run_does_a_replay_leads_to_the_same_bits(
     make_world: Callable[..., Any], overrides: tuple[str, ...]
