@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +86,12 @@ def evaluate(attempt_id: str) -> Evaluate:
         measure=("general",),
         deadline_s=60.0,
     )
+
+
+def commit_first(ledger: Ledger, **given: Any) -> None:
+    """Round 0 is closed, with version 1."""
+    usual = {"settings": None, "method_state": None, "stop_reason": None, "metrics": None}
+    ledger.commit_round(0, new_version=1, state_sha256="ab", unix_s=3.0, **{**usual, **given})
 
 
 def delta(attempt_id: str, *, sha256: str = "c" * 64, round_number: int = 0) -> Delta:
@@ -391,16 +398,7 @@ def test_a_run_from_before_cohorts_and_slim_blocks_goes_on(tmp_path: Path) -> No
     )
     ledger = with_open_round(tmp_path)
     ledger.start_closing(0)
-    ledger.commit_round(
-        0,
-        new_version=1,
-        state_sha256="ab",
-        settings=None,
-        method_state=state,
-        stop_reason=None,
-        metrics=None,
-        unix_s=3.0,
-    )
+    commit_first(ledger, method_state=state)
     ledger.close()
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
     before = json.loads(db.execute("SELECT method_state FROM rounds").fetchone()[0])
@@ -421,16 +419,7 @@ def test_rounds_from_before_robust_folds_were_folded_by_the_mean(tmp_path: Path)
     ledger = with_open_round(tmp_path)
     ledger.start_closing(0)
     settings = {"dense": False, "format": "int8", "density": 0.25, "rule": {"optimizer": "avg"}}
-    ledger.commit_round(
-        0,
-        new_version=1,
-        state_sha256="ab",
-        settings=settings,
-        method_state=None,
-        stop_reason=None,
-        metrics=None,
-        unix_s=3.0,
-    )
+    commit_first(ledger, settings=settings)
     ledger.close()
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
     db.execute("PRAGMA user_version = 10")
@@ -463,16 +452,7 @@ def test_a_run_from_before_growth_goes_on_with_all_blocks(tmp_path: Path) -> Non
     state = run_rules.MethodState(anchor_weight=1.0)
     ledger = with_open_round(tmp_path)
     ledger.start_closing(0)
-    ledger.commit_round(
-        0,
-        new_version=1,
-        state_sha256="ab",
-        settings=None,
-        method_state=state,
-        stop_reason=None,
-        metrics=None,
-        unix_s=3.0,
-    )
+    commit_first(ledger, method_state=state)
     ledger.close()
     db = sqlite3.connect(tmp_path / "ledger.sqlite")
     db.execute("UPDATE rounds SET method_state = json_remove(method_state, '$.growth', '$.spent')")
@@ -551,17 +531,7 @@ def test_an_assignment_from_before_the_proximal_term_has_none(tmp_path: Path) ->
 def test_the_ledger_names_the_files_of_a_version_and_the_round_that_made_it(tmp_path: Path) -> None:
     ledger = with_open_round(tmp_path)
     ledger.start_closing(0)
-    ledger.commit_round(
-        0,
-        new_version=1,
-        state_sha256="ab",
-        settings=None,
-        method_state=None,
-        stop_reason=None,
-        metrics=None,
-        unix_s=3.0,
-        files={"v00001.qdown": "cd", "v00001.safetensors": "ef"},
-    )
+    commit_first(ledger, files={"v00001.qdown": "cd", "v00001.safetensors": "ef"})
     assert ledger.files_of(1) == {"v00001.qdown": "cd", "v00001.safetensors": "ef"}
     assert ledger.files_of(2) == {}
     made = ledger.round_of_version(1)
