@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +168,17 @@ MIGRATIONS: Final[tuple[str, ...]] = (
         version INTEGER NOT NULL, name TEXT NOT NULL, sha256 TEXT NOT NULL, PRIMARY KEY (version, name)
     );
     """,
+    """
+    CREATE INDEX IF NOT EXISTS updates_by_attempt ON updates(attempt_id);
+    """,
 )
+#: Tasks, updates and measurements of the newest rounds are kept: no update counts after two.
+DETAILED_ROUNDS: Final = 32
+#: The curves of the newest rounds are kept; metrics.jsonl has all.
+CURVE_ROUNDS: Final = 1000
+#: In the table ``run``: the newest round that :meth:`Ledger.compact` has thinned, and the newest without a curve.
+_THINNED: Final = "thinned_round"
+_WITHOUT_CURVE: Final = "round_without_curve"
 
 #: Refusals that say something about what a client computes; after ``server.quarantine_after`` of them it gets no task.
 CONTENT_CODES: Final[frozenset[RefusalCode]] = frozenset(
@@ -417,6 +427,61 @@ class Ledger:
                 ),
             )
 
+    def compact(self, *, last_round: int, needed_version: int) -> None:
+        """Forget what nobody can ask for any more, so that the file stays as small after weeks as after a day.
+
+        Of the rounds before the last :data:`DETAILED_ROUNDS` tasks, updates, measurements, plan and method state go,
+        and the clients' rows of the metrics; of those before the last :data:`CURVE_ROUNDS` all metrics but how many
+        updates were accepted. When a round was, and the hash of the state that it led to, is never forgotten.
+
+        Args:
+            needed_version: the earliest one that is read again where a file is damaged; rounds from the one on that
+                made the version before it stay whole.
+        """
+        with self.transaction():
+            done: int = self.get_run(_THINNED) or 0
+            row = self._one(
+                "SELECT max(round) FROM rounds WHERE round > ? AND round <= ? AND new_version < ?",
+                done,
+                last_round - DETAILED_ROUNDS,
+                needed_version - 1,
+            )
+            if row is None or row[0] is None:
+                return
+            bound: int = row[0]
+            self._db.execute("DELETE FROM measurements WHERE round <= ?", (bound,))
+            self._db.execute("DELETE FROM probed WHERE round <= ?", (bound,))
+            self._db.execute(
+                "DELETE FROM updates WHERE attempt_id IN (SELECT attempt_id FROM assignments WHERE round <= ?)",
+                (bound,),
+            )
+            self._db.execute("DELETE FROM assignments WHERE round <= ?", (bound,))
+            self._db.execute("DELETE FROM files WHERE version < ? AND name NOT LIKE '%.qdown'", (needed_version,))
+            self._rewrite_rounds(done, bound, _without_clients)
+            self.set_run(_THINNED, bound)
+            gone: int = self.get_run(_WITHOUT_CURVE) or 0
+            without = min(bound, last_round - CURVE_ROUNDS)
+            if without > gone:
+                self._rewrite_rounds(gone, without, _only_the_number)
+                self.set_run(_WITHOUT_CURVE, without)
+
+    def _rewrite_rounds(self, after: int, last: int, fewer: Callable[[Mapping[str, Any]], object]) -> None:
+        """Rounds ``after < round <= last`` without plan and method state, and with ``fewer`` metrics.
+
+        Written anew: a row that shrinks where it is leaves its page to itself, one that goes makes room for others.
+        """
+        rows = self._db.execute("SELECT * FROM rounds WHERE round > ? AND round <= ?", (after, last)).fetchall()
+        self._db.execute("DELETE FROM rounds WHERE round > ? AND round <= ?", (after, last))
+        for row in rows:
+            metrics = _loads(row["metrics"])
+            thin = {"plan": "null", "method_state": None, "metrics": json.dumps(metrics and fewer(metrics))}
+            self._db.execute(
+                "INSERT INTO rounds VALUES (:round, :kind, :phase, :version, :deadline_s, :elapsed_s, :extended, "
+                ":plan, :opened_unix_s, :closed_unix_s, :settings, :new_version, :state_sha256, :method_state, "
+                ":stop_reason, :metrics)",
+                {**dict(row), **thin},
+            )
+
     def last_round(self) -> StoredRound | None:
         row = self._one("SELECT * FROM rounds ORDER BY round DESC LIMIT 1")
         return None if row is None else _round(row)
@@ -424,11 +489,17 @@ class Ledger:
     def rounds(self) -> list[StoredRound]:
         return [_round(row) for row in self._db.execute("SELECT * FROM rounds ORDER BY round")]
 
-    def folded_metrics(self, *, newest: int | None = None) -> list[Any]:
-        """The metrics of all folded rounds, or of so many of the newest, in order; nothing else of them is read."""
+    def folded_metrics(self, *, newest: int | None = None, whole: bool = False) -> list[Any]:
+        """The metrics of folded rounds, in order; nothing else of them is read.
+
+        Args:
+            newest: so many at most; None: all that are kept.
+            whole: only those with their clients.
+        """
         rows = self._db.execute(
-            "SELECT metrics FROM rounds WHERE kind = 'train' AND phase = 'folded' ORDER BY round DESC LIMIT ?",
-            (-1 if newest is None else newest,),
+            "SELECT metrics FROM rounds WHERE kind = 'train' AND phase = 'folded' AND round > ? "
+            "ORDER BY round DESC LIMIT ?",
+            (self.get_run(_THINNED if whole else _WITHOUT_CURVE) or 0, -1 if newest is None else newest),
         ).fetchall()
         return [json.loads(metrics) for (metrics,) in reversed(rows)]
 
@@ -658,6 +729,14 @@ def _round(row: Any) -> StoredRound:
         stop_reason=row["stop_reason"],
         metrics=_loads(row["metrics"]),
     )
+
+
+def _without_clients(metrics: Mapping[str, Any]) -> object:
+    return {name: value for name, value in metrics.items() if name != "clients"}
+
+
+def _only_the_number(metrics: Mapping[str, Any]) -> object:
+    return {"num_accepted": metrics.get("num_accepted")}
 
 
 def _loads(text: str | None) -> Any:

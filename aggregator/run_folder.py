@@ -22,6 +22,7 @@ can be made again (``repair.py``), or for the whole run (``server.keep_updates``
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -244,9 +245,27 @@ class RunFolder:
 
     # metrics
 
-    def write_metrics(self, lines: list[Any]) -> None:
-        """The whole file anew, from the ledger: a kill may have cost its last line."""
-        write_durably(self.metrics_path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    def mend_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The newest lines anew, from the ledger: a kill may have cost the last one.
+
+        Args:
+            rows: those of the newest rounds; what the file holds of earlier rounds stays.
+        """
+        first = rows[0]["round"] if rows else 0
+        kept = [line for line in self._metrics_lines() if line["round"] < first]
+        write_durably(self.metrics_path, "".join(json.dumps(row) + "\n" for row in (*kept, *rows)).encode())
+
+    def _metrics_lines(self) -> Iterator[Mapping[str, Any]]:
+        """The lines that can be read."""
+        try:
+            text = self.metrics_path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict) and isinstance(found.get("round"), int):
+                    yield found
 
     def append_metrics(self, line: object) -> None:
         with naming(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:

@@ -74,7 +74,7 @@ from fedblocks.aggregator.probing import PlannedProbe
 from fedblocks.aggregator.registry import UNKNOWN_VERSION, KnownClient
 from fedblocks.aggregator.replay import accepted_update
 from fedblocks.aggregator.rounds import RoundsState, Rules, Task
-from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, open_run_folder
+from fedblocks.aggregator.run_folder import KEPT_STATES, RunFolder, RunFolderError, open_run_folder
 from fedblocks.aggregator.stopping import stop_requested, withdraw_request
 from fedblocks.protocol.codec import from_plain, to_plain
 from fedblocks.protocol.errors import RETRY_CODES
@@ -286,11 +286,12 @@ class Aggregator:
             self._books.note(note)
         if finished:
             self._restore_final()
-        self._durations_s: list[float] = [r.metrics["round_s"] for r in folded if r.metrics is not None]
+        whole = self._ledger.folded_metrics(whole=True)
+        self._durations_s: list[float] = [row["round_s"] for row in whole]
         self._privacy: privacy.PrivacyBooks | None = privacy.open_books(self._config, self._ledger)
         self._ledger.set_run("quarantine_after", self._config.server.quarantine_after)
         self._folder.drop_parts()
-        self._folder.write_metrics([r.metrics for r in folded if r.metrics is not None])
+        self._folder.mend_metrics(whole)
         self._state = self._restored_rounds(last, roster)
         if last is not None:
             self._books.note(f"resumed: {self._state.phase} round {self._state.round} at version {self._model.version}")
@@ -928,6 +929,8 @@ class Aggregator:
                 unix_s=self._books.now_unix_s,
                 files=files,
             )
+            if not self._config.server.keep_updates:
+                self._ledger.compact(last_round=number, needed_version=model.version - KEPT_STATES)
         for block in sorted(set(grown.block_ids) - set(before.block_ids)):
             self._books.note(f"round {number}: {growth.growth_line(self._folder.plan, before.block_ids, block)}")
         if (regrouped := closed.state.mixture) is not None and regrouped.news(self._method.mixture):

@@ -82,13 +82,18 @@ POLICIES: Final = {
 #: The tiers' memory and lines mean something for a model of this size: of the starter model the overheads are all.
 LARGE: Final[Mapping[str, Any]] = {"costs_of": "qwen2.5-0.5b", "tick_s": 5.0}
 LARGE_RUN: Final[Mapping[str, Any]] = {"server.heartbeat_interval_s": 60.0}
-#: Learning rates: the best of the pilot runs of ``experiments.py``; the pairs' tiers are 4, 8, 16 and 32.
+PILOT_SEED: Final = 0
+PILOT_ROUNDS: Final = 16
+RATES: Final = (1e-3, 3e-3, 1e-2)
+#: The demo's, which every fleet has that names none.
+USUAL_RATE: Final = 3e-3
+#: Each takes the learning rate that was best on the pilot seed (:func:`swept`); the pairs' tiers are 4, 8, 16 and 32.
 METHODS: Final = {
     "fedbe": Arm(run={"allocation.slim": True}),
-    "fedit": Arm(run={"run.method": "fedit", "training.learning_rate": 3e-3}),
-    "hetlora": Arm(run={"run.method": "hetlora", "training.learning_rate": 3e-3, "allocation.slim": True}),
-    "flexlora": Arm(run={"run.method": "flexlora", "training.learning_rate": 3e-3, "allocation.slim": True}),
-    "flora": Arm(run={"run.method": "flora", "training.learning_rate": 3e-3, "allocation.slim": True}),
+    "fedit": Arm(run={"run.method": "fedit", "training.learning_rate": USUAL_RATE}),
+    "hetlora": Arm(run={"run.method": "hetlora", "training.learning_rate": USUAL_RATE, "allocation.slim": True}),
+    "flexlora": Arm(run={"run.method": "flexlora", "training.learning_rate": USUAL_RATE, "allocation.slim": True}),
+    "flora": Arm(run={"run.method": "flora", "training.learning_rate": USUAL_RATE, "allocation.slim": True}),
 }
 #: 0.97 of what ``fedit`` gains, which gets every held-out row right (methods.md 12.4).
 OF_GAIN: Final[Mapping[str, Any]] = {"run.target_score": 0.97, "run.max_rounds": 40}
@@ -245,17 +250,41 @@ def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> lis
     """
     comparison = COMPARISONS[name]
     rows: list[dict[str, Any]] = []
-    first = comparison.arms[comparison.deadline_of or next(iter(comparison.arms))]
     for seed in seeds:
         for arm_name, arm in comparison.arms.items():
-            plain = fleet_of(comparison, arm if comparison.own_deadlines else first, seed)
-            run = {key: value for key, value in plain.run.items() if key != "allocation.policy"}
-            short = replace(plain, run={**run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
-            deadline_s = book.row(name, "deadline", short, workers=workers)["deadline_s"]
-            fleet = fleet_of(comparison, arm, seed)
-            fleet = replace(fleet, run={**fleet.run, "allocation.deadline_s": deadline_s})
-            rows.append(book.row(name, arm_name, fleet, workers=workers))
+            rate = USUAL_RATE
+            if name in OF_METHODS:
+                rate = best_rate(swept(arm_name, book, workers=workers))
+            rows.append(_run(name, arm_name, arm, seed, rate, book, workers=workers))
     return rows
+
+
+def _run(name: str, arm_name: str, arm: Arm, seed: int, rate: float, book: Book, *, workers: int) -> dict[str, Any]:
+    """One run with the deadline that it is to have."""
+    comparison = COMPARISONS[name]
+    first = comparison.arms[comparison.deadline_of or next(iter(comparison.arms))]
+    plain = fleet_of(comparison, arm if comparison.own_deadlines else first, seed)
+    run = {key: value for key, value in plain.run.items() if key != "allocation.policy"}
+    short = replace(plain, run={**run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
+    deadline_s = book.row(name, "deadline", short, workers=workers)["deadline_s"]  # rates have no part in it
+    fleet = fleet_of(comparison, arm, seed)
+    own = {} if rate == USUAL_RATE else {"training.learning_rate": rate}
+    fleet = replace(fleet, run={**fleet.run, "allocation.deadline_s": deadline_s, **own})
+    return {**book.row(name, arm_name, fleet, workers=workers), "learning_rate": rate}
+
+
+def swept(arm: str, book: Book, *, workers: int) -> list[dict[str, Any]]:
+    """A method's runs of the pilot seed, one for each of :data:`RATES`, :data:`PILOT_ROUNDS` long at most."""
+    short = replace(METHODS[arm], run={**METHODS[arm].run, "run.max_rounds": PILOT_ROUNDS})
+    return [_run("tta", arm, short, PILOT_SEED, rate, book, workers=workers) for rate in RATES]
+
+
+def best_rate(pilot: Sequence[Mapping[str, Any]]) -> float:
+    """That of the run that is first at the target; if none gets there, of the one that has learnt most."""
+    return max(
+        pilot,
+        key=lambda row: (-(row["virtual_s_to_target"] or float("inf")), row["score_mean_of_last_3"] or 0.0),
+    )["learning_rate"]
 
 
 def speedup(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -331,6 +360,7 @@ def _arm_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "updates_by_device": [{found["device"]: found["updates"] for found in row["classes"]} for row in rows],
         "coverage": [row["coverage"] for row in rows],
         "wall_s": [row["wall_s"] for row in rows],
+        "learning_rate": rows[0].get("learning_rate", USUAL_RATE),
         "run_ids": [row["id"] for row in rows],
     }
 
@@ -442,6 +472,14 @@ def main(arguments: Sequence[str]) -> None:
             figures = many(workers=options.workers)
         else:
             figures = summary(name, rows_of(name, options.seeds, book, workers=options.workers))
+            if name in OF_METHODS:
+                figures["pilot"] = {
+                    arm: {
+                        f"{row['learning_rate']:g}": row["virtual_s_to_target"] or f"{row['score_mean_of_last_3']:.3f}"
+                        for row in swept(arm, book, workers=options.workers)
+                    }
+                    for arm in METHODS
+                }
         out = options.out or RESULTS / ("methods.json" if name in OF_METHODS else "fleet.json")
         command = f"python benchmarks/bench_ladder.py {name}"
         put_entries(out, {name: {"command": command, **figures, **machine()}})

@@ -132,18 +132,25 @@ def tta_table(name: str, found: Mapping[str, Any]) -> str:
         scores = ", ".join(f"{score:.3f}" for score in figures["score_mean_of_last_3"])
         gigabytes = sum(figures["bytes_up_and_down"]) / len(figures["bytes_up_and_down"]) / 1e9
         rows.append(
-            f"| {arm} | {hours} | {rounds} | {scores} | {gigabytes:.1f} | {_times(found['speedups'].get(arm))} |"
+            f"| {arm} | {figures['learning_rate']:g} | {hours} | {rounds} | {scores} | {gigabytes:.1f} "
+            f"| {_times(found['speedups'].get(arm))} |"
         )
     first, shape = next(iter(found["arms"])), found["costs_of"]
     return f"""### Time to target: {TTA[name]}
 
 `{found["command"]}`: the 20 clients of the four-tier ladder, virtual clock, costs of {shape or "the starter model"}; target
-{found["target"]:g} on the clients' held-out rows (mean of three rounds); {len(found["seeds"])} seeds, in this order. The last column is the
+{found["target"]:g} on the clients' held-out rows (mean of three rounds); {len(found["seeds"])} seeds, in this order. Each line has the learning
+rate that brought it to the target first on a pilot seed of its own{_tried(found)}. The last column is the
 time of that line over that of `{first}`, mean and range over seeds; "at least": the line ended before the target.
 
-| line | virtual hours to target | rounds | score at the end | GB moved | times as long |
-|---|---|---|---|---|---|
+| line | learning rate | virtual hours to target | rounds | score at the end | GB moved | times as long |
+|---|---|---|---|---|---|---|
 {chr(10).join(rows)}"""
+
+
+def _tried(found: Mapping[str, Any]) -> str:
+    tried = next(iter(found.get("pilot", {}).values()), {})
+    return f" ({', '.join(tried)} were tried for each)" if tried else ""
 
 
 def _times(found: Mapping[str, Any] | None) -> str:

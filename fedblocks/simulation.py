@@ -460,6 +460,8 @@ class _Simulation:
         self._encoder: Any = None
         """Made from the first invitation; the same for all."""
         self._closed_s: list[float] = []
+        self._planned: dict[int, Any] = {}
+        """What each round's plan said; the ledger forgets those of long ago."""
         self._metrics_size = self._rounds_written = 0
         self._jobs: list[Job] = []
         """Tasks that have begun at this moment and are not carried out yet."""
@@ -667,7 +669,13 @@ class _Simulation:
             self._settle()
             while len(self._closed_s) < self._num_rounds():
                 self._closed_s.append(self._clock.now_s)
+                self._note_plans()
         self._settle()
+        self._note_plans()
+
+    def _note_plans(self) -> None:
+        while (stored := self._ledger.get_round(len(self._planned) + 1)) is not None:
+            self._planned[stored.round] = stored.plan
 
     def _num_rounds(self) -> int:
         """Rounds whose row stands in metrics.jsonl."""
@@ -694,14 +702,13 @@ class _Simulation:
         """What has become of everything."""
         metrics = self._folder.metrics_path
         rounds = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
-        planned = {stored.round: stored.plan for stored in self._ledger.rounds() if stored.kind == "train"}
         spans = [(client, span) for client in self._clients.values() for span in client.spans if span.kind != "away"]
         coverage: dict[str, dict[int, int]] = {}
         updates: dict[str, int] = defaultdict(int)
         group_of = {name: client.group for name, client in self._clients.items()}
         for index, row in enumerate(rounds):
             row["virtual_s"] = self._closed_s[index] if index < len(self._closed_s) else self._clock.now_s
-            row["deadline_s"] = planned[row["round"]]["deadline"]["seconds"]
+            row["deadline_s"] = self._planned[row["round"]]["deadline"]["seconds"]
             of_round = [(client, span) for client, span in spans if span.round == row["round"]]
             energies = [self._energy_j(client, [span]) for client, span in of_round]
             row["energy_j"] = None if None in energies else sum(e for e in energies if e is not None)

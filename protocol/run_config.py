@@ -254,7 +254,8 @@ class ServerSection:
         3, "a client whose updates were refused so often gets no task until `fedblocks keys release`; 0: never"
     )
     keep_updates: bool = _key(
-        False, "keep each client's folded updates (for a replay); false: until the next version is there"
+        False,
+        "keep every update and its books for a replay; false: until the next version is there, books for 32 rounds",
     )
 
 

@@ -104,6 +104,36 @@ def test_the_page_says_of_each_method_when_it_arrived_and_where_a_ratio_is_only_
         for arm in arms
     ]  # fmt: skip
     page = tta_table("tta", {"command": "c", **bench_ladder.summary("tta", found)})
-    assert "| fedbe | 1.00 | 4 | 0.980 | 1.0 | 1 |" in page
-    assert "| fedit | 2.00 | 4 | 0.980 | 1.0 | **2.00** (2.00 to 2.00) |" in page
-    assert "| flora | - | 4 | 0.980 | 1.0 | at least **2.50** (2.50 to 2.50) |" in page
+    assert "| fedbe | 0.003 | 1.00 | 4 | 0.980 | 1.0 | 1 |" in page
+    assert "| fedit | 0.003 | 2.00 | 4 | 0.980 | 1.0 | **2.00** (2.00 to 2.00) |" in page
+    assert "| flora | 0.003 | - | 4 | 0.980 | 1.0 | at least **2.50** (2.50 to 2.50) |" in page
+
+
+@pytest.mark.parametrize(
+    ("runs", "best"),
+    [
+        ([(1e-3, None, 0.5), (3e-3, 200.0, 1.0), (1e-2, 100.0, 0.98)], 1e-2),
+        ([(1e-3, None, 0.5), (3e-3, 200.0, 1.0), (1e-2, None, 1.0)], 3e-3),
+        ([(1e-3, None, 0.5), (3e-3, None, 0.7), (1e-2, None, 0.6)], 3e-3),
+    ],
+)
+def test_the_rate_is_that_of_the_first_at_the_target_or_of_the_one_that_learnt_most(runs, best):
+    pilot = [{"learning_rate": r, "virtual_s_to_target": s, "score_mean_of_last_3": score} for r, s, score in runs]
+    assert bench_ladder.best_rate(pilot) == best
+
+
+def test_all_methods_have_the_same_rates_on_the_pilot_seed_and_the_deadline_of_their_own(tmp_path, monkeypatch):
+    made = []
+
+    class Book:
+        def row(self, name, arm, fleet, *, workers):
+            made.append((arm, fleet.seed, fleet.run.get("training.learning_rate"), fleet.run["run.max_rounds"]))
+            return {"deadline_s": 60.0}
+
+    rates = [
+        [row["learning_rate"] for row in bench_ladder.swept(arm, Book(), workers=1)] for arm in bench_ladder.METHODS
+    ]
+    assert rates == [list(bench_ladder.RATES)] * len(bench_ladder.METHODS)
+    assert {seed for _, seed, _, _ in made} == {bench_ladder.PILOT_SEED}
+    assert bench_ladder.PILOT_SEED not in bench_ladder.SEEDS
+    assert {rounds for arm, _, _, rounds in made if arm != "deadline"} == {bench_ladder.PILOT_ROUNDS}
