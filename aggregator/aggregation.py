@@ -342,7 +342,7 @@ def weighted_sum(members: Sequence[Member], factors: Sequence[float], spec: Tens
         for rows in member.rows(member.update.read_payload(), spec.name).chunks():
             coefficients = rows.scales.astype(np.float64) * factor  # (k,)
             slim = total[:, : rows.values.shape[1]]
-            slim[rows.index] += rows.values * coefficients[:, None]
+            slim[rows.place] += rows.values * coefficients[:, None]
     return total
 
 

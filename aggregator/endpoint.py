@@ -39,8 +39,8 @@ from fedblocks.protocol.transfer import Connection, Outbound
 UploadId = NewType("UploadId", int)
 """Unique within one endpoint."""
 
-#: Chunks in flight to this side over all clients: 32 MiB, whatever the number of uploads; each upload keeps at least 1.
-MAX_CHUNKS_IN_FLIGHT: Final = 128
+#: Chunks in flight to this side over all clients: 16 MiB, whatever the number of uploads; each upload keeps at least 1.
+MAX_CHUNKS_IN_FLIGHT: Final = 64
 #: A client has one update at a time; a second one may be announced while the first is being answered.
 MAX_OPEN_UPLOADS: Final = 2
 #: Messages (not chunks) of one client: a burst, and then this many a second. A client needs about one a second.

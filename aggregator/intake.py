@@ -90,7 +90,9 @@ class Intake:
     def arrived(
         self, key: ClientKey, client: KnownClient, delta: Delta, part: Path, moment: Moment, *, unix_s: float
     ) -> Counted | Ack | Refused:
-        """Verify the bytes in ``part``, make them durable and write the ledger row, to be committed by the caller.
+        """Verify the values in ``part``, make them durable and write the ledger row, to be committed by the caller.
+
+        The bytes' hash was verified on arrival (:class:`endpoint.UploadFinished`) and is again before the fold.
 
         The round may have closed since the announcement, or the same update may have come over another connection, so
         all is asked again. ``part`` is gone afterwards.
@@ -109,7 +111,7 @@ class Intake:
             assert stored is not None
             assert isinstance(stored.message, Assignment)
             refused = admission.check_payload(
-                delta, stored.message, map_payload(part), shape=self._shape, limits=self._limits
+                delta, stored.message, map_payload(part), shape=self._shape, limits=self._limits, hashed=True
             )
             if refused is not None:
                 return refused

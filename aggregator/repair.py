@@ -13,7 +13,7 @@ under another name first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from fedblocks.aggregator.run_folder import KEPT_STATES, RunFolder, RunFolderErr
 from fedblocks.protocol.codec import from_plain
 from fedblocks.protocol.durable import sync_folder, write_durably
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
+from fedblocks.protocol.payloads import Bytes
 from fedblocks.protocol.state import state_sha256
 
 Damage = Mapping[Path, str]
@@ -217,7 +218,7 @@ def _files_from_updates(folder: RunFolder, ledger: Ledger, version: int) -> dict
     found = folder.version_files(
         version, step=step, published=model.published, residual=model.residual, moments=model.moments
     )
-    return _verified(dict(found), ledger, version)
+    return _verified(found, ledger, version)
 
 
 def _files_from_steps(folder: RunFolder, ledger: Ledger, version: int) -> dict[Path, bytes]:
@@ -225,12 +226,13 @@ def _files_from_steps(folder: RunFolder, ledger: Ledger, version: int) -> dict[P
     return _verified({folder.state_path(version): to_safetensors(model.published)}, ledger, version)
 
 
-def _verified(found: Mapping[Path, bytes], ledger: Ledger, version: int) -> dict[Path, bytes]:
+def _verified(found: Mapping[Path, Sequence[Bytes]], ledger: Ledger, version: int) -> dict[Path, bytes]:
     named = ledger.files_of(version)
-    for path, data in found.items():
+    whole = {path: b"".join(pieces) for path, pieces in found.items()}
+    for path, data in whole.items():
         if path.name in named and _fault_of(data, named[path.name]):
             raise RunFolderError(f"{path.name} made again is another one than the ledger names")
-    return dict(found)
+    return whole
 
 
 def _by_steps(folder: RunFolder, ledger: Ledger, version: int) -> run_rules.GlobalState:

@@ -17,6 +17,7 @@ from fedblocks.aggregator.ledger import Ledger, StoredRound, StoredUpdate, open_
 from fedblocks.aggregator.personalisation import initial_mixture, published_ids
 from fedblocks.aggregator.run_folder import RunFolder, RunFolderError, read_run_folder
 from fedblocks.protocol.codec import from_plain
+from fedblocks.protocol.payloads import Bytes
 from fedblocks.protocol.state import ReadStep, apply_step, state_sha256
 from fedblocks.protocol.tensors import State
 
@@ -74,7 +75,7 @@ class FoldedAgain:
     """What a folded round gave, made a second time."""
 
     model: run_rules.GlobalState
-    step: bytes | None
+    step: Bytes | None
     """None for a round that published nothing."""
     method: run_rules.MethodState
     """As far as folding goes: norms and memberships; what was measured in the round is not in it."""

@@ -29,11 +29,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, cast
 
+import numpy as np
 import safetensors.numpy
 
 from fedblocks.protocol import run_config
@@ -43,6 +44,7 @@ from fedblocks.protocol.errors import RemoteProtocolError
 from fedblocks.protocol.expansion import ExpansionPlan
 from fedblocks.protocol.messages import AttemptId, DataFormat, ResourceInfo
 from fedblocks.protocol.method_plan import check_plan
+from fedblocks.protocol.payloads import Bytes
 from fedblocks.protocol.run_config import ConfigError, RunConfig
 from fedblocks.protocol.tensors import FloatArray, State, flatten, unflatten
 
@@ -158,21 +160,23 @@ class RunFolder:
             raise RunFolderError(f"{path} is missing; restore the run folder from a backup") from error
 
     def version_files(
-        self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
-    ) -> Iterator[tuple[Path, bytes]]:
-        """What a version consists of, in the order of writing; one at a time, for each is as large as the state."""
-        yield self.step_path(version), step
-        yield self.state_path(version), to_safetensors(published)
-        yield self.residual_path(version), to_safetensors(residual)
-        if moments:
-            yield self.moments_path(version), to_safetensors(moments)
+        self, version: int, *, step: Bytes, published: State, residual: State, moments: State | None = None
+    ) -> dict[Path, list[Bytes]]:
+        """What a version consists of, in the order of writing and in pieces that are not copied."""
+        files: dict[Path, list[Bytes]] = {
+            self.step_path(version): [step],
+            self.state_path(version): to_safetensors(published),
+            self.residual_path(version): to_safetensors(residual),
+        }
+        return {**files, self.moments_path(version): to_safetensors(moments)} if moments else files
 
     def save_version(
-        self, version: int, *, step: bytes, published: State, residual: State, moments: State | None = None
+        self, version: int, *, step: Bytes, published: State, residual: State, moments: State | None = None
     ) -> dict[str, str]:
         """All files of a new version, durable; the ledger's row comes after, with their names and SHA-256."""
-        files = self.version_files(version, step=step, published=published, residual=residual, moments=moments)
-        return _write_all(files)
+        return _write_all(
+            self.version_files(version, step=step, published=published, residual=residual, moments=moments)
+        )
 
     def load_version(self, version: int) -> tuple[State, State, State]:
         """Published state, residual and the server optimizer's moments at ``version``; all empty at version 0.
@@ -201,12 +205,12 @@ class RunFolder:
 
     def save_final(self, published: State, record: Mapping[str, Any], clusters: Sequence[State] = ()) -> dict[str, str]:
         """The result of the run; returns name -> SHA-256."""
-        return _write_all(self.final_files(published, record, clusters).items())
+        return _write_all(self.final_files(published, record, clusters))
 
     def final_files(
         self, published: State, record: Mapping[str, Any], clusters: Sequence[State] = ()
-    ) -> dict[Path, bytes]:
-        """What the result consists of.
+    ) -> dict[Path, list[Bytes]]:
+        """What the result consists of, in pieces that are not copied.
 
         Args:
             clusters: what the clients' own models are mixed from, by the memberships in ``record``.
@@ -219,7 +223,7 @@ class RunFolder:
         return {
             folder / "final.safetensors": to_safetensors(published),
             **own,
-            folder / "final.json": (json.dumps(record, indent=2) + "\n").encode(),
+            folder / "final.json": [(json.dumps(record, indent=2) + "\n").encode()],
         }
 
     def paths_of(self, version: int) -> tuple[Path, ...]:
@@ -367,19 +371,33 @@ def _file_name(attempt_id: AttemptId) -> str:
     return attempt_id
 
 
-def _write_all(files: Iterable[tuple[Path, bytes]]) -> dict[str, str]:
+def _write_all(files: Mapping[Path, Sequence[Bytes]]) -> dict[str, str]:
     """Name -> SHA-256 of what was written."""
-    digests = {}
-    for path, data in files:
-        write_durably(path, data)
-        digests[path.name] = hashlib.sha256(data).hexdigest()
-        del data  # before the next one is made
+    digests: dict[str, str] = {}
+    for path, pieces in files.items():
+        write_durably(path, *pieces)
+        digest = hashlib.sha256()
+        for piece in pieces:
+            digest.update(piece)
+        digests[path.name] = digest.hexdigest()
     return digests
 
 
-def to_safetensors(state: State) -> bytes:
-    """What a state's file holds."""
-    return safetensors.numpy.save(flatten(state))
+def to_safetensors(state: State) -> list[Bytes]:
+    """What a state's file holds, byte for byte as ``safetensors.numpy.save`` has it: that copies the state twice.
+
+    ``<length of the header, 8 bytes little-endian> <header, JSON, filled up to 8 bytes with spaces> <fp32 values>``,
+    tensors by name.
+    """
+    tensors = {name: np.asarray(values, dtype="<f4") for name, values in sorted(flatten(state).items())}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, values in tensors.items():
+        start, end = end, end + values.nbytes
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return [len(text).to_bytes(8, "little") + text, *(memoryview(values).cast("B") for values in tensors.values())]
 
 
 def read_state(path: Path) -> State:

@@ -57,6 +57,7 @@ from fedblocks.protocol.messages import (
     StateUpdate,
     TrainReport,
 )
+from fedblocks.protocol.payloads import Bytes
 from fedblocks.protocol.priors import prior_of
 from fedblocks.protocol.row_mask import SHARES
 from fedblocks.protocol.run_config import ForgettingSection, RunConfig
@@ -857,13 +858,16 @@ class GlobalState:
 
 def publish(
     model: GlobalState, folded: FoldResult, *, shape: Units, settings: PublishSettings
-) -> tuple[GlobalState, bytes] | None:
-    """The next version and the step to it; None if nothing was learnt, and the version stays."""
+) -> tuple[GlobalState, Bytes] | None:
+    """The next version and the step to it; None if nothing was learnt, and the version stays.
+
+    The tensors of ``folded.aggregate`` are let go of on the way.
+    """
     if not folded.aggregate and not (settings.dense and model.residual):
         return None
     change, moments = server_step(folded.aggregate, model.moments, settings.rule, shape=shape, widths=folded.widths)
     if settings.dense:
-        made = states.publish_dense(model.published, change, model.residual, shape=shape)
+        made = states.publish_dense(model.published, change, model.residual, shape=shape, release=True)
     else:
         made = states.publish(
             model.published,
@@ -873,6 +877,7 @@ def publish(
             format=settings.format,
             density=settings.density,
             widths=folded.widths,
+            release=True,
         )
     after = GlobalState(
         version=model.version + 1,
@@ -886,7 +891,7 @@ def publish(
 
 def publish_stacks(
     model: GlobalState, folded: FoldResult, *, shape: Units, scaling: float
-) -> tuple[GlobalState, bytes] | None:
+) -> tuple[GlobalState, Bytes] | None:
     """The state after the products of the stacked pairs are added, and the step, which is the stacks; None for none.
 
     Args:
@@ -927,7 +932,7 @@ class Method(Protocol):
 
     def publish(
         self, model: GlobalState, folded: FoldResult, *, shape: Units, settings: PublishSettings
-    ) -> tuple[GlobalState, bytes] | None:
+    ) -> tuple[GlobalState, Bytes] | None:
         """The next version and the step to it; None if nothing was learnt, and the version stays."""
         ...
 
@@ -937,7 +942,7 @@ class ClosedRound:
     """What a round amounts to; nothing of it is written yet."""
 
     model: GlobalState
-    step: bytes | None
+    step: Bytes | None
     """None for a round that changed nothing."""
     state: MethodState
     pooled: Pooled

@@ -61,6 +61,7 @@ from fedblocks.aggregator.endpoint import (
     UploadFinished,
     UploadId,
 )
+from fedblocks.aggregator.heap import give_back_the_rest
 from fedblocks.aggregator.intake import Counted, Intake, Moment, asked_for, tried
 from fedblocks.aggregator.ledger import (
     Ledger,
@@ -214,9 +215,9 @@ class Aggregator:
         self._sent_s: dict[ClientKey, float] = {}
         self._unanswered: set[ClientKey] = set()
         """Clients that were sent a task and have not answered it: they may hold its state, or the one before."""
-        self._uploads: dict[UploadId, ClientKey] = {}
+        self._uploads: dict[UploadId, tuple[ClientKey, AttemptId]] = {}
         self._prior_errors: list[float] = []
-        self._updates_to: dict[tuple[int, tuple[float, ...]], tuple[StateUpdate, bytes]] = {}
+        self._updates_to: dict[tuple[int, tuple[float, ...]], tuple[StateUpdate, bytes, str]] = {}
         self._fell_back = False
         """The result is not the newest version: what a client holds of it was mixed by earlier memberships."""
         self._told: dict[ClientKey, object] = {}
@@ -306,7 +307,7 @@ class Aggregator:
         model = repair.published_at(self._folder, self._ledger, final["version"])
         files = self._folder.final_files(*self._result(model, final))
         for path, what in damage.items():
-            self._books.note(repair.replace_damaged(path, files[path], what))
+            self._books.note(repair.replace_damaged(path, b"".join(files[path]), what))
 
     def _restored_rounds(self, last: StoredRound | None, roster: Sequence[tuple[ClientKey, str]]) -> RoundsState:
         now_s = self._clock()
@@ -371,9 +372,9 @@ class Aggregator:
                 self._uploads.pop(upload_id, None)
                 self._on_uploaded(key, delta, path)
             case UploadFailed(key=key, upload_id=upload_id, code=code, text=text):
-                self._uploads.pop(upload_id, None)
-                if code != "disconnected":
-                    self._books.refused(key, code, text)
+                _, attempt_id = self._uploads.pop(upload_id, (key, None))
+                if code != "disconnected":  # the client was told, and will not send it again
+                    self._refused_update(key, Refused(code=code, text=text, attempt_id=attempt_id))
             case PeerRejected(key=key, code=code, text=text):
                 self._books.refused_by_endpoint(key, code, text)
                 if key is not None and code == "revoked":
@@ -475,10 +476,10 @@ class Aggregator:
             ),
         )
         task = self._state.tasks.get(key)
-        idle = heartbeat.attempt_id is None and heartbeat.phase == "idle" and key not in self._uploads.values()
+        idle = heartbeat.attempt_id is None and heartbeat.phase == "idle" and key not in self._uploading()
         if task is None or task.outcome != "open" or not idle:
             return
-        _, payload = self._update_for(client.held_version, key)
+        _, payload, _ = self._update_for(client.held_version, key)
         download_s = len(payload) / client.profile.downlink_bytes_per_s
         if self._clock() - self._sent_s.get(key, self._clock()) > RESEND_S + 2 * download_s:
             self._actions.append(rounds.SendTask(key=key))
@@ -561,7 +562,7 @@ class Aggregator:
         if verdict is None:
             try:
                 self._endpoint.accept_upload(upload_id, self._folder.part_path(delta.attempt_id, upload_id))
-                self._uploads[upload_id] = key
+                self._uploads[upload_id] = key, delta.attempt_id
                 return
             except OSError as error:
                 verdict = self._no_space(delta.attempt_id, error)
@@ -575,6 +576,9 @@ class Aggregator:
             self._refused_update(key, verdict)
         refused = verdict
         self._after_commit.append(lambda: self._endpoint.refuse_upload(upload_id, refused))
+
+    def _uploading(self) -> set[ClientKey]:
+        return {key for key, _ in self._uploads.values()}
 
     def _on_uploaded(self, key: ClientKey, delta: Delta, part: Path) -> None:
         client = self._books.clients[key]
@@ -792,21 +796,23 @@ class Aggregator:
         task, client = self._tasks.get(key), self._books.clients[key]
         if task is None:
             return
-        update, payload = self._update_for(UNKNOWN_VERSION if key in self._unanswered else client.held_version, key)
+        update, payload, sha256 = self._update_for(
+            UNKNOWN_VERSION if key in self._unanswered else client.held_version, key
+        )
         left_s = max(1.0, self._state.deadline_s - self._state.elapsed_s)
         message = replace(
             task,
             state=update,
             payload_bytes=len(payload),
-            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            payload_sha256=sha256,
             deadline_s=left_s,
         )
         if self._endpoint.send(key, message, payload):
             self._sent_s[key] = self._clock()
             self._unanswered.add(key)
 
-    def _update_for(self, held_version: int, key: ClientKey) -> tuple[StateUpdate, bytes]:
-        """The way from what a client holds to what it starts from; made once for all who hold the same.
+    def _update_for(self, held_version: int, key: ClientKey) -> tuple[StateUpdate, bytes, str]:
+        """The way from what a client holds to what it starts from, with its SHA-256; made once for all who hold alike.
 
         A model of the client's own is sent whole: no steps lead from one mixture to the next.
         """
@@ -828,10 +834,11 @@ class Aggregator:
                 sha256=model.sha256,
             )
             try:
-                found = update(from_version=held_version)
+                made = update(from_version=held_version)
             except RunFolderError as error:
                 self._note_once(f"{error}; clients that hold an older version get the whole state")
-                found = update(from_version=UNKNOWN_VERSION)
+                made = update(from_version=UNKNOWN_VERSION)
+            found = (*made, hashlib.sha256(made[1]).hexdigest())
             while len(self._updates_to) >= MAX_CACHED_UPDATES:
                 del self._updates_to[next(iter(self._updates_to))]
             self._updates_to[which] = found
@@ -872,6 +879,7 @@ class Aggregator:
         cohort = sorted({a.client_key for a in assigned})
         self._books.count_bytes(self._endpoint.bytes_by_key)
         self._updates_to.clear()  # as large as the state, and of a version that nobody starts from any more
+        give_back_the_rest()  # the fold needs several times the state
         closed = run_rules.close(
             self._model,
             [accepted_update(self._folder, u, version=self._model.version) for u in stored],

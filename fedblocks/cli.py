@@ -178,8 +178,10 @@ def invite(
 @app.command(epilog="Example: fedblocks serve runs/clinic")
 def serve(run: RunArgument, overrides: SetOption = None) -> None:
     """Run the aggregator on a run folder, or resume it. Needs neither torch nor the model."""
+    from fedblocks.aggregator.heap import give_back_large_blocks
     from fedblocks.aggregator.server import serve as serve_run
 
+    give_back_large_blocks()
     raise typer.Exit(serve_run(run, overrides or (), on_event=lambda line: typer.echo(line)))
 
 

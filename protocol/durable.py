@@ -8,12 +8,15 @@ from collections.abc import Generator
 from pathlib import Path
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write ``data`` so that after a kill or a power cut ``path`` holds either all of it or what it held before."""
+def write_durably(path: Path, *pieces: bytes | bytearray | memoryview) -> None:
+    """Write the pieces, one after the other, so that after a kill or a power cut ``path`` holds either all of them or
+    what it held before.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with naming(path):
         with temporary.open("wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

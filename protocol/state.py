@@ -41,6 +41,7 @@ from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT, MergedLinears, 
 from fedblocks.protocol import codec
 from fedblocks.protocol.errors import LocalProtocolError, RemoteProtocolError
 from fedblocks.protocol.messages import DeltaFormat, StateEncoding, StateUpdate, TensorHeader
+from fedblocks.protocol.payloads import Bytes
 from fedblocks.protocol.tensors import (
     CHUNK_ELEMENTS,
     DeltaLayout,
@@ -122,7 +123,7 @@ class StackHeader:
 class Publication:
     """A new version: its step, and the aggregator's state after it."""
 
-    step: bytes
+    step: Bytes
     published: State
     residual: State
     """What the step left out; it joins the next step of its block."""
@@ -167,27 +168,49 @@ def publish(
     format: DeltaFormat,
     density: float,
     widths: Mapping[int, float] | None = None,
+    release: bool = False,
 ) -> Publication:
     """The next version: published + decoded(encoded(aggregate + residual)) for every block of ``aggregate``.
 
     What nobody trained is not touched and its residual waits: blocks that are absent from ``aggregate``, and of the
     others what lies beyond their width in ``widths``.
-    This is the server optimiser ``avg`` with lr_s = 1 (methods.md 8.3). No argument is changed.
+    This is the server optimiser ``avg`` with lr_s = 1 (methods.md 8.3). No argument is changed, but see ``release``.
 
     Args:
         widths: block id -> the largest width that somebody trained; a missing block was trained whole. ``aggregate``
             must be zero beyond it.
+        release: let go of each tensor of ``aggregate`` once it is encoded: together they are as large as the state.
     """
     blocks = sorted(aggregate)
     return _publish(
-        published, aggregate, residual, blocks, shape=shape, format=format, density=density, widths=widths or {}
+        published,
+        aggregate,
+        residual,
+        blocks,
+        shape=shape,
+        format=format,
+        density=density,
+        widths=widths or {},
+        release=release,
     )
 
 
-def publish_dense(published: State, aggregate: State, residual: State, *, shape: Units) -> Publication:
+def publish_dense(
+    published: State, aggregate: State, residual: State, *, shape: Units, release: bool = False
+) -> Publication:
     """The last version of a run: fp32 and complete, so that no residual waits at export."""
     blocks = sorted({*aggregate, *residual})
-    return _publish(published, aggregate, residual, blocks, shape=shape, format="fp32", density=1.0, widths={})
+    return _publish(
+        published,
+        aggregate,
+        residual,
+        blocks,
+        shape=shape,
+        format="fp32",
+        density=1.0,
+        widths={},
+        release=release,
+    )
 
 
 def _publish(
@@ -200,10 +223,11 @@ def _publish(
     format: DeltaFormat,
     density: float,
     widths: Mapping[int, float],
+    release: bool,
 ) -> Publication:
     rest = {block: dict(tensors) for block, tensors in residual.items() if block not in blocks}
     rows_sent: list[int] = []
-    parts: list[bytes] = []
+    step = bytearray()
     for block in blocks:
         trained = unit_tensors(shape, block, widths.get(block, 1.0))
         for spec, part in zip(unit_tensors(shape, block), trained, strict=True):
@@ -214,17 +238,19 @@ def _publish(
                 cut(waits, part.shape)[...] = 0
                 owed = pad(cut(owed, part.shape), spec.shape)
             encoded = encode_tensor(_tensor(aggregate, block, spec), owed, format=format, density=density)
+            if release:
+                aggregate.get(block, {}).pop(spec.name, None)
             rows_sent.append(encoded.rows_sent)
-            parts.append(encoded.payload)
+            step += encoded.payload
             left = encoded.residual
             if waits is not None and waits.any():
                 left = waits if left is None else left + waits
             if left is not None:
                 rest.setdefault(block, {})[spec.name] = left
     header = StepHeader(format=format, density=density, blocks=tuple(blocks), rows_sent=tuple(rows_sent))
-    step = b"".join([_frame(header), *parts])
-    parts.clear()  # as large as the step, and the new state is still to come
-    return Publication(step=step, published=apply_step(published, step, shape=shape, blocks=blocks), residual=rest)
+    step[:0] = _frame(header)  # moves the bytes where they are: a second copy would be as large as the state
+    whole = memoryview(step).toreadonly()
+    return Publication(step=whole, published=apply_step(published, whole, shape=shape, blocks=blocks), residual=rest)
 
 
 def apply_step(state: State, step: bytes | memoryview, *, shape: Units, blocks: Collection[int]) -> State:

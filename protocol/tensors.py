@@ -108,6 +108,12 @@ class Rows:
     scales: FloatArray  # (k,) ones for the dense formats
     values: NDArray[np.int8] | FloatArray  # (k, C) a view on the payload where the machine allows it
 
+    @property
+    def place(self) -> NDArray[np.int64] | slice:
+        """What selects these rows of the whole tensor: a slice, which copies nothing, where none is left out."""
+        whole = len(self.index) > 0 and int(self.index[-1]) - int(self.index[0]) + 1 == len(self.index)
+        return slice(int(self.index[0]), int(self.index[-1]) + 1) if whole else self.index
+
     def chunks(self) -> Iterator[Rows]:
         """The same rows, at most ``CHUNK_ELEMENTS`` values (but at least one row) at a time."""
         step = max(1, CHUNK_ELEMENTS // max(1, self.values.shape[1]))
@@ -305,7 +311,8 @@ def _row_energy(matrix: FloatArray) -> NDArray[np.float64]:
 
 def _largest(values: FloatArray) -> float:
     """The largest magnitude; NaN if there is one."""
-    return float(max(values.max(), -values.min())) if np.isfinite(values.min()) else math.nan
+    largest = float(max(values.max(), -values.min()))  # a NaN in either is one in the result
+    return largest if math.isfinite(largest) else math.nan
 
 
 def _overflows(scales: FloatArray) -> bool:

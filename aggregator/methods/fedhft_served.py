@@ -32,6 +32,7 @@ from fedblocks.profiles.model_shape import WIDTHS
 from fedblocks.profiles.units import CLUSTER_STRIDE, EXTRA_UNIT, Units, unit_tensors
 from fedblocks.protocol.low_rank import pair_norm
 from fedblocks.protocol.messages import ClientKey
+from fedblocks.protocol.payloads import Bytes
 from fedblocks.protocol.tensors import FloatArray, State
 
 __all__ = ["aggregate", "plan", "publish"]
@@ -145,7 +146,7 @@ def _books(aggregate: State, members: Sequence[OpenUpdate], weights: Sequence[We
 
 def publish(
     model: GlobalState, folded: FoldResult, *, shape: Units, settings: PublishSettings
-) -> tuple[GlobalState, bytes] | None:
+) -> tuple[GlobalState, Bytes] | None:
     """The clusters' changes plus the products of their stacks; the step is the stacks."""
     del settings  # the stacks are exact, and nothing waits
     return publish_stacks(model, folded, shape=shape, scaling=1.0)

@@ -20,6 +20,7 @@ from fedblocks.aggregator.plain_mean import Float64s, OpenUpdate
 from fedblocks.aggregator.run_rules import GlobalState, MethodState, PublishSettings, plan, publish_stacks
 from fedblocks.profiles.model_shape import TensorSpec
 from fedblocks.profiles.units import Units
+from fedblocks.protocol.payloads import Bytes
 
 __all__ = ["aggregate", "plan", "publish"]
 
@@ -41,7 +42,7 @@ def aggregate(updates: Sequence[AcceptedUpdate], *, shape: Units, state: MethodS
 
 def publish(
     model: GlobalState, folded: FoldResult, *, shape: Units, settings: PublishSettings
-) -> tuple[GlobalState, bytes] | None:
+) -> tuple[GlobalState, Bytes] | None:
     """The weights changed by the product of the stack; the step is the stack."""
     del settings  # the stack is exact, and nothing waits
     return publish_stacks(model, folded, shape=shape, scaling=pairs_trainable(shape).scaling)

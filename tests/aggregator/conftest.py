@@ -21,6 +21,7 @@ from fedblocks.aggregator.endpoint import (
     EndpointEvent,
     MessageReceived,
     UploadAnnounced,
+    UploadFailed,
     UploadFinished,
     UploadId,
 )
@@ -33,6 +34,7 @@ from fedblocks.profiles.model_shape import ChosenRows
 from fedblocks.profiles.units import personal_pairs, unit_tensors
 from fedblocks.protocol import run_config
 from fedblocks.protocol.codec import to_plain
+from fedblocks.protocol.errors import RefusalCode
 from fedblocks.protocol.expansion import ExpansionPlan, Placement, plan_expansion
 from fedblocks.protocol.messages import (
     PROTOCOL_VERSION,
@@ -157,8 +159,18 @@ class FakeEndpoint:
 
     def accept_upload(self, upload_id: UploadId, part_path: Path) -> None:
         key, delta = self.announced[upload_id]
-        part_path.write_bytes(self.payloads[upload_id])
-        self.bytes_by_key.setdefault(key, ByteCount()).received += len(self.payloads[upload_id])
+        payload = self.payloads[upload_id]
+        self.bytes_by_key.setdefault(key, ByteCount()).received += len(payload)
+        code: RefusalCode | None = None
+        if len(payload) != delta.payload_bytes:
+            code = "length_mismatch"
+        elif hashlib.sha256(payload).hexdigest() != delta.payload_sha256:
+            code = "checksum_mismatch"
+        if code is not None:
+            self.inbox.append(UploadFailed(key=key, upload_id=upload_id, code=code, text="other bytes than announced"))
+            self.send(key, Refused(code=code, text="other bytes than announced", attempt_id=delta.attempt_id))
+            return
+        part_path.write_bytes(payload)
         self.inbox.append(UploadFinished(key=key, message=delta, upload_id=upload_id, path=part_path))
 
     def refuse_upload(self, upload_id: UploadId, refused: Refused) -> None:

@@ -137,12 +137,13 @@ def test_f13_a_full_disk_under_any_file_of_a_version_ends_the_process_and_loses_
     world = make_world("ann", "bob", overrides=THREE_ROUNDS)
     original, calls = run_folder_module.write_durably, [0]
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, *pieces: bytes) -> None:
         calls[0] += 1
         if calls[0] == nth:
+            data = b"".join(pieces)
             path.with_name(path.name + ".tmp").write_bytes(data[: len(data) // 2])
             raise OSError(28, "No space left on device", str(path))
-        original(path, data)
+        original(path, *pieces)
 
     with monkeypatch.context() as patched:
         patched.setattr(run_folder_module, "write_durably", full)
