@@ -31,7 +31,8 @@ How many times less CPU time ours takes than each stack as its documentation has
 passes, ours with its prefix pass. In brackets the ratio of computed FLOPs, the most that leaving work out can give.
 *Same head* gives the rival our frozen-head, label-only loss, so what is left is the split's share; *no cache* is ours with
 the prefix run in every step. Rows of m15 top2 in fp32, of qwen05, and of m135 in bf16 were
-measured while other work used both cores. The speed of the llama1b shape has not been measured, only its memory.
+measured while other work used both cores. Of the llama1b shape full fine-tuning is not run: it does not fit beside the
+others.
 
 | shape, trained blocks | labels | dtype | {" | ".join(RIVALS.values())} | QLoRA, same head | ours, no cache |
 |---|---|---|---|---|---|---|---|
