@@ -51,9 +51,6 @@ ROUNDS: Final = 3
 REPEATS: Final = 3
 MANY: Final = 1000
 SOAK_ROUNDS: Final = 10_000
-TRICKLERS: Final = 200
-#: Of the ``trickle`` part: so many rounds with and so many without the strangers, by turns.
-TURNS: Final = 6
 #: Of the part ``trickle``: a run with and one without the strangers, so many times.
 TURNS: Final = 5
 FEW: Final = 8
@@ -98,11 +95,13 @@ def serve(
     overrides: Sequence[str],
     sample_s: float = SAMPLE_S,
     beside: Callable[[str], AbstractContextManager[object]] = nullcontext,
+    under: Sequence[str] = (),
 ) -> Served:
     """Serves a run of light clients to its end and removes its folder.
 
     Args:
         beside: what else goes on at the aggregator's address from before the first client until the run is over.
+        under: a command that the aggregator is run by.
 
     Raises:
         RuntimeError: the aggregator ended with an error, or the run took too long; the text holds its last lines.
@@ -116,7 +115,7 @@ def serve(
     common = (f"server.bind={address}", f"allocation.min_cohort={clients}", *fixed)
     plan = write_run(run, sizes, *common, *overrides)
     pairs, keys = enrol(run, clients), load_or_create_server_keys(run)
-    command = [sys.executable, "-m", "fedblocks", "serve", str(run)]
+    command = [*under, sys.executable, "-m", "fedblocks", "serve", str(run)]
     with log.open("w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     fleet: Fleet | None = None
@@ -228,6 +227,7 @@ def rounds(*, processes: int) -> dict[str, Any]:
                 found.setdefault(f"{name}_{place}", []).extend(row["round_s"] for row in served.rows[1:])
         print({name: statistics.median(values) for name, values in found.items()}, f"repeat {repeat + 1}", flush=True)
     median = {name: statistics.median(values) for name, values in found.items()}
+    syncs = syncs_per_round(processes=processes)
     return {
         "round_over_bare_curve": median["fp32_disk"] / median["bare_curve"],
         "round_over_bare_curve_tmpfs": median["fp32_tmpfs"] / median["bare_curve"],
@@ -239,8 +239,29 @@ def rounds(*, processes: int) -> dict[str, Any]:
             "all_s": found,
             "load_average": loads,
             "encrypted": True,
+            "syncs_per_round": syncs,
         },
     }
+
+
+def syncs_per_round(*, processes: int) -> float | None:
+    """How often the aggregator waits for the disk in a round of the fp32 run, by strace, in a run that is not timed.
+
+    The syncs of start and end are shared out among the rounds. None where there is no strace.
+    """
+    if shutil.which("strace") is None:
+        return None
+    with tempfile.NamedTemporaryFile(suffix=".strace") as log:
+        served = serve(
+            DISK / "round",
+            MB25,
+            clients=CLIENTS,
+            processes=processes,
+            overrides=(f"run.max_rounds={ROUNDS + 1}", "delta.format=fp32"),
+            under=("strace", "-f", "-qq", "-e", "trace=fsync,fdatasync", "-o", log.name),
+        )
+        calls = sum("sync(" in line for line in Path(log.name).read_text(encoding="utf-8").splitlines())
+    return calls / len(served.rows)
 
 
 def memory(*, processes: int) -> dict[str, Any]:
