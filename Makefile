@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 ROOMS := profiles protocol kernels edge_client aggregator fedblocks tests benchmarks
 
 .PHONY: help setup demo test test-slow test-gpu fuzz check format lint types imports docs wheel clean
-.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic bench-aggregator bench-fedhft experiments test-kernels packs budgets
+.PHONY: bench-runtime bench-memory bench-7b bench-gpu bench-fleet bench-traffic bench-aggregator bench-fedhft experiments experiments-gpu test-kernels packs budgets
 .PHONY: peers bench-peers test-flower
 
 help:  ## list the targets
@@ -60,6 +60,9 @@ bench-gpu: setup  ## kernels and training steps on this machine's GPU, against i
 
 bench-fleet: setup  ## plans of random fleets: limits, distance from the best plan, time (15 minutes)
 	$(BENCH) benchmarks/bench_fleet.py
+
+experiments-gpu: setup  ## the same on this machine's GPU, into results of its own
+	$(BENCH) benchmarks/experiments.py --device cuda
 
 experiments: setup  ## methods beside each other on the starter model, 3 hours a task; goes on where it stopped
 	$(BENCH) benchmarks/experiments.py

@@ -2,6 +2,7 @@
 
     make experiments                                            all files of benchmarks/experiments/, in their order
     python benchmarks/experiments.py 1_quality_association      one of them
+    python benchmarks/experiments.py --device cuda              all of it on a GPU -> results/methods-gpu.json
     python benchmarks/experiments.py --report                   only the summary, from the rows that are there
 
 Every finished run is a line of runs/bench/experiments/rows.jsonl and is not made again. Line by line, the reference
@@ -43,8 +44,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from federation import Learner, Settings, federate, make_learner
-from starter_runs import RESULTS, RowBook, Split, Starter, frozen, machine, put_entries, to_samples
+from federation import CPU, Learner, Settings, federate, make_learner
+from starter_runs import RESULTS, RowBook, Split, Starter, device_named, frozen, machine, put_entries, to_samples
 
 FOLDER: Final = Path(__file__).parent / "experiments"
 ROWS: Final = Path("runs/bench/experiments/rows.jsonl")
@@ -251,9 +252,9 @@ class World:
     """The untouched base on both splits."""
 
     @classmethod
-    def of(cls, experiment: Experiment, cache: Path) -> World:
+    def of(cls, experiment: Experiment, cache: Path, device: torch.device = CPU) -> World:
         """Loads the starter model with the task."""
-        starter = Starter(experiment.task, cache=cache)
+        starter = Starter(experiment.task, cache=cache, device=device)
         base = {"validation": _measured(starter.base, starter, starter.validation)}
         base["test"] = _tested(starter.base, starter)
         return cls(experiment=experiment, starter=starter, base=base)
@@ -318,7 +319,7 @@ def run(world: World, line: Line, settings: Settings, points: Points | None) -> 
     }
     if points is not None:
         row["test"] = _tests(row, points, learner, kept, world)
-    return row | {"wall_s": time.monotonic() - began, **machine()}
+    return row | {"wall_s": time.monotonic() - began, **machine(federation.device)}
 
 
 def _tests(
@@ -600,14 +601,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("experiment", nargs="*", choices=[*names, []], default=names)
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--hours", type=float, default=math.inf, help="begin no run after so many hours")
-    parser.add_argument("--out", type=Path, default=FILE)
+    parser.add_argument("--device", type=device_named, default=CPU, help="cpu (default) or cuda: rows of its own")
+    parser.add_argument(
+        "--out", type=Path, help="default: methods.json of the results, on another device methods-gpu.json"
+    )
     options = parser.parse_args(arguments)
-    book, began = RowBook(ROWS), time.monotonic()
+    device: torch.device = options.device
+    out = options.out or (FILE if device.type == "cpu" else FILE.with_name("methods-gpu.json"))
+    book, began = (
+        RowBook(ROWS if device.type == "cpu" else ROWS.with_name(f"rows-{device.type}.jsonl")),
+        time.monotonic(),
+    )
     found: dict[str, Any] = {}
     for name in options.experiment:
         experiment = load(FOLDER / f"{name}.toml")
         with tempfile.TemporaryDirectory() as cache:
-            world = World.of(experiment, Path(cache))
+            world = World.of(experiment, Path(cache), device)
             study = Study(
                 experiment=experiment,
                 book=book,
@@ -619,14 +628,14 @@ def main(arguments: Sequence[str]) -> None:
             sizes = {"downstream": len(world.starter.test.task)}
             sizes |= {skill: len(part) for skill, part in world.starter.test.general.items()}
             figures = summary(study, world.base, sizes)
-            found[name] = {"command": f"{COMMAND} {name}", **figures, **machine()}
-    known = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+            found[name] = {"command": f"{COMMAND} {name}", **figures, **machine(device)}
+    known = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     quality = known.get("quality", {}) | found
     entries: dict[str, Any] = {"quality": quality}
     figures = headline(quality)
     if figures is not None:
         entries["headline"] = {"command": COMMAND, **figures}
-    put_entries(options.out, entries)
+    put_entries(out, entries)
 
 
 if __name__ == "__main__":

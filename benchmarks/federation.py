@@ -60,6 +60,7 @@ from fedblocks.protocol.tensors import State, encode_delta
 
 Method = Literal["full", "top", "lora", "blocks"]
 
+CPU: Final = torch.device("cpu")
 LORA_RANK: Final = 8
 KL_VAL_SEQUENCES: Final = 8
 """Held-out anchor sequences on which each client measures the global model's KL (methods.md 5.3)."""
@@ -125,9 +126,18 @@ class Federation:
     anchors: AnchorSet
     cache: Path
     """Folder for the NF4 backbone."""
+    device: torch.device = CPU
+    """Where models train and are measured; states and updates are the CPU's."""
 
     @classmethod
-    def of(cls, model: Path, sites: Sequence[Sequence[TokenisedSample]], anchors: AnchorSet, cache: Path) -> Federation:
+    def of(
+        cls,
+        model: Path,
+        sites: Sequence[Sequence[TokenisedSample]],
+        anchors: AnchorSet,
+        cache: Path,
+        device: torch.device = CPU,
+    ) -> Federation:
         """Opens the base."""
         return cls(
             checkpoint=Checkpoint.open(model),
@@ -135,11 +145,16 @@ class Federation:
             sites=tuple(map(tuple, sites)),
             anchors=anchors,
             cache=cache,
+            device=device,
         )
 
     def dense_base(self) -> ExpandedModel:
         """The unquantised base in fp32."""
-        return ExpandedModel(backbone=DenseBackbone(self.checkpoint, self.base_hash), checkpoint=self.checkpoint)
+        return ExpandedModel(backbone=self.dense_backbone(), checkpoint=self.checkpoint)
+
+    def dense_backbone(self) -> DenseBackbone:
+        """The base's layers as they are."""
+        return DenseBackbone(self.checkpoint, self.base_hash, self.device)
 
     def nf4_base(self) -> ExpandedModel:
         """The base as a client holds it."""
@@ -147,7 +162,7 @@ class Federation:
 
     def nf4_backbone(self) -> Backbone:
         """The 4-bit backbone, made where it is missing; all of it decoded in memory."""
-        backbone = Backbone.open(self.checkpoint, self.cache, base_hash=self.base_hash)
+        backbone = Backbone.open(self.checkpoint, self.cache, base_hash=self.base_hash, device=self.device)
         backbone.hold(decoded=range(self.checkpoint.shape.num_layers), dtype=torch.float32)
         return backbone
 
@@ -310,9 +325,7 @@ class _Blocks:
         )
         self.model = ExpandedModel(backbone=federation.nf4_backbone(), checkpoint=checkpoint, plan=self.plan)
         self.from_position = self.model.base_cut
-        self._dense = ExpandedModel(
-            backbone=DenseBackbone(checkpoint, federation.base_hash), checkpoint=checkpoint, plan=self.plan
-        )
+        self._dense = ExpandedModel(backbone=federation.dense_backbone(), checkpoint=checkpoint, plan=self.plan)
         self.prefix = PrefixStates(self.model, RecordStore(Path(), location="ram", max_bytes=1 << 34, warn=print))
         self._initial = {m: initial_block(checkpoint, self.plan, m) for m in self.plan.block_ids}
         self._export_dtype = checkpoint.dtype

@@ -5,6 +5,7 @@ Shared by `pilot.py` (baselines only, before anything else ran) and `evidence.py
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +21,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from federation import LORA_RANK, Federation, Learner, RoundEnd, Settings, federate, make_learner
+from federation import CPU, LORA_RANK, Federation, Learner, RoundEnd, Settings, federate, make_learner
 
 from fedblocks.edge_client.anchor import sample_anchor
 from fedblocks.edge_client.checkpoint import Checkpoint
@@ -92,7 +93,7 @@ class Split:
 class Starter:
     """The starter model with one frozen task, ready to be federated and measured."""
 
-    def __init__(self, task: str, *, cache: Path, model: Path | None = None) -> None:
+    def __init__(self, task: str, *, cache: Path, model: Path | None = None, device: torch.device = CPU) -> None:
         content = frozen()
         folder = model or starter_folder()
         self.task = task
@@ -106,6 +107,7 @@ class Starter:
             [to_samples(encoder, part) for part in parts],
             sample_anchor(checkpoint, ANCHOR_SEQUENCES, SEQUENCE_TOKENS, ANCHOR_SEED),
             cache,
+            device,
         )
         self.validation, self.test = (
             Split(
@@ -221,10 +223,26 @@ def above_chance(skills: Mapping[str, float], base: Mapping[str, float], items: 
     return sum(skills[n] - chance[n] for n in used) / sum(base[n] - chance[n] for n in used)
 
 
-def machine() -> dict[str, Any]:
+def device_named(text: str) -> torch.device:
+    """A device of the command line.
+
+    Raises:
+        argparse.ArgumentTypeError: there is no such device here.
+    """
+    try:
+        device = torch.device(text)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here ({first}); expected cpu or cuda") from error
+    return device
+
+
+def machine(device: torch.device = CPU) -> dict[str, Any]:
     """What the figures depend on beside the code."""
+    name = f"cpu, {torch.get_num_threads()} thread, {platform.machine()}, {os.cpu_count()} cores"
     return {
-        "device": f"cpu, {torch.get_num_threads()} thread, {platform.machine()}, {os.cpu_count()} cores",
+        "device": name if device.type == "cpu" else torch.cuda.get_device_name(device),
         "versions": {
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy", "fedblocks")},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import evidence  # noqa: E402
 import pilot  # noqa: E402
 import starter_runs  # noqa: E402
 import stories_gsm8k  # noqa: E402
-from federation import Federation, Settings, federate, first_at_least, make_learner  # noqa: E402
+from federation import CPU, Federation, Settings, federate, first_at_least, make_learner  # noqa: E402
 
 from fedblocks.edge_client.anchor import sample_anchor  # noqa: E402
 from fedblocks.edge_client.checkpoint import Checkpoint  # noqa: E402
@@ -41,9 +42,9 @@ def model(tmp_path_factory, tiny_checkpoint) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("base"), layers=3)
 
 
-def federation(model: Path, cache: Path, rows: tuple[int, ...] = (8, 24)) -> Federation:
+def federation(model: Path, cache: Path, rows: tuple[int, ...] = (8, 24), device: torch.device = CPU) -> Federation:
     anchors = sample_anchor(Checkpoint.open(model), 8, 16, 1)
-    return Federation.of(model, [site(i, n) for i, n in enumerate(rows)], anchors, cache)
+    return Federation.of(model, [site(i, n) for i, n in enumerate(rows)], anchors, cache, device)
 
 
 def settings(method: str, blocks: int, **changes) -> Settings:
@@ -235,3 +236,24 @@ def test_a_part_of_a_page_is_replaced_and_the_rest_stays_as_it_is(tmp_path):
         assert page.read_text() == "# Title\n\n<!-- begin: a -->\n\nnew\n\n<!-- end: a -->\n\n## Next\n\ntext\n"
     replace_part(page, "b", ["more"])
     assert page.read_text().endswith("text\n\n<!-- begin: b -->\n\nmore\n\n<!-- end: b -->\n")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize(("method", "blocks"), METHODS)
+def test_on_a_gpu_a_federation_learns_what_it_learns_on_the_cpu(model, tmp_path, method, blocks):
+    given = settings(method, blocks, rounds=4)
+    losses, logits = [], []
+    for device in ("cpu", "cuda"):
+        world = federation(model, tmp_path, device=torch.device(device))
+        learner = make_learner(world, given)
+        losses.append([end.task_loss for end in federate(world, given, learner)])
+        logits.append(probe(learner).cpu())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05)
+
+
+def test_a_device_that_is_not_here_is_said_in_one_line():
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'nosuch' cannot be used here .* expected cpu or cuda"):
+        starter_runs.device_named("nosuch")
+    assert starter_runs.device_named("cpu").type == "cpu"
