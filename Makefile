@@ -102,7 +102,7 @@ $(PEERS)/flwr/.with-fedblocks: $(PEERS)/flwr/.ready pyproject.toml
 	$(@D)/bin/python -m pip install --quiet --no-build-isolation --editable ".[client,flower]"
 	touch $@
 
-test-flower: setup $(PEERS)/flwr/.with-fedblocks  ## one federation through ZeroMQ and through Flower (5 minutes, 1.4 GB; docs/flower.md)
+test-flower: setup $(PEERS)/flwr/.with-fedblocks  ## one federation through ZeroMQ and through Flower, and kills (15 minutes, 1.4 GB; docs/flower.md)
 	$(BIN)/pytest tests/system/test_flower.py
 
 bench-peers: setup peers  ## a round, bad updates and crashes beside Flower and NVFlare (an hour; docs/peers.md)

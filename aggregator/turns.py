@@ -287,6 +287,8 @@ class TurnEndpoint:
         if holder is not None:
             served, ignored = f"node {holder}", f"node {number}"
             self._events.append(SecondSession(key=key, served_address=served, ignored_address=ignored))
+            # What it said is lost, its greeting too; after a crash the other node is soon gone, and it greets again.
+            self._nodes[number] = self._fresh(after_s=RETRY_S)
             return False
         if node.key not in (None, key):
             self._gone(node)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -154,6 +155,47 @@ def test_a_message_that_the_superlink_does_not_take_is_told_and_tried_again_late
     strategy.endpoint.poll(0.0)
     assert len(strategy.grid.pushed) == 2  # one for each node, and none again at once
     assert all("did not take the message" in line for line in strategy.lines)
+
+
+@pytest.mark.parametrize("is_stopping", [True, False])
+def test_a_superlink_that_answers_nothing_ends_the_run_with_one_line_also_where_flower_tries_for_ever(
+    flower: SimpleNamespace, strategy: Any, monkeypatch: pytest.MonkeyPatch, is_stopping: bool
+) -> None:
+    for_ever, calls = threading.Event(), []
+    strategy.grid.get_node_ids = lambda: calls.append(1) or for_ever.wait()
+    monkeypatch.setattr(flower.server_app, "LOST_STOPPING_S" if is_stopping else "LOST_S", 0.1)
+    if is_stopping:
+        threading.Timer(0.1, strategy._stop.set).start()
+    line = r"has not answered for \d s; stopped with exit code 7; flwr run on .* again goes on"
+    for _ in range(2):  # the second time as the endpoint closes
+        with pytest.raises(flower.server_app.InterruptedRunError, match=line):
+            strategy.endpoint.poll(0.0)
+    for_ever.set()
+    assert len(calls) == 1
+
+
+def test_a_superlink_that_refuses_ends_the_run_with_one_line_that_says_how(
+    flower: SimpleNamespace, strategy: Any
+) -> None:
+    class RunNotRunningException(BaseException):
+        """No Exception in Flower either."""
+
+    def refuse(_ids: list[str]) -> list[Message]:
+        raise RunNotRunningException("unauthorised\nsee the manual")
+
+    strategy.grid.pull_messages = refuse
+    with pytest.raises(flower.server_app.InterruptedRunError, match=r"\(.*NotRunning.*: unauthorised\); .* 7;"):
+        strategy.endpoint.poll(0.0)
+
+
+def test_how_a_serverapp_was_interrupted_stands_in_the_run_folder(
+    flower: SimpleNamespace, strategy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower.server_app, "serve", lambda *_, **__: 7)
+    with pytest.raises(flower.server_app.InterruptedRunError):
+        strategy.start(strategy.grid)
+    (line,) = (tmp_path / "flower.log").read_text().splitlines()
+    assert line.endswith(f"UTC stopped with exit code 7; flwr run on {tmp_path} again goes on")
 
 
 def test_the_clients_half_passes_frames_to_the_nodes_socket_and_back(

@@ -5,18 +5,24 @@ Who trains what, whether an update counts and what becomes of it is decided in :
 ``aggregate_*`` hands the replies back, one by one as they come. So a round ends at our deadline, not with its slowest
 node, and the ledger in the run folder holds the run: another ``flwr run`` goes on where this one stopped.
 Flower's own loop over rounds is not used: it waits for all nodes, and keeps all replies in memory.
+Nor are its retries trusted: towards a SuperLink that is gone they have no end, and hold the thread that hears signals.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, wait
 from logging import INFO
 from pathlib import Path
-from typing import Any
+from traceback import format_exception_only
+from typing import Any, Final, TypeVar
 
 from fedblocks.aggregator.auth import Registry
 from fedblocks.aggregator.run_folder import RunFolder
-from fedblocks.aggregator.server import serve
+from fedblocks.aggregator.server import EXIT_INTERRUPTED, POLL_S, serve
 from fedblocks.aggregator.turns import TurnEndpoint, TurnKind
 from fedblocks.flower import FRAMES, RECORD, require_flower
 
@@ -26,6 +32,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.common.logger import log  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.serverapp.strategy import Result, Strategy  # noqa: E402
+
+#: A SuperLink that answers nothing for so long is given up; Flower tries again meanwhile.
+LOST_S: Final = 600.0
+#: The same once this process was told to stop: it is, when the SuperLink that started it dies.
+LOST_STOPPING_S: Final = 10.0
+#: In the run folder: how a ServerApp was interrupted. Flower gives it no terminal, and what it logs goes to the
+#: SuperLink, which may be what is gone.
+END_LOG: Final = "flower.log"
+
+Answer = TypeVar("Answer")
 
 
 class InterruptedRunError(RuntimeError):
@@ -46,6 +62,9 @@ class BlockStrategy(Strategy):
         self._endpoint: TurnEndpoint | None = None
         self._asked: dict[str, int] = {}
         """Node of each message that is not answered."""
+        self._stop = threading.Event()
+        self._lost: str | None = None
+        """Why the SuperLink is asked no more."""
 
     @property
     def endpoint(self) -> TurnEndpoint:
@@ -63,7 +82,7 @@ class BlockStrategy(Strategy):
         """Serve the run until it is over.
 
         Raises:
-            InterruptedRunError: it was stopped before that.
+            InterruptedRunError: it was stopped before that, or the SuperLink was lost.
             RunFolderError, ConfigError, LedgerError: with the cause and what to do.
         """
 
@@ -77,9 +96,14 @@ class BlockStrategy(Strategy):
             return self._endpoint
 
         self.summary()
-        code = serve(self._run, self._overrides, on_event=_say, make_endpoint=make_endpoint)
-        if code:
-            raise InterruptedRunError(f"stopped with exit code {code}; flwr run on {self._run} again goes on")
+        try:
+            code = serve(self._run, self._overrides, on_event=_say, stop=self._stop, make_endpoint=make_endpoint)
+            if code:
+                raise InterruptedRunError(self._goes_on(f"stopped with exit code {code}"))
+        except InterruptedRunError as error:
+            with contextlib.suppress(OSError), (self._run / END_LOG).open("a", encoding="utf-8") as log_file:
+                print(time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), error, file=log_file)
+            raise
         return Result()
 
     def configure_train(
@@ -118,22 +142,60 @@ class BlockStrategy(Strategy):
         return None
 
     def _exchange(self, grid: Grid) -> None:
-        self.endpoint.seen(list(grid.get_node_ids()))
+        self.endpoint.seen(self._reach(lambda: list(grid.get_node_ids())))
         nothing = (0, ArrayRecord(), ConfigRecord(), grid)
         for messages in (self.configure_train(*nothing), self.configure_evaluate(*nothing), self._messages("query")):
             for message in messages:
-                pushed = next(iter(grid.push_messages([message])), None)
+                pushed = self._reach(lambda message=message: next(iter(grid.push_messages([message])), None))
                 if pushed is None:
                     self.endpoint.failed(message.metadata.dst_node_id, "the SuperLink did not take the message")
                 else:
                     self._asked[pushed] = message.metadata.dst_node_id
         if self._asked:
-            self.aggregate_train(0, grid.pull_messages(list(self._asked)))
+            self.aggregate_train(0, self._reach(lambda: list(grid.pull_messages(list(self._asked)))))
+
+    def _reach(self, call: Callable[[], Answer]) -> Answer:
+        """What the SuperLink answers, asked in a thread of its own, so that this one hears of signals meanwhile.
+
+        Raises:
+            InterruptedRunError: no answer is to be had any more; then nothing is asked again.
+        """
+        if self._lost is None:
+            answer: Future[Answer] = Future()
+            threading.Thread(target=_ask, args=(call, answer), daemon=True).start()
+            self._lost = self._why_lost(answer)
+            if self._lost is None:
+                return answer.result()
+        raise InterruptedRunError(self._goes_on(f"{self._lost}; stopped with exit code {EXIT_INTERRUPTED}"))
+
+    def _why_lost(self, answer: Future[Any]) -> str | None:
+        """Waits for the answer; None if there is one."""
+        began_s = stopped_s = time.monotonic()
+        while not wait([answer], timeout=POLL_S).done:
+            now_s = time.monotonic()
+            if not self._stop.is_set():
+                stopped_s = now_s
+            if now_s - began_s > LOST_S or now_s - stopped_s > LOST_STOPPING_S:
+                return f"the SuperLink has not answered for {now_s - began_s:.0f} s"
+        error = answer.exception()
+        if error is None:
+            return None
+        return f"the SuperLink serves this run no more ({format_exception_only(error)[-1].splitlines()[0]})"
+
+    def _goes_on(self, what: str) -> str:
+        return f"{what}; flwr run on {self._run} again goes on"
 
     def _messages(self, kind: TurnKind) -> Iterable[Message]:
         for turn in self.endpoint.take(kind):
             content = RecordDict({RECORD: ConfigRecord({FRAMES: turn.frames})})
             yield Message(content, turn.node, kind, group_id=str(turn.round or ""))
+
+
+def _ask(call: Callable[[], Answer], answer: Future[Answer]) -> None:
+    try:
+        answer.set_result(call())
+    except BaseException as error:  # noqa: BLE001 - raised again by who waits; Flower's own are no Exceptions
+        answer.set_exception(error)
 
 
 def _say(line: str) -> None:

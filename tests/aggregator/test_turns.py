@@ -299,6 +299,21 @@ def test_a_second_node_with_the_same_key_is_not_served_and_the_operator_hears_of
     assert (events[1].served_address, events[1].ignored_address) == ("node 7", "node 8")
 
 
+def test_a_client_that_came_back_as_another_node_greets_again_once_the_old_node_is_gone(line: Line) -> None:
+    line.endpoint.seen([7])
+    line.answer(7, Ready())
+    line.endpoint.seen([7, 8])  # Flower lists a dead node for another minute
+    ignored = line.ask(8)
+    line.endpoint.heard(8, turns.encode(replace(ignored, key=line.key), [(Ready(), b"")]))
+    line.endpoint.seen([8])
+    assert [type(e) for e in line.endpoint.poll(0.0)] == [SecondSession, PeerGone]
+    line.now_s += turns_module.RETRY_S
+    again = line.ask(8)
+    assert again.session != ignored.session
+    line.endpoint.heard(8, turns.encode(replace(again, key=line.key), [(Ready(), b"")]))
+    assert line.endpoint.poll(0.0)[0] == MessageReceived(key=line.key, message=Ready())
+
+
 def test_a_client_of_a_node_that_is_there_counts_as_heard_until_it_says_goodbye(line: Line) -> None:
     line.endpoint.seen([7])
     line.answer(7, Ready())
