@@ -70,6 +70,8 @@ class Comparison:
     run: Mapping[str, Any] = field(default_factory=dict)
     own_deadlines: bool = False
     """Every arm has the deadline that it computes itself: where that is a part of what is compared."""
+    moving_deadlines: bool = False
+    """Every arm as it comes: the aggregator computes the deadline, and moves it as rounds go by (methods.md 6.5)."""
     deadline_of: str = ""
     """Else the arm whose deadline all have; empty: the first."""
 
@@ -83,13 +85,14 @@ POLICIES: Final = {
 LARGE: Final[Mapping[str, Any]] = {"costs_of": "qwen2.5-0.5b", "tick_s": 5.0}
 LARGE_RUN: Final[Mapping[str, Any]] = {"server.heartbeat_interval_s": 60.0}
 PILOT_SEED: Final = 0
-PILOT_ROUNDS: Final = 16
+PILOT_ROUNDS: Final = 20
 RATES: Final = (1e-3, 3e-3, 1e-2)
 #: The demo's, which every fleet has that names none.
 USUAL_RATE: Final = 3e-3
 #: Each takes the learning rate that was best on the pilot seed (:func:`swept`); the pairs' tiers are 4, 8, 16 and 32.
 METHODS: Final = {
-    "fedbe": Arm(run={"allocation.slim": True}),
+    # The densities are the product's; the demo's fleet has others, for a model of which a row is nothing.
+    "fedbe": Arm(run={"allocation.slim": True, "delta.density": 0.25, "delta.down_density": 0.25}),
     "fedit": Arm(run={"run.method": "fedit", "training.learning_rate": USUAL_RATE}),
     "hetlora": Arm(run={"run.method": "hetlora", "training.learning_rate": USUAL_RATE, "allocation.slim": True}),
     "flexlora": Arm(run={"run.method": "flexlora", "training.learning_rate": USUAL_RATE, "allocation.slim": True}),
@@ -130,13 +133,13 @@ COMPARISONS: Final[Mapping[str, Comparison]] = {
         run={**LARGE_RUN, "run.target_score": 0.0, "run.max_rounds": 16},
     ),
     "ladder_starter": Comparison(arms=POLICIES, fleet={"alpha": 0.5}),
-    "tta": Comparison(  # every method as it comes, with the deadline that it computes itself
-        arms=METHODS, fleet={**LARGE, "alpha": 0.5}, run={**LARGE_RUN, **OF_GAIN}, own_deadlines=True
+    "tta": Comparison(  # every method as it comes
+        arms=METHODS, fleet={**LARGE, "alpha": 0.5}, run={**LARGE_RUN, **OF_GAIN}, moving_deadlines=True
     ),
     "tta_one_deadline": Comparison(
         arms=METHODS, fleet={**LARGE, "alpha": 0.5}, run={**LARGE_RUN, **OF_GAIN}, deadline_of="fedit"
     ),
-    "tta_starter": Comparison(arms=METHODS, fleet={"alpha": 0.5}, run=OF_GAIN, own_deadlines=True),
+    "tta_starter": Comparison(arms=METHODS, fleet={"alpha": 0.5}, run=OF_GAIN, moving_deadlines=True),
 }
 #: Comparisons of methods: their figures stand in methods.json.
 OF_METHODS: Final = ("tta", "tta_one_deadline", "tta_starter")
@@ -246,7 +249,8 @@ class Book:
 def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> list[dict[str, Any]]:
     """All runs of a comparison: seed by seed, so that an interrupted one has whole seeds.
 
-    All arms of a seed have the deadline that one of them computes from its own measured speeds, or each its own.
+    All arms of a seed have the deadline that one of them computes from its own measured speeds, or each its own; or
+    each has those that its aggregator computes on the way.
     """
     comparison = COMPARISONS[name]
     rows: list[dict[str, Any]] = []
@@ -262,14 +266,17 @@ def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> lis
 def _run(name: str, arm_name: str, arm: Arm, seed: int, rate: float, book: Book, *, workers: int) -> dict[str, Any]:
     """One run with the deadline that it is to have."""
     comparison = COMPARISONS[name]
+    own = {} if rate == USUAL_RATE else {"training.learning_rate": rate}
+    fleet = fleet_of(comparison, arm, seed)
+    fleet = replace(fleet, run={**fleet.run, **own})
+    if comparison.moving_deadlines:
+        return {**book.row(name, arm_name, fleet, workers=workers), "learning_rate": rate}
     first = comparison.arms[comparison.deadline_of or next(iter(comparison.arms))]
     plain = fleet_of(comparison, arm if comparison.own_deadlines else first, seed)
     run = {key: value for key, value in plain.run.items() if key != "allocation.policy"}
     short = replace(plain, run={**run, "run.max_rounds": DEADLINE_ROUNDS}, chance=Chance())
     deadline_s = book.row(name, "deadline", short, workers=workers)["deadline_s"]  # rates have no part in it
-    fleet = fleet_of(comparison, arm, seed)
-    own = {} if rate == USUAL_RATE else {"training.learning_rate": rate}
-    fleet = replace(fleet, run={**fleet.run, "allocation.deadline_s": deadline_s, **own})
+    fleet = replace(fleet, run={**fleet.run, "allocation.deadline_s": deadline_s})
     return {**book.row(name, arm_name, fleet, workers=workers), "learning_rate": rate}
 
 

@@ -122,18 +122,18 @@ def test_the_rate_is_that_of_the_first_at_the_target_or_of_the_one_that_learnt_m
     assert bench_ladder.best_rate(pilot) == best
 
 
-def test_all_methods_have_the_same_rates_on_the_pilot_seed_and_the_deadline_of_their_own(tmp_path, monkeypatch):
+def test_all_methods_have_the_same_rates_on_the_pilot_seed_and_no_deadline_that_is_fixed(tmp_path, monkeypatch):
     made = []
 
     class Book:
         def row(self, name, arm, fleet, *, workers):
-            made.append((arm, fleet.seed, fleet.run.get("training.learning_rate"), fleet.run["run.max_rounds"]))
+            assert "allocation.deadline_s" not in fleet.run
+            made.append((fleet.seed, fleet.run["run.max_rounds"]))
             return {"deadline_s": 60.0}
 
     rates = [
         [row["learning_rate"] for row in bench_ladder.swept(arm, Book(), workers=1)] for arm in bench_ladder.METHODS
     ]
     assert rates == [list(bench_ladder.RATES)] * len(bench_ladder.METHODS)
-    assert {seed for _, seed, _, _ in made} == {bench_ladder.PILOT_SEED}
+    assert set(made) == {(bench_ladder.PILOT_SEED, bench_ladder.PILOT_ROUNDS)}
     assert bench_ladder.PILOT_SEED not in bench_ladder.SEEDS
-    assert {rounds for arm, _, _, rounds in made if arm != "deadline"} == {bench_ladder.PILOT_ROUNDS}
