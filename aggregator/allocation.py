@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal, NamedTuple, TypeVar, overload
 
 from typing_extensions import assert_never
 
@@ -525,17 +525,36 @@ def relative_gains(clients: Sequence[AllocationClient], blocks: Sequence[int]) -
     }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _Part(NamedTuple):
     """A piece of work, whoever does it."""
 
     blocks: tuple[int, ...]
-    width: float = 1.0
     steps: int
+    width: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Option:
+class _Branch(Sequence[tuple[int, ...]]):
+    """Sets that begin with the same blocks and grow by one further block at a time; made when they are asked for."""
+
+    def __init__(self, start: tuple[int, ...], further: Sequence[int]) -> None:
+        self._start, self._further = start, further
+
+    def __len__(self) -> int:
+        return len(self._further) + 1
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, ...]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, ...]]: ...
+
+    def __getitem__(self, index: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
+        if isinstance(index, slice):
+            return [self[count] for count in range(*index.indices(len(self)))]
+        return tuple(sorted((*self._start, *self._further[:index])))
+
+
+class _Option(NamedTuple):
     blocks: tuple[int, ...]
     """Ascending ids."""
     width: float
@@ -596,6 +615,18 @@ class _Problem:
         default_factory=dict[tuple[DeviceProfile, TimeFactors, Workload], ModeSearch]
     )
     """The newest :data:`KEPT_SEARCHES`."""
+    uploads: dict[tuple[int, float], int] = field(default_factory=dict[tuple[int, float], int])
+    """What :meth:`upload_bytes` has found."""
+    blocks: tuple[int, ...] = field(init=False)
+    """From the bottom of the stack to the top."""
+    shares: Segments = field(init=False)
+    """size(i) of methods.md 6.3: the share of a block's parameters in each segment."""
+
+    def __post_init__(self) -> None:
+        sizes = [unit_parameters(self.units, self.layout.blocks[0], width) for width in WIDTHS]
+        shares = ((size - less) / sizes[-1] for size, less in zip(sizes, [0, *sizes], strict=False))
+        object.__setattr__(self, "blocks", self.layout.blocks)
+        object.__setattr__(self, "shares", tuple(shares))
 
     def search(self, client: AllocationClient, work: Workload) -> ModeSearch:
         """All modes of this work on such a device; which device it is and how much memory it has are no matter."""
@@ -697,14 +728,17 @@ class _Problem:
 
     def upload_bytes(self, num_blocks: int, width: float) -> int:
         """Largest payload of an update."""
-        settings = self.settings
-        of_block = unit_bytes(self.units, self.layout.blocks[0], settings.delta_format, settings.delta_density, width)
-        return num_blocks * of_block + self._beside_bytes(settings.delta_format)
+        found = self.uploads.get((num_blocks, width))
+        if found is None:
+            form, density = self.settings.delta_format, self.settings.delta_density
+            of_block = unit_bytes(self.units, self.blocks[0], form, density, width)
+            found = self.uploads[num_blocks, width] = num_blocks * of_block + self._beside_bytes(form)
+        return found
 
     def download_bytes(self, client: AllocationClient) -> int:
         """Largest payload of catching up: each version replayed, or an fp32 snapshot if that is smaller (methods.md
         7.2). Of merged pairs a version is the pairs of all clients; of personal ones it is the client's prior."""
-        settings, num_blocks, block = self.settings, len(self.layout.positions), self.layout.blocks[0]
+        settings, num_blocks, block = self.settings, len(self.layout.positions), self.blocks[0]
         of_block = unit_bytes(self.units, block, settings.delta_format, settings.down_density)
         replay = num_blocks * of_block + self._beside_bytes(settings.delta_format)
         whole, trainable = self.units, self.layout.trainable
@@ -754,12 +788,11 @@ class _Problem:
 
     def _worth(self, client: AllocationClient, coverage: Coverage, gains: Mapping[int, float]) -> _Worth:
         beta = self.settings.debt_weight
-        sizes = [unit_parameters(self.units, self.layout.blocks[0], width) for width in WIDTHS]
         return _Worth(
             gains=gains,
-            debts={block: tuple(beta * debt for debt in coverage.debts(block)) for block in self.layout.blocks},
-            rarities={block: _rarity(self.settings, coverage, client, block) for block in self.layout.blocks},
-            shares=tuple((size - less) / sizes[-1] for size, less in zip(sizes, [0, *sizes], strict=False)),
+            debts={block: tuple(beta * debt for debt in coverage.debts(block)) for block in self.blocks},
+            rarities={block: _rarity(self.settings, coverage, client, block) for block in self.blocks},
+            shares=self.shares,
         )
 
     def _given(self, client: AllocationClient, limits: Limits, worth: _Worth, part: _Part) -> Choice:
@@ -782,9 +815,9 @@ class _Problem:
             blocks=part.blocks,
             width=part.width,
             steps=part.steps,
-            value=math.fsum(of_block[block] for block in part.blocks),
+            value=math.fsum(map(of_block.__getitem__, part.blocks)),
             upload_bytes=self.upload_bytes(len(part.blocks), part.width),
-            low=min(self.layout.positions[block] for block in part.blocks),
+            low=min(map(self.layout.positions.__getitem__, part.blocks)),
         )
 
     def _fitting(self, candidate: _Candidate, worth: _Worth, refused: list[Refused]) -> list[_Option]:
@@ -796,10 +829,10 @@ class _Problem:
         found: list[_Option] = []
         best = 0.0
         for width in reversed(self.settings.widths):
-            of_block = {block: worth.of_block(block, width) for block in self.layout.blocks}
+            of_block = {block: worth.of_block(block, width) for block in self.blocks}
             if math.fsum(of_block.values()) < best and self.settings.policy != "random":
                 break
-            fitting = len(self.layout.blocks)
+            fitting = len(self.blocks)
             for branch in self._branches(of_block):
                 # A neighbouring branch usually ends at the same size; every miss costs a look at all modes.
                 fitting = _count_while(branch, lambda b, w=width: candidate.fits(b, w), fitting)
@@ -812,7 +845,7 @@ class _Problem:
             best = max((option.value for option in found), default=0.0)
         return found
 
-    def _branches(self, worth: Mapping[int, float]) -> Iterator[list[tuple[int, ...]]]:
+    def _branches(self, worth: Mapping[int, float]) -> Iterator[Sequence[tuple[int, ...]]]:
         """Sets that grow by one block, the most valuable first; each costs more than the one before.
 
         The highest lowest block comes first. Blocks above the lowest cost the same, save one at the top of the stack,
@@ -821,14 +854,16 @@ class _Problem:
         if self.settings.policy == "whole":
             yield [tuple(sorted(self.layout.blocks))]
             return
-        positions = self.layout.positions
-        top = self.layout.top_block if positions[self.layout.top_block] == self.layout.num_entries - 1 else None
-        for lowest in reversed(self.layout.blocks):
-            above = [block for block in self.layout.blocks if positions[block] > positions[lowest] and block != top]
-            above.sort(key=lambda block: (-worth[block], -positions[block]))
-            starts = ((lowest,),) if top in (None, lowest) else ((lowest,), (lowest, top))
-            for start in starts:
-                yield [tuple(sorted((*start, *above[:count]))) for count in range(len(above) + 1)]
+        positions, top = self.layout.positions, self.blocks[-1]
+        apart = positions[top] == self.layout.num_entries - 1
+        by_worth = sorted(self.blocks, key=lambda block: (-worth[block], -positions[block]))
+        for lowest in reversed(self.blocks):
+            above = [
+                block for block in by_worth if positions[block] > positions[lowest] and not (apart and block == top)
+            ]
+            yield _Branch((lowest,), above)
+            if apart and lowest != top:
+                yield _Branch((lowest, top), above)
 
     def _training(
         self,
@@ -1001,7 +1036,7 @@ class _Candidate:
         fast enough; else memory again, because it forbids the modes that would be.
         """
         reason: Limit = "memory"
-        _, least = self._search.least_memory(blocks, width)
+        least = self._search.least_bytes(blocks, width)
         fits_slowly = least <= self._budget_bytes
         if fits_slowly:
             max_seconds = self._compute_limit_s(blocks, width)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple
@@ -388,39 +389,73 @@ def suffix_flops(
         ValueError: no block, or one that the layout does not hold.
     """
     of = _set_of(layout, blocks)
-    return _suffix_flops(shape, layout, of, context, label_share, fresh_share=fresh_share, checkpoint=checkpoint)
+    token = _token_flops(shape, layout, context, label_share, of.width)
+    below, above = of.low - layout.base_cut, layout.num_entries - of.low - 1
+    return _suffix_flops(of, token, below=fresh_share * below, above=above, checkpoint=checkpoint)
 
 
-def _suffix_flops(
-    shape: ModelShape,
-    layout: StackLayout,
-    of: _Set,
-    context: float,
-    label_share: float,
-    *,
-    fresh_share: float,
-    checkpoint: bool,
-) -> float:
-    above = layout.num_entries - of.low - 1  # with a gradient, the topmost left out
-    trained = of.size - of.top_trains
-    pairs = isinstance(layout.trainable, LowRankPairs)
+class _TokenFlops(NamedTuple):
+    """Of one token in one block, in sequences of one length; in the topmost block, of a token of which only some rows
+    may be wanted."""
+
+    forward: float
+    frozen: float
+    trained: float
+    top_forward: float
+    top_frozen: float
+    top_trained: float
+    pairs: int
+    """Parameters of the pairs of one layer."""
+    prior: float
+    """FLOPs of a token in their frozen prior, in all layers: its products, and the gradient of its inputs."""
+
+
+def _token_flops(
+    shape: ModelShape, layout: StackLayout, context: float, label_share: float, width: float
+) -> _TokenFlops:
+    trainable = layout.trainable
+    pairs = _trained_sizes(shape, layout, width)[0] if isinstance(trainable, LowRankPairs) else 0
+    prior = 0.0
+    if isinstance(trainable, PersonalPairs):
+        prior = 4.0 * layout.num_entries * _prior_sizes(shape, trainable)[0]
+    if isinstance(trainable, BaseTensors):
+        width = 1.0
+    whole = (
+        forward_block_flops(shape, context),
+        frozen_block_flops(shape, context),
+        trained_block_flops(shape, context, width=width),
+    )
     rows = _rows_of(layout, label_share)
-    if pairs:  # two products forward, two each for the gradients of inputs and pairs
-        trained, total = 0, 6.0 * of.size * _trained_sizes(shape, layout, of.width)[0]
-    else:
-        total = 0.0
-    if isinstance(layout.trainable, PersonalPairs):  # the prior, and the gradient of its inputs
-        total += 4.0 * layout.num_entries * _prior_sizes(shape, layout.trainable)[0]
-    width = 1.0 if isinstance(layout.trainable, BaseTensors) else of.width
-    total += fresh_share * (of.low - layout.base_cut) * forward_block_flops(shape, context)
-    total += trained * trained_block_flops(shape, context, width=width)
-    total += (above - trained) * frozen_block_flops(shape, context)
-    if of.top_trains and not pairs:
-        total += trained_block_flops(shape, context, rows, width)
-    else:
-        total += frozen_block_flops(shape, context, rows)
+    if rows == 1:
+        return _TokenFlops(*whole, *whole, pairs, prior)
+    return _TokenFlops(
+        *whole,
+        forward_block_flops(shape, context, rows),
+        frozen_block_flops(shape, context, rows),
+        trained_block_flops(shape, context, rows, width),
+        pairs,
+        prior,
+    )
+
+
+def _suffix_flops(of: _Set, token: _TokenFlops, *, below: float, above: int, checkpoint: bool) -> float:
+    """Of a token.
+
+    Args:
+        below: blocks between the base cut and the lowest trained one, times the share that runs through them.
+        above: blocks with a gradient, the topmost left out.
+    """
+    trained = of.size - of.top_trains
+    total, top = 0.0, token.top_trained if of.top_trains else token.top_frozen
+    if token.pairs:  # two products forward, two each for the gradients of inputs and pairs
+        trained, total, top = 0, 6.0 * of.size * token.pairs, token.top_frozen
+    total += token.prior
+    total += below * token.forward
+    total += trained * token.trained
+    total += (above - trained) * token.frozen
+    total += top
     if checkpoint:
-        total += above * forward_block_flops(shape, context) + forward_block_flops(shape, context, rows)
+        total += above * token.forward + token.top_forward
     return total
 
 
@@ -442,27 +477,53 @@ def step_flops(
     checkpoint: bool = False,
 ) -> float:
     """FLOPs of one optimizer step with a warm prefix cache: the batch, and its share of the anchor batch."""
-    return _step_flops(shape, layout, _set_of(layout, blocks), work, checkpoint)
+    of = _set_of(layout, blocks)
+    below, above = of.low - layout.base_cut, layout.num_entries - of.low - 1
+    return _step_flops(of, _token_kinds(shape, layout, work), below=below, above=above, checkpoint=checkpoint)
 
 
-def _step_flops(shape: ModelShape, layout: StackLayout, of: _Set, work: Workload, checkpoint: bool) -> float:
-    return sum(
-        tokens
-        * (
-            _suffix_flops(shape, layout, of, context, share, fresh_share=fresh, checkpoint=checkpoint)
-            + (1.5 if layout.trains_tables else 1.0) * head_flops(shape, share)
+class _TokenKind(NamedTuple):
+    """The tokens of a step that are alike: those of the batch, or those of its share of the anchor batch."""
+
+    tokens: float
+    """Of a step."""
+    fresh: float
+    """Share that runs below the lowest trained block."""
+    rows: float
+    """Share whose rows are wanted of the topmost block."""
+    attention: float
+    """FLOPs of a token's attention in one block (a)."""
+    head: float
+    """FLOPs of a token in the head, both ways."""
+    blocks: _TokenFlops
+
+
+def _token_kinds(shape: ModelShape, layout: StackLayout, work: Workload, width: float = 1.0) -> tuple[_TokenKind, ...]:
+    kinds: list[tuple[float, float, float, float]] = [
+        (work.batch_size * work.mean_tokens, work.mean_tokens, work.label_share, work.fresh_share)
+    ]
+    if work.anchor_batch_size:
+        tokens = work.anchor_batch_size * work.anchor_tokens / work.anchor_every
+        kinds.append((tokens, work.anchor_tokens, 1.0, work.fresh_anchor_share))
+    return tuple(
+        _TokenKind(
+            tokens=tokens,
+            fresh=fresh,
+            rows=_rows_of(layout, share),
+            attention=attention_flops(shape, context),
+            head=(1.5 if layout.trains_tables else 1.0) * head_flops(shape, share),
+            blocks=_token_flops(shape, layout, context, share, width),
         )
-        for tokens, context, share, fresh in _token_kinds(work)
+        for tokens, context, share, fresh in kinds
     )
 
 
-def _token_kinds(work: Workload) -> Iterator[tuple[float, float, float, float]]:
-    """(tokens of a step, of a sequence, share with a label, share that runs below the lowest trained block): of the
-    batch, and of its share of the anchor batch."""
-    yield work.batch_size * work.mean_tokens, work.mean_tokens, work.label_share, work.fresh_share
-    if work.anchor_batch_size:
-        tokens = work.anchor_batch_size * work.anchor_tokens / work.anchor_every
-        yield tokens, work.anchor_tokens, 1.0, work.fresh_anchor_share
+def _step_flops(of: _Set, kinds: Iterable[_TokenKind], *, below: int, above: int, checkpoint: bool) -> float:
+    return sum(
+        kind.tokens
+        * (_suffix_flops(of, kind.blocks, below=kind.fresh * below, above=above, checkpoint=checkpoint) + kind.head)
+        for kind in kinds
+    )
 
 
 def fill_flops(shape: ModelShape, layout: StackLayout, work: Workload) -> float:
@@ -529,13 +590,15 @@ class TimeFactors:
 
     def step_s(self, parts: StepParts) -> float:
         """Seconds of a step with these parts."""
-        return (
-            self.arithmetic * parts.arithmetic_s
-            + self.attention * parts.attention_s
-            + self.activations * parts.activations_s
-            + self.weights * parts.weights_s
-            + self.overhead * parts.overhead_s
-        )
+        return self.with_passes(self.of_tokens(*parts[:3]), parts.weights_s, parts.overhead_s)
+
+    def of_tokens(self, arithmetic_s: float, attention_s: float, activations_s: float) -> float:
+        """Seconds of the parts that take as long however a step is cut into passes."""
+        return self.arithmetic * arithmetic_s + self.attention * attention_s + self.activations * activations_s
+
+    def with_passes(self, tokens_s: float, weights_s: float, overhead_s: float) -> float:
+        """The whole step, from these and from the parts that each pass adds to."""
+        return tokens_s + self.weights * weights_s + self.overhead * overhead_s
 
 
 AS_PROFILED: Final = TimeFactors()
@@ -552,6 +615,8 @@ class _SetParts(NamedTuple):
     decoding_s: float
     """Of each pass in which frozen layers are decoded: each going forward, those with a gradient going back, and once
     more between where they are computed again."""
+    trained: int
+    """Parameters that the optimizer steps."""
 
 
 class _Time:
@@ -572,7 +637,8 @@ class _Time:
         anchor_tokens = work.anchor_batch_size * work.anchor_tokens / work.anchor_every
         state_bytes = (work.batch_size * work.mean_tokens + anchor_tokens) * shape.hidden_size * work.dtype_bytes
         self._read_s = state_bytes / device.disk_read_bytes_per_s
-        self._blocks_at = tuple(layout.positions.values())
+        self._base_cut, self._entries = layout.base_cut, layout.num_entries
+        self._held_at = tuple(sorted(layout.positions.values())) if layout.num_held else ()
         self._base_above_cut = layout.num_entries - layout.base_cut - layout.num_held
         self._beside = sum(layout.beside.values())
         #: Of a token in a block: residual and norm of both halves; gate, up, product; q, k, v; attention's output.
@@ -581,69 +647,87 @@ class _Time:
         kinds = 1 + (1 / work.anchor_every if work.anchor_batch_size else 0.0)
         self._pass_overhead_s = device.step_overhead_s / kinds
         self._passes_of: dict[int, float] = {}
-        self._parts: dict[tuple[_Set, bool], _SetParts] = {}
+        self._at_width: dict[float, tuple[int, tuple[_TokenKind, ...]]] = {}
+        self._parts: dict[tuple[_Set, bool], tuple[_SetParts, float]] = {}
         self._fill: dict[Residency, float] = {}
 
     def step_s(self, of: _Set, mode: ExecutionMode) -> float:
         """Seconds of one step."""
-        return self._factors.step_s(self.step_parts(of, mode))
+        parts, tokens_s = self._parts.get((of, mode.checkpoint)) or self._add_parts(of, mode.checkpoint)
+        passes = self._passes_of.get(mode.micro_batch_size) or self._add_passes(mode.micro_batch_size)
+        weights_s = self._weights_s(parts, passes, mode)
+        return self._factors.with_passes(tokens_s, weights_s, passes * self._pass_overhead_s)
 
     def step_parts(self, of: _Set, mode: ExecutionMode) -> StepParts:
         """The same by part, and as the profile alone predicts it."""
-        passes = self._passes_of.get(mode.micro_batch_size)
-        if passes is None:
-            passes = self._passes_of[mode.micro_batch_size] = self._passes(mode.micro_batch_size)
-        parts = self._parts.get((of, mode.checkpoint))
-        if parts is None:
-            parts = self._parts[of, mode.checkpoint] = self._parts_of(of, mode.checkpoint)
-        moved = OPTIMIZER_BYTES_MOVED + (MOMENTS_8BIT_BYTES_MOVED if mode.approximate else 0)
-        if self._work.dtype_bytes == 2 and mode.optimizer != "fp32":
-            moved += HALVES_BYTES_MOVED
-        trained = of.size * _trained_sizes(self._shape, self._layout, of.width)[1] + self._beside
-        per_pass_s = parts.weights_s + (parts.decoding_s if mode.frozen == "nf4" else 0.0)
+        parts, _ = self._add_parts(of, mode.checkpoint)
+        passes = self._add_passes(mode.micro_batch_size)
         return StepParts(
             parts.arithmetic_s,
             parts.attention_s,
-            parts.activations_s + self._read_s,
-            passes * per_pass_s + moved * trained / self._device.memory_bytes_per_s,
+            parts.activations_s,
+            self._weights_s(parts, passes, mode),
             passes * self._pass_overhead_s,
         )
 
-    def _passes(self, micro_batch_size: int) -> float:
+    def _weights_s(self, parts: _SetParts, passes: float, mode: ExecutionMode) -> float:
+        """Of all passes and of the optimizer."""
+        moved = OPTIMIZER_BYTES_MOVED + (MOMENTS_8BIT_BYTES_MOVED if mode.optimizer == "split_8bit" else 0)
+        if self._work.dtype_bytes == 2 and mode.optimizer != "fp32":
+            moved += HALVES_BYTES_MOVED
+        per_pass_s = parts.weights_s + (parts.decoding_s if mode.frozen == "nf4" else 0.0)
+        return passes * per_pass_s + moved * parts.trained / self._device.memory_bytes_per_s
+
+    def _add_passes(self, micro_batch_size: int) -> float:
         """Forward passes of one step, on average over the steps."""
         work = self._work
         passes = math.ceil(work.batch_size / micro_batch_size)
-        return passes + math.ceil(work.anchor_batch_size / micro_batch_size) / work.anchor_every
+        found = passes + math.ceil(work.anchor_batch_size / micro_batch_size) / work.anchor_every
+        self._passes_of[micro_batch_size] = found
+        return found
+
+    def _add_parts(self, of: _Set, checkpoint: bool) -> tuple[_SetParts, float]:
+        """The parts, and the seconds of those that do not depend on the passes."""
+        parts = self._parts_of(of, checkpoint)
+        tokens_s = self._factors.of_tokens(parts.arithmetic_s, parts.attention_s, parts.activations_s)
+        found = self._parts[of, checkpoint] = parts, tokens_s
+        return found
 
     def _parts_of(self, of: _Set, checkpoint: bool) -> _SetParts:
-        device, shape, layout, work = self._device, self._shape, self._layout, self._work
-        below = of.low - layout.base_cut
-        above = layout.num_entries - of.low - 1  # with a gradient, the topmost left out
-        attention = tokens_in_blocks = 0.0
-        for tokens, context, share, fresh in _token_kinds(work):
-            rows = _rows_of(layout, share)
-            tokens_in_blocks += tokens * (fresh * below + (4 if checkpoint else 3) * (above + rows))
-            backward = (4.5 if checkpoint else 3.5) * (above + 1 - (1 - rows) ** 2)
-            attention += tokens * (fresh * below + backward) * attention_flops(shape, context)
-        flops = _step_flops(shape, layout, of, work, checkpoint)
-        # Read going forward, going back, and once more between; gradients are read and written where passes add up.
-        weights = (below + (3 if checkpoint else 2) * (above + 1)) * self._block
-        trained = of.size * _trained_sizes(shape, layout, of.width)[1] + self._beside
-        weights += 2 * trained + 2 * shape.head_rows * shape.hidden_size
-        held = sum(position >= of.low for position in self._blocks_at) if layout.num_held else 0
+        device, shape, work = self._device, self._shape, self._work
+        below = of.low - self._base_cut
+        above = self._entries - of.low - 1  # with a gradient, the topmost left out
+        if of.width not in self._at_width:
+            trained = _trained_sizes(shape, self._layout, of.width)[1]
+            self._at_width[of.width] = trained, _token_kinds(shape, self._layout, work, of.width)
+        trained, kinds = self._at_width[of.width]
+        attention = 0.0
+        for kind in kinds:
+            backward = (4.5 if checkpoint else 3.5) * (above + 1 - (1 - kind.rows) ** 2)
+            attention += kind.tokens * (kind.fresh * below + backward) * kind.attention
+        flops = _step_flops(of, kinds, below=below, above=above, checkpoint=checkpoint)
+        trained = of.size * trained + self._beside
+        held = len(self._held_at) - bisect_left(self._held_at, of.low)
         frozen_above = above + 1 - held
         decoded = work.fresh_share * (self._base_above_cut - frozen_above) + (3 if checkpoint else 2) * frozen_above
         arithmetic_s, attention_s = (flops - attention) / device.gemm_flops_per_s, attention / device.gemm_flops_per_s
         decoding_s = decoded * self._decode_layer_s
         if device.accelerator != "cpu" or device.source != "measured":
-            return _SetParts(arithmetic_s, attention_s, 0.0, 0.0, decoding_s)
+            return _SetParts(arithmetic_s, attention_s, self._read_s, 0.0, decoding_s, trained)
+        tokens_in_blocks = 0.0
+        for kind in kinds:
+            tokens_in_blocks += kind.tokens * (kind.fresh * below + (4 if checkpoint else 3) * (above + kind.rows))
+        # Read going forward, going back, and once more between; gradients are read and written where passes add up.
+        weights = (below + (3 if checkpoint else 2) * (above + 1)) * self._block
+        weights += 2 * trained + 2 * shape.head_rows * shape.hidden_size
         copy_s = work.dtype_bytes / device.memory_bytes_per_s
         return _SetParts(
             arithmetic_s,
             attention_s / ATTENTION_RATE_SHARE,
-            ACTIVATION_COPIES * copy_s * self._token_elements * tokens_in_blocks,
+            ACTIVATION_COPIES * copy_s * self._token_elements * tokens_in_blocks + self._read_s,
             WEIGHT_COPIES * copy_s * weights,
             decoding_s,
+            trained,
         )
 
     def fill_s(self, residency: Residency) -> float:
@@ -956,23 +1040,57 @@ class _Moment(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """One kind of forward and backward pass: of the task's samples, or of the anchor's."""
+    """Bytes of one kind of forward and backward pass, of the task's samples or of the anchor's, whatever trains.
 
-    sequences: int
-    tokens: int
-    """Per sequence."""
-    rows: float
-    """Share of the tokens with a label."""
+    Of pairs of numbers the first is of a frozen block, the second of one that trains.
+    """
+
     repeated: bool
     """Whether gradients are there already when it begins."""
+    states: int
+    """The hidden states of all tokens."""
+    below: int
+    """Temporaries of the frozen layers below the lowest trained block."""
+    head: int
+    """Temporaries of the head, with the logits."""
+    saved: tuple[int, int]
+    """What a block keeps for its backward pass."""
+    saved_on_top: tuple[int, int]
+    """The same of the topmost block, of which only some rows may be computed."""
+    states_back: int
+    """Hidden states and their gradient in a block's backward pass."""
+    states_back_on_top: int
+    work: tuple[int, int]
+    """Other temporaries of that."""
+    work_on_top: tuple[int, int]
+
+
+class _Resting(NamedTuple):
+    """Bytes that a set of blocks takes in a mode, however large the passes are."""
+
+    outside: int
+    """Of the moment outside the passes that takes the most, allocator included."""
+    frozen: int
+    blocks: int
+    head: int
+    trained: int
+    """Beside the passes: values and moments, and gradients where they have buffers that stay."""
+    scored: int
+    """What there is instead while rows are scored; 0 where none are."""
 
 
 _Use = tuple[int, int, int]
 """Bytes of gradients, of what is saved for the backward pass, and of temporaries."""
 
 
-def _most(moments: Iterable[tuple[_Use, bool]], *, decodes: bool) -> _Use:
-    return max((use for use, while_decoding in moments if while_decoding == decodes), key=sum, default=(0, 0, 0))
+def _most(uses: Iterable[_Use]) -> _Use:
+    """The first of the largest."""
+    most, found = 0, (0, 0, 0)
+    for use in uses:
+        total = use[0] + use[1] + use[2]
+        if total > most:
+            most, found = total, use
+    return found
 
 
 class _Memory:
@@ -987,7 +1105,7 @@ class _Memory:
         self._e, self._h, self._i = e, h, i
         self._layout = layout
         self._base_cut, self._entries, self._num_blocks = layout.base_cut, layout.num_entries, layout.num_held
-        self._positions = tuple(layout.positions.values()) if layout.num_held else ()
+        self._held_at = tuple(sorted(layout.positions.values())) if layout.num_held else ()
         self._base_above = layout.num_entries - layout.base_cut - layout.num_held
         self._pairs = isinstance(layout.trainable, LowRankPairs)
         self._merged = isinstance(layout.trainable, LowRankPairs) and layout.trainable.merged
@@ -1026,11 +1144,16 @@ class _Memory:
         wave = max(longest, min(WAVE_TOKENS[accelerator], math.ceil(tokens)))
         batch = max(longest, min(wave, PREFIX_BATCH_TOKENS[accelerator] // longest * longest))
         self._prefix_work = wave * h * e + batch * self._forward
-        self._before: dict[tuple[FrozenForm, Residency], _Moment] = {}
-        self._totals: dict[tuple[_Pass, float, bool], tuple[int, int, int]] = {}
+        library = CPU_BF16_BYTES if accelerator == "cpu" and e == 2 else 0
+        self._allocator_base = ALLOCATOR_FLOOR_BYTES + library
+        self._allocator_share = ALLOCATOR_SHARE[accelerator]
+        self._allocator_most = ALLOCATOR_MOST_TEMPORARIES[accelerator]
+        self._recomputing_bytes = RECOMPUTING_BYTES[accelerator]
+        self._before: dict[tuple[FrozenForm, Residency], tuple[int, _Moment]] = {}
+        self._resting: dict[tuple[_Set, OptimizerMode, FrozenForm, Residency], _Resting] = {}
         self._passes: dict[tuple[_Set, int, bool, bool], tuple[_Use, _Use]] = {}
         self._kinds_of: dict[int, tuple[_Pass, ...]] = {}
-        self._slices: dict[float, tuple[int, int]] = {}
+        self._slices: dict[float, tuple[int, int, int]] = {}
         self._measuring_work = longest * self._forward + self._logits(max(longest, 256))
 
     def _logits(self, rows: int) -> int:
@@ -1057,10 +1180,17 @@ class _Memory:
 
     def before_training(self, mode: ExecutionMode) -> _Moment:
         """Taking the state, the first pass over the samples, and measuring: all expanded blocks are frozen."""
-        found = self._before.get((mode.frozen, mode.residency))
-        if found is None:
-            found = max(self._before_training(mode), key=self.with_allocator)
-            self._before[mode.frozen, mode.residency] = found
+        found = self._before.get((mode.frozen, mode.residency)) or self._add_before(mode)
+        return found[1]
+
+    def _most_before(self, mode: ExecutionMode) -> int:
+        """What that moment takes, allocator included."""
+        found = self._before.get((mode.frozen, mode.residency)) or self._add_before(mode)
+        return found[0]
+
+    def _add_before(self, mode: ExecutionMode) -> tuple[int, _Moment]:
+        moment = max(self._before_training(mode), key=self.with_allocator)
+        found = self._before[mode.frozen, mode.residency] = self.with_allocator(moment), moment
         return found
 
     def _before_training(self, mode: ExecutionMode) -> Iterator[_Moment]:
@@ -1077,49 +1207,84 @@ class _Memory:
         work = max(self._measuring_work + self._decoding(mode), self._head_reading)
         yield _Moment("measuring", frozen, blocks, head, 0, 0, kept, work)
 
-    def after_training(self, of: _Set, mode: ExecutionMode) -> Iterator[_Moment]:
+    def after_training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, _Moment]:
         """The change that the steps have made, one tensor after the other, and its encoding, beside nothing else."""
-        trained, largest, kept = self._trained(of), self._largest_tensor, self._work.cache_bytes
-        largest = min(largest, trained)
-        blocks = self._not_training(of)
+        return self._after_training(self._trained(of), self._frozen(mode), self._not_training(of), self._tables(mode))
+
+    def _after_training(self, trained: int, frozen: int, blocks: int, head: int) -> tuple[_Moment, _Moment]:
+        largest, kept = min(self._largest_tensor, trained), self._work.cache_bytes
         # Start and difference of one tensor, and its value where that is in two halves; the start is read in 2 bytes.
         work = largest * ((8 if self._e == 4 else 12) + 2)
         change = 8 * trained - 4 * largest
-        yield _Moment("delta", self._frozen(mode), blocks, self._tables(mode), change, 0, kept, work)
-        # Value, change, what is still owed, and codes at the usual density; what was owed of one tensor, and its clip.
-        yield _Moment("encoding", 0, 0, 0, 12 * trained + trained // 4, 0, kept, 8 * largest)
+        return (
+            _Moment("delta", frozen, blocks, head, change, 0, kept, work),
+            # Value, change, what is still owed, codes at the usual density; what was owed of one tensor, and its clip.
+            _Moment("encoding", 0, 0, 0, 12 * trained + trained // 4, 0, kept, 8 * largest),
+        )
 
     def training(self, of: _Set, mode: ExecutionMode) -> tuple[_Moment, ...]:
         """The worst moment of a pass, the optimizer's step, and the passes that score rows."""
-        trained = self._trained(of)
-        frozen, head, blocks = self._frozen(mode), self._tables(mode), self._not_training(of)
-        moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
-        held = self._value_bytes * trained + moments + (0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES)
+        at_rest = self._at_rest(of, mode)
         gradients, saved, work = self._worst_of_pass(of, mode)
+        frozen, blocks, head = at_rest.frozen, at_rest.blocks, at_rest.head
         found = (
-            _Moment("training", frozen, blocks, head, held + gradients, saved, self._inputs, work),
+            _Moment("training", frozen, blocks, head, at_rest.trained + gradients, saved, self._inputs, work),
             self._step_moment(of, mode),
         )
-        if not _scoring_steps(self._layout, of):
+        if not at_rest.scored:
             return found
-        # A and B of all rows, zero, and the gradient of the latter; no moments yet.
-        scored = 4 * self._trained(of._replace(width=1.0)) + GRADIENT_BYTES * self._all_rows
-        return (*found, _Moment("training", frozen, blocks, head, scored, saved, self._inputs, work))
+        return (*found, _Moment("training", frozen, blocks, head, at_rest.scored, saved, self._inputs, work))
+
+    def _at_rest(self, of: _Set, mode: ExecutionMode) -> _Resting:
+        key = (of, mode.optimizer, mode.frozen, mode.residency)
+        found = self._resting.get(key)
+        if found is None:
+            found = self._resting[key] = self._resting_of(of, mode)
+        return found
+
+    def _resting_of(self, of: _Set, mode: ExecutionMode) -> _Resting:
+        trained = self._trained(of)
+        frozen, blocks, head = self._frozen(mode), self._not_training(of), self._tables(mode)
+        moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
+        step = self._optimizer_step(mode, trained, moments, frozen, blocks, head)
+        outside = map(self.with_allocator, (step, *self._after_training(trained, frozen, blocks, head)))
+        scored = 0
+        if _scoring_steps(self._layout, of):
+            # A and B of all rows, zero, and the gradient of the latter; no moments yet.
+            scored = 4 * self._trained(of._replace(width=1.0)) + GRADIENT_BYTES * self._all_rows
+        gradients = 0 if self._autograd_keeps(mode) else trained * GRADIENT_BYTES
+        return _Resting(
+            max(self._most_before(mode), *outside),
+            frozen,
+            blocks,
+            head,
+            self._value_bytes * trained + moments + gradients,
+            scored,
+        )
 
     def _step_moment(self, of: _Set, mode: ExecutionMode) -> _Moment:
         """The optimizer's step."""
         trained = self._trained(of)
-        chunked = self._e == 2 or mode.approximate
-        scratch = 4 * OPTIMIZER_CHUNK_BUFFERS * min(OPTIMIZER_CHUNK, self._largest) if chunked else 0
-        every = trained * (self._value_bytes + GRADIENT_BYTES) + math.ceil(trained * MOMENT_BYTES[mode.optimizer])
-        blocks = self._not_training(of)
-        return _Moment("training", self._frozen(mode), blocks, self._tables(mode), every, 0, self._inputs, scratch)
+        moments = math.ceil(trained * MOMENT_BYTES[mode.optimizer])
+        frozen, blocks, head = self._frozen(mode), self._not_training(of), self._tables(mode)
+        return self._optimizer_step(mode, trained, moments, frozen, blocks, head)
 
-    def _slice(self, of: _Set) -> tuple[int, int]:
-        """Parameters that train in one block, and the most of them in one matrix."""
+    def _optimizer_step(
+        self, mode: ExecutionMode, trained: int, moments: int, frozen: int, blocks: int, head: int
+    ) -> _Moment:
+        chunked = self._e == 2 or mode.optimizer == "split_8bit"
+        scratch = 4 * OPTIMIZER_CHUNK_BUFFERS * min(OPTIMIZER_CHUNK, self._largest) if chunked else 0
+        every = trained * (self._value_bytes + GRADIENT_BYTES) + moments
+        return _Moment("training", frozen, blocks, head, every, 0, self._inputs, scratch)
+
+    def _slice(self, of: _Set) -> tuple[int, int, int]:
+        """Parameters that train in one block, the most of them in one matrix, and those of the matrix whose gradient
+        comes first."""
         found = self._slices.get(of.width)
         if found is None:
-            found = self._slices[of.width] = _trained_sizes(self._shape, self._layout, of.width)[1:]
+            _, trained, largest = _trained_sizes(self._shape, self._layout, of.width)
+            first = largest if self._pairs else self._shape.slice_sizes(of.width)[2] * self._h
+            found = self._slices[of.width] = trained, largest, first
         return found
 
     def _trained(self, of: _Set) -> int:
@@ -1141,147 +1306,158 @@ class _Memory:
 
     def _worst_of_pass(self, of: _Set, mode: ExecutionMode) -> _Use:
         """Gradients, saved bytes and temporaries when they are most; modes that differ elsewhere share it."""
-        key = (of, mode.micro_batch_size, mode.checkpoint, self._autograd_keeps(mode))
+        key = (of, mode.micro_batch_size, mode.checkpoint, mode.optimizer == "fp32")
         found = self._passes.get(key)
         if found is None:
-            moments = tuple(self._pass_moments(of, mode))
-            found = self._passes[key] = (_most(moments, decodes=False), _most(moments, decodes=True))
-        without, beside = found
-        decoding = self._decoding(mode)
-        return max(without, (*beside[:2], beside[2] + decoding), key=sum) if beside[2] else without
+            found = self._passes[key] = self._worst_of_passes(of, mode)
+        without, (gradients, saved, work) = found
+        if not work:
+            return without
+        work += self._decoding(mode)
+        return without if sum(without) >= gradients + saved + work else (gradients, saved, work)
 
-    def _pass_moments(self, of: _Set, mode: ExecutionMode) -> Iterator[tuple[_Use, bool]]:
-        """What is used at each moment, and whether frozen layers that are packed are decoded then."""
-        above = self._entries - of.low - sum(position >= of.low for position in self._positions)
-        for kind in self._kinds(mode):
+    def _worst_of_passes(self, of: _Set, mode: ExecutionMode) -> tuple[_Use, _Use]:
+        """The worst moment at which no frozen layer can be decoded, and the worst of all others."""
+        kinds = self._kinds_of.get(mode.micro_batch_size)
+        if kinds is None:
+            kinds = self._kinds_of[mode.micro_batch_size] = tuple(self._kinds(mode.micro_batch_size))
+        gradients = self._trained(of) * GRADIENT_BYTES if self._autograd_keeps(mode) else 0
+        without: list[_Use] = []
+        decoding: list[_Use] = []
+        held = len(self._held_at) - bisect_left(self._held_at, of.low)
+        frozen_above = self._entries - of.low > held
+        for kind in kinds:
             if of.low > self._base_cut:
-                before = self._trained(of) * GRADIENT_BYTES if self._adds_up(kind, mode) else 0
-                yield (before, 0, kind.sequences * kind.tokens * self._forward), True
-            at_head, *behind = self._backward(of, mode, kind)
-            yield at_head, False
-            for use in behind:
-                yield use, above > 0
+                decoding.append((gradients if kind.repeated else 0, 0, kind.below))
+            at_head, *behind = self._backward(of, mode, kind, gradients)
+            without.append(at_head)
+            (decoding if frozen_above else without).extend(behind)
+        return _most(without), _most(decoding)
 
-    def _adds_up(self, kind: _Pass, mode: ExecutionMode) -> bool:
-        """Gradients of an earlier pass are there when this one begins."""
-        return kind.repeated and self._autograd_keeps(mode)
-
-    def _kinds(self, mode: ExecutionMode) -> tuple[_Pass, ...]:
-        found = self._kinds_of.get(mode.micro_batch_size)
-        if found is None:
-            found = self._kinds_of[mode.micro_batch_size] = tuple(self._passes_with(mode.micro_batch_size))
-        return found
-
-    def _passes_with(self, micro_batch_size: int) -> Iterator[_Pass]:
+    def _kinds(self, micro_batch_size: int) -> Iterator[_Pass]:
         work = self._work
         size = min(micro_batch_size, work.batch_size)
-        yield _Pass(size, work.max_tokens, work.label_share, repeated=size < work.batch_size)
+        yield self._pass_of(size, work.max_tokens, work.label_share, repeated=size < work.batch_size)
         if work.anchor_batch_size:
             size = min(micro_batch_size, work.anchor_batch_size)
-            yield _Pass(size, work.anchor_tokens, 1.0, repeated=True)
+            yield self._pass_of(size, work.anchor_tokens, 1.0, repeated=True)
 
-    def _backward(self, of: _Set, mode: ExecutionMode, kind: _Pass) -> Iterator[_Use]:
+    def _pass_of(self, sequences: int, tokens: int, label_share: float, *, repeated: bool) -> _Pass:
+        rows = _rows_of(self._layout, label_share)
+        wanted = sequences * math.ceil(label_share * tokens)
+        every = sequences * tokens
+        count = wanted if rows < 1 else every
+        state, neurons = self._h * self._e, self._i * self._e
+        more = 4 if self._pairs else 0  # what the pairs add to gate and up, and the sum
+        frozen, trained = self._saved[False], self._saved[True]
+        return _Pass(
+            repeated=repeated,
+            states=every * state,
+            below=every * self._forward,
+            # Wanted rows, their norm and its gradient; the rows are gathered where the block computed all of them.
+            head=(3 if rows < 1 else 4) * wanted * state + 4 * wanted + self._logits(wanted),
+            saved=(frozen.total(sequences, tokens), trained.total(sequences, tokens)),
+            saved_on_top=(frozen.total(sequences, tokens, rows), trained.total(sequences, tokens, rows)),
+            states_back=2 * every * state,
+            states_back_on_top=(every + count) * state,
+            work=((4 + more) * every * neurons, (3 + more) * every * neurons),
+            work_on_top=((4 + more) * count * neurons, (3 + more) * count * neurons),
+        )
+
+    def _backward(self, of: _Set, mode: ExecutionMode, kind: _Pass, every_gradient: int) -> list[_Use]:
         """What is used with the logits, then in the backward pass of block after block.
 
         Blocks are counted from the top, 0; the lowest is the last. Those that train beside it are taken to be the
         highest, where their gradients come earliest.
+
+        Args:
+            every_gradient: bytes of all gradients, where autograd keeps them from pass to pass.
         """
-        trained_parameters, largest = self._slice(of)
-        e, row_bytes, block_gradient = self._e, self._h * self._e, trained_parameters * GRADIENT_BYTES
+        trained_parameters, largest, first_matrix = self._slice(of)
         last = self._entries - of.low - 1
-        tokens = kind.sequences * kind.tokens
-        rows = _rows_of(self._layout, kind.rows)
-        wanted = kind.sequences * math.ceil(kind.rows * kind.tokens)
         top_trains = of.top_trains or last == 0
         middle = max(0, of.size - (2 if top_trains else 1))  # 1 ... middle train
-        frozen, trained, top = self._saved_totals(kind, rows, top_trains)
-        cast = 0 if e == 4 or mode.optimizer != "fp32" else 2 * trained_parameters
+        frozen, trained = kind.saved
+        top = kind.saved_on_top[top_trains]
+        cast = 0 if self._e == 4 or mode.optimizer != "fp32" else 2 * trained_parameters
 
-        def trains(index: int) -> bool:
-            return (top_trains if index == 0 else index <= middle) or index == last
+        trained_below_top = middle + (last > 0)
+        saved_below_top = trained_below_top * trained + (last - trained_below_top) * frozen
 
-        def saved_from(index: int) -> int:
+        def saved_from(index: int, trains: bool) -> int:
             """Of this block and of all below it, when its backward pass begins."""
-            below_top = last - max(index, 1) + 1 if last else 0
-            training = max(0, middle - max(index, 1) + 1) + (1 if last else 0)
-            own_top = top if index == 0 else 0
-            copies = cast * (training + (top_trains if index == 0 else 0))
-            every = training * trained + (below_top - training) * frozen + own_top
+            if index == 0:
+                every, own, copied = saved_below_top + top, top, trained_below_top + top_trains
+            else:
+                done = index - 1  # below the topmost
+                done_trained = min(done, middle)
+                every = saved_below_top - done_trained * trained - (done - done_trained) * frozen
+                own, copied = trained if trains else frozen, trained_below_top - done_trained
             if mode.checkpoint:  # the inputs of all of them, and what this one's second forward pass saves
-                again = top if index == 0 else trained if trains(index) else frozen
-                kept = (last - index + 1) * tokens * row_bytes + again
-                holes = min(RECOMPUTING_BYTES[self._accelerator], max(0, every - kept) // 4)
-                return kept + holes + copies
-            return every + copies
+                kept = (last - index + 1) * kind.states + own
+                every = kept + min(self._recomputing_bytes, max(0, every - kept) // 4)  # with holes
+            return every + cast * copied
 
         own_gradients = self._autograd_keeps(mode)
-        every_gradient = self._trained(of) * GRADIENT_BYTES if own_gradients else 0
-        at_head = (last + 1) * tokens * row_bytes if mode.checkpoint else saved_from(0)
-        # Wanted rows, their norm and its gradient; the rows are gathered where the block computed all of them.
-        head_work = (3 if rows < 1 else 4) * wanted * row_bytes + 4 * wanted + self._logits(wanted)
-        yield every_gradient if kind.repeated else 0, at_head, head_work
         growing = own_gradients and not kind.repeated
+        before = every_gradient if kind.repeated else 0
+        saved = saved_from(0, top_trains)
+        found = [(before, (last + 1) * kind.states if mode.checkpoint else saved, kind.head)]
+        # A gradient on its way to what it is added to, which torch widens where it is narrower.
+        new_gradient = largest * (self._e + (GRADIENT_BYTES if kind.repeated and not own_gradients else 0))
         # Where gradients only grow, the worst block is at an end of a run of equal ones; else it is one of the highest.
-        for index in sorted({0, 1, middle, middle + 1, last} if growing else {0, 1}):
+        for index in sorted({0, 1, middle, middle + 1, last}) if growing else (0, 1):
             if index > last:
-                continue
-            count = wanted if index == 0 and rows < 1 else tokens
-            work = (3 if trains(index) else 4) * count * self._i * e
-            if self._pairs:  # what the pairs add to gate and up, and the sum
-                work += 4 * count * self._i * e
+                break
+            trains = (top_trains if index == 0 else index <= middle) or index == last
+            if index == 0:
+                work, states = kind.work_on_top[trains], kind.states_back_on_top
+            else:
+                work, states, saved = kind.work[trains], kind.states_back, saved_from(index, trains)
             gradients = every_gradient
-            if trains(index) and not growing:
-                work = max(work, self._new_gradient_bytes(mode, kind, largest))
-            elif growing:
+            if growing:
                 above = (top_trains and index > 0) + min(max(index - 1, 0), middle)
-                beside = self._beside * GRADIENT_BYTES
-                down = largest if self._pairs else self._shape.slice_sizes(of.width)[2] * self._h
-                first = down * GRADIENT_BYTES if trains(index) else 0
-                gradients = above * block_gradient + first + beside
-            yield gradients, saved_from(index), (tokens + count) * row_bytes + work
-
-    def _saved_totals(self, kind: _Pass, rows: float, top_trains: bool) -> tuple[int, int, int]:
-        """Saved bytes of a frozen block, of a trained one, and of the topmost."""
-        key = (kind, rows, top_trains)
-        found = self._totals.get(key)
-        if found is None:
-            frozen, trained = (self._saved[t].total(kind.sequences, kind.tokens) for t in (False, True))
-            top = self._saved[top_trains].total(kind.sequences, kind.tokens, rows)
-            found = self._totals[key] = (frozen, trained, top)
+                first = first_matrix if trains else 0
+                gradients = (above * trained_parameters + first + self._beside) * GRADIENT_BYTES
+            elif trains:
+                work = max(work, new_gradient)
+            found.append((gradients, saved, states + work))
         return found
-
-    def _new_gradient_bytes(self, mode: ExecutionMode, kind: _Pass, largest: int) -> int:
-        """The largest gradient on its way to what it is added to, which torch widens where it is narrower."""
-        widened = 0 if self._autograd_keeps(mode) or not kind.repeated else GRADIENT_BYTES
-        return largest * (self._e + widened)
 
     def peak(self, of: _Set, mode: ExecutionMode) -> int:
         """Bytes of the moment that takes the most, allocator included."""
-        return max(self.with_allocator(moment) for moment in self._moments(of, mode))
+        at_rest = self._at_rest(of, mode)
+        gradients, saved, work = self._worst_of_pass(of, mode)
+        held = at_rest.frozen + at_rest.blocks + at_rest.head + max(at_rest.trained + gradients, at_rest.scored)
+        return max(at_rest.outside, held + self._inputs + saved + work + self._allocator(saved + work))
+
+    def fits(self, of: _Set, mode: ExecutionMode, budget_bytes: float) -> bool:
+        """Is the peak within the budget? What is outside the passes is looked at first."""
+        if budget_bytes == math.inf:
+            return True
+        return self.outside_passes(of, mode) <= budget_bytes and self.peak(of, mode) <= budget_bytes
 
     def outside_passes(self, of: _Set, mode: ExecutionMode) -> int:
         """The same without the passes themselves: it does not depend on their size, nor on recomputation."""
-        step = self._step_moment(of, mode)
-        return max(self.with_allocator(m) for m in (self.before_training(mode), step, *self.after_training(of, mode)))
+        return self._at_rest(of, mode).outside
 
     def _moments(self, of: _Set | None, mode: ExecutionMode) -> tuple[_Moment, ...]:
         if of is None:
             return (self.before_training(mode),)
         return (self.before_training(mode), *self.training(of, mode), *self.after_training(of, mode))
 
-    def _allocator(self, moment: _Moment) -> int:
-        transient = min(moment.activations + moment.work, ALLOCATOR_MOST_TEMPORARIES[self._accelerator])
-        library = CPU_BF16_BYTES if self._accelerator == "cpu" and self._e == 2 else 0
-        return ALLOCATOR_FLOOR_BYTES + library + math.ceil(ALLOCATOR_SHARE[self._accelerator] * transient)
+    def _allocator(self, temporaries: int) -> int:
+        return self._allocator_base + math.ceil(self._allocator_share * min(temporaries, self._allocator_most))
 
     def with_allocator(self, moment: _Moment) -> int:
         """Live bytes of a moment and what the allocator adds."""
-        return moment.live + self._allocator(moment)
+        return moment.live + self._allocator(moment.activations + moment.work)
 
     def breakdown(self, of: _Set | None, mode: ExecutionMode, runtime_bytes: int) -> MemoryBreakdown:
         """The moment that takes the most; without a set of blocks, of a client that only measures."""
         moment = max(self._moments(of, mode), key=self.with_allocator)
-        return MemoryBreakdown(runtime=runtime_bytes, allocator=self._allocator(moment), **moment._asdict())
+        allocator = self._allocator(moment.activations + moment.work)
+        return MemoryBreakdown(runtime=runtime_bytes, allocator=allocator, **moment._asdict())
 
 
 def peak_memory(
@@ -1398,11 +1574,16 @@ class ModeSearch:
         self._memory = _Memory(shape, layout, work, device.accelerator)
         self._time = _Time(device, shape, layout, work, factors)
         self._reading_s = self._time.fill_s("suffix") - self._time.fill_s("resident")
-        self._modes = tuple(_modes(layout, work, set(optimizers), reads=self._reading_s > 0))
+        self._modes = _modes(
+            work.dtype_bytes == 4,
+            min(work.micro_batch_size, work.batch_size),
+            frozenset(optimizers),
+            forms=_frozen_forms(layout),
+            reads=self._reading_s > 0,
+        )
         self._sparing = _most_sparing(self._modes)
         self._least: dict[_Set, tuple[ExecutionMode, int]] = {}
         self._timed: dict[_Set, list[tuple[float, int, ExecutionMode]]] = {}
-        self._peaks: dict[tuple[_Set, ExecutionMode], int] = {}
 
     def best(
         self,
@@ -1424,7 +1605,8 @@ class ModeSearch:
         fastest_s = first_s - self._reading_s
         if fastest_s > max_seconds:
             return None
-        if first_s <= min(max_seconds, (1 + SAME_TIME) * fastest_s) and self._peak(of, self._modes[0]) <= budget_bytes:
+        soon_enough = first_s <= min(max_seconds, (1 + SAME_TIME) * fastest_s)
+        if soon_enough and self._memory.fits(of, self._modes[0], budget_bytes):
             return self._modes[0]
         too_much: dict[tuple[int, bool], list[_Demand]] = {}
         fastest = chosen = None  # (seconds, place among equals, mode)
@@ -1456,19 +1638,19 @@ class ModeSearch:
         """Is any mode within both limits? :meth:`best` says which to take, for many times the work."""
         of = _set_of(self._layout, blocks, width)
         first = self._modes[0]
-        if self._seconds(of, first) - self._reading_s > max_seconds:
+        first_s = self._seconds(of, first)
+        if first_s - self._reading_s > max_seconds:
             return False
-        if self._peak(of, first) <= budget_bytes and self._seconds(of, first) <= max_seconds:
+        if first_s <= max_seconds and self._memory.fits(of, first, budget_bytes):
             return True
-        sparing = tuple(reversed(self._sparing.values()))
-        if self._memory.outside_passes(of, sparing[0]) > budget_bytes:
-            return False
         some_fit = False
-        for mode in sparing:
-            if self._peak(of, mode) <= budget_bytes:
+        for mode in reversed(self._sparing.values()):
+            if self._memory.fits(of, mode, budget_bytes):
                 if self._seconds(of, mode) <= max_seconds:
                     return True
                 some_fit = True
+            elif self._memory.outside_passes(of, mode) > budget_bytes:  # the same of all of them
+                return False
         best = self.best(blocks, width=width, budget_bytes=budget_bytes, max_seconds=max_seconds) if some_fit else None
         return best is not None
 
@@ -1483,12 +1665,12 @@ class ModeSearch:
         passes = (mode.micro_batch_size, mode.checkpoint)
         known = too_much.get(passes)
         if known is None:
-            least = self._peak(of, self._sparing[passes])
-            known = too_much[passes] = [] if least <= budget_bytes else [(False, False, False)]
+            some_fit = self._memory.fits(of, self._sparing[passes], budget_bytes)
+            known = too_much[passes] = [] if some_fit else [(False, False, False)]
         demand = _demand(mode)
         if any(all(a >= b for a, b in zip(demand, other, strict=True)) for other in known):
             return True
-        if self._peak(of, mode) <= budget_bytes:
+        if self._memory.fits(of, mode, budget_bytes):
             return False
         known.append(demand)
         return True
@@ -1500,15 +1682,31 @@ class ModeSearch:
     def _least_of(self, of: _Set) -> tuple[ExecutionMode, int]:
         found = self._least.get(of)
         if found is None:
-            peaks = ((mode, self._peak(of, mode)) for mode in self._sparing.values())
+            peaks = ((mode, self._memory.peak(of, mode)) for mode in self._sparing.values())
             found = self._least[of] = min(peaks, key=lambda pair: pair[1])
         return found
+
+    def least_bytes(self, blocks: Iterable[int], width: float = 1.0) -> int:
+        """The bytes alone, which are found sooner."""
+        of = _set_of(self._layout, blocks, width)
+        least = math.inf
+        for mode in reversed(self._sparing.values()):
+            least = min(least, self._memory.peak(of, mode))
+            if least == self._memory.outside_passes(of, mode):  # the same of all of them
+                break
+        return int(least)
 
     def least_bytes_in_time(self, blocks: Iterable[int], max_seconds: float, width: float = 1.0) -> int | None:
         """The least memory of all modes that are fast enough; None if none is."""
         of = _set_of(self._layout, blocks, width)
-        fast_enough = (mode for seconds, _, mode in self._by_time(of) if seconds <= max_seconds)
-        return min((self._peak(of, mode) for mode in fast_enough), default=None)
+        least: int | None = None
+        for seconds, _, mode in self._by_time(of):
+            if seconds > max_seconds:
+                break
+            if least is None or self._memory.outside_passes(of, mode) < least:
+                peak = self._memory.peak(of, mode)
+                least = peak if least is None else min(least, peak)
+        return least
 
     def fastest_s(self, blocks: Iterable[int], width: float = 1.0) -> float:
         """Seconds of the fastest mode, whatever memory it takes."""
@@ -1525,24 +1723,24 @@ class ModeSearch:
             seconds=self._seconds(of, mode),
         )
 
-    def _peak(self, of: _Set, mode: ExecutionMode) -> int:
-        found = self._peaks.get((of, mode))
-        if found is None:
-            found = self._peaks[of, mode] = self._memory.peak(of, mode)
-        return found
-
     def _by_time(self, of: _Set) -> list[tuple[float, int, ExecutionMode]]:
         """(seconds, place among equals, mode), the best first."""
         found = self._timed.get(of)
         if found is None:
-            found = sorted((self._seconds(of, mode), place, mode) for place, mode in enumerate(self._modes))
-            self._timed[of] = found
+            steps = self._num_steps(of)
+            fill_s = {mode.residency: self._time.fill_s(mode.residency) for mode in self._modes[:2]}
+            found = self._timed[of] = sorted(
+                (fill_s[mode.residency] + steps * self._time.step_s(of, mode), place, mode)
+                for place, mode in enumerate(self._modes)
+            )
         return found
 
     def _seconds(self, of: _Set, mode: ExecutionMode) -> float:
         """Of the first pass and all steps."""
-        steps = self._work.steps + _scoring_steps(self._layout, of)
-        return self._time.fill_s(mode.residency) + steps * self._time.step_s(of, mode)
+        return self._time.fill_s(mode.residency) + self._num_steps(of) * self._time.step_s(of, mode)
+
+    def _num_steps(self, of: _Set) -> int:
+        return self._work.steps + _scoring_steps(self._layout, of)
 
 
 _Demand = tuple[bool, bool, bool]
@@ -1553,40 +1751,51 @@ def _demand(mode: ExecutionMode) -> _Demand:
     return not mode.approximate, mode.frozen == "decoded", mode.residency == "resident"
 
 
+def _frozen_forms(layout: StackLayout) -> tuple[FrozenForm, ...]:
+    """How frozen layers above the cut may be held; packed only where there are some, and packed already if merged."""
+    merged = isinstance(layout.trainable, LowRankPairs) and layout.trainable.merged
+    if merged or layout.num_entries - layout.base_cut == layout.num_held:
+        return ("decoded",)
+    return ("decoded", "nf4")
+
+
+@lru_cache(maxsize=256)
 def _modes(
-    layout: StackLayout, work: Workload, optimizers: Collection[OptimizerMode], *, reads: bool
-) -> Iterator[ExecutionMode]:
+    fp32: bool, largest_pass: int, optimizers: frozenset[OptimizerMode], *, forms: tuple[FrozenForm, ...], reads: bool
+) -> tuple[ExecutionMode, ...]:
     """Everything that is tried; of equally fast modes the first is taken: exact, large passes, little memory.
 
     Args:
+        fp32: the arithmetic is fp32.
+        largest_pass: sequences.
         reads: the first pass waits for layers that are not in memory.
     """
-    exact: OptimizerMode = "fp32" if work.dtype_bytes == 4 else "split"
     kinds: list[OptimizerMode] = []
     if "fp32" in optimizers or "split" in optimizers:
-        kinds.append(exact)
+        kinds.append("fp32" if fp32 else "split")
     if "split_8bit" in optimizers:
         kinds.append("split_8bit")
-    forms: tuple[FrozenForm, ...] = ("decoded", "nf4")
     residencies: tuple[Residency, ...] = ("suffix", "resident") if reads else ("suffix",)
-    merged = isinstance(layout.trainable, LowRankPairs) and layout.trainable.merged
-    if merged or layout.num_entries - layout.base_cut == layout.num_held:
-        forms = ("decoded",)
+    found: list[ExecutionMode] = []
     for optimizer in kinds:
-        size = min(work.micro_batch_size, work.batch_size)
+        size = largest_pass
         while size:
-            for checkpoint, form, residency in itertools.product((False, True), forms, residencies):
-                yield ExecutionMode(
+            found += [
+                ExecutionMode(
                     optimizer=optimizer,
                     residency=residency,
                     frozen=form,
                     micro_batch_size=size,
                     checkpoint=checkpoint,
                 )
+                for checkpoint, form, residency in itertools.product((False, True), forms, residencies)
+            ]
             size //= 2
+    return tuple(found)
 
 
-def _most_sparing(modes: Sequence[ExecutionMode]) -> dict[tuple[int, bool], ExecutionMode]:
+@lru_cache(maxsize=256)
+def _most_sparing(modes: tuple[ExecutionMode, ...]) -> dict[tuple[int, bool], ExecutionMode]:
     """Sequences per pass and recomputation -> the mode that takes the least memory with them, whatever blocks train.
 
     In moments, frozen layers and residency the sparing choice never takes more than another (tested). A large pass
