@@ -40,6 +40,7 @@ class Carrier:
 
     def __init__(self, endpoint: TurnEndpoint, keys: list[ClientKey]) -> None:
         self.endpoint, self.keys = endpoint, keys
+        self.nodes = list(range(len(keys)))
         self.sent: list[tuple[ClientKey, Message, bytes]] = []
         self.said: dict[int, list[turns.Said]] = {node: [] for node in range(len(keys))}
         self.sessions: dict[int, str] = {}
@@ -54,7 +55,7 @@ class Carrier:
         self.said[self.keys.index(key)].append((delta, payload))
 
     def carry(self, endpoint: TurnEndpoint) -> None:
-        endpoint.seen(range(len(self.keys)))
+        endpoint.seen(self.nodes)
         for kind in ("train", "evaluate", "query"):
             for turn in endpoint.take(kind):
                 assert turn.node not in self.open
@@ -193,6 +194,25 @@ def test_after_a_lost_turn_the_site_greets_anew_and_its_update_counts_once(
     assert world.ledger.num_updates() == 1
     world.finish()
     assert world.aggregator.published_sha256 == undisturbed_sha256
+
+
+def test_a_dead_node_holds_its_round_until_the_deadline_and_the_run_ends_without_it(
+    carried: Callable[..., Any], without_eve_sha256: str
+) -> None:
+    world = carried("ann", "bob", "eve", overrides=("run.max_rounds=2",))
+    world.join()
+    world.endpoint.nodes.remove(2)
+    del world.sites["eve"]
+    world.round()
+    rows = world.path / "metrics.jsonl"
+    assert not rows.read_text()
+    for _ in range(20):
+        if not rows.read_text():
+            world.step(10.0)
+    world.finish()
+    both = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["num_accepted"] for row in both] == [2, 2]
+    assert both[0]["state_sha256"] == without_eve_sha256
 
 
 def test_another_server_process_on_the_folder_goes_on_with_the_same_round(
