@@ -790,7 +790,7 @@ class _Problem:
         beta = self.settings.debt_weight
         return _Worth(
             gains=gains,
-            debts={block: tuple(beta * debt for debt in coverage.debts(block)) for block in self.blocks},
+            debts={b: tuple([beta * debt for debt in debts]) for b, debts in coverage.debts_of(self.blocks).items()},
             rarities={block: _rarity(self.settings, coverage, client, block) for block in self.blocks},
             shares=self.shares,
         )

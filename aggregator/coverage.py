@@ -40,10 +40,14 @@ class Coverage:
 
     def debts(self, block: int) -> Segments:
         """``1 - seen / largest seen`` of each segment, 1 where nothing has been covered at all: in [0, 1]."""
+        return self.debts_of((block,))[block]
+
+    def debts_of(self, blocks: Iterable[int]) -> dict[int, Segments]:
+        """The same of each of these blocks."""
         most = max((max(segments) for segments in self.seen.values()), default=0.0)
         if most <= 0:
-            return (1.0,) * len(WIDTHS)
-        return tuple(1.0 - weight / most for weight in self.seen.get(block, UNSEEN))
+            return dict.fromkeys(blocks, (1.0,) * len(WIDTHS))
+        return {block: tuple([1.0 - weight / most for weight in self.seen.get(block, UNSEEN)]) for block in blocks}
 
     def rarity(self, block: int, topics: tuple[int, ...]) -> float:
         """How unlike what the block has seen these topics are, in [0, 1]; 0 where either is unknown."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from typing import Final, Literal, NamedTuple
@@ -1066,7 +1066,7 @@ class _Pass(NamedTuple):
 
 
 class _Resting(NamedTuple):
-    """Bytes that a set of blocks takes in a mode, however large the passes are."""
+    """Bytes that so many blocks take in a mode, wherever they stand and however large the passes are."""
 
     outside: int
     """Of the moment outside the passes that takes the most, allocator included."""
@@ -1150,7 +1150,7 @@ class _Memory:
         self._allocator_most = ALLOCATOR_MOST_TEMPORARIES[accelerator]
         self._recomputing_bytes = RECOMPUTING_BYTES[accelerator]
         self._before: dict[tuple[FrozenForm, Residency], tuple[int, _Moment]] = {}
-        self._resting: dict[tuple[_Set, OptimizerMode, FrozenForm, Residency], _Resting] = {}
+        self._resting: dict[tuple[int, float, OptimizerMode, FrozenForm, Residency], _Resting] = {}
         self._passes: dict[tuple[_Set, int, bool, bool], tuple[_Use, _Use]] = {}
         self._kinds_of: dict[int, tuple[_Pass, ...]] = {}
         self._slices: dict[float, tuple[int, int, int]] = {}
@@ -1236,7 +1236,7 @@ class _Memory:
         return (*found, _Moment("training", frozen, blocks, head, at_rest.scored, saved, self._inputs, work))
 
     def _at_rest(self, of: _Set, mode: ExecutionMode) -> _Resting:
-        key = (of, mode.optimizer, mode.frozen, mode.residency)
+        key = (of.size, of.width, mode.optimizer, mode.frozen, mode.residency)
         found = self._resting.get(key)
         if found is None:
             found = self._resting[key] = self._resting_of(of, mode)
@@ -1574,14 +1574,14 @@ class ModeSearch:
         self._memory = _Memory(shape, layout, work, device.accelerator)
         self._time = _Time(device, shape, layout, work, factors)
         self._reading_s = self._time.fill_s("suffix") - self._time.fill_s("resident")
-        self._modes = _modes(
+        self._modes, self._sparing = _modes(
             work.dtype_bytes == 4,
             min(work.micro_batch_size, work.batch_size),
             frozenset(optimizers),
             forms=_frozen_forms(layout),
             reads=self._reading_s > 0,
         )
-        self._sparing = _most_sparing(self._modes)
+        self._last_fitting = self._modes[0]
         self._least: dict[_Set, tuple[ExecutionMode, int]] = {}
         self._timed: dict[_Set, list[tuple[float, int, ExecutionMode]]] = {}
 
@@ -1641,12 +1641,18 @@ class ModeSearch:
         first_s = self._seconds(of, first)
         if first_s - self._reading_s > max_seconds:
             return False
+        # What a similar set was just found to fit in is looked at before everything else.
+        last = self._last_fitting
+        if last is not first and self._memory.fits(of, last, budget_bytes) and self._seconds(of, last) <= max_seconds:
+            return True
         if first_s <= max_seconds and self._memory.fits(of, first, budget_bytes):
+            self._last_fitting = first
             return True
         some_fit = False
         for mode in reversed(self._sparing.values()):
             if self._memory.fits(of, mode, budget_bytes):
                 if self._seconds(of, mode) <= max_seconds:
+                    self._last_fitting = mode
                     return True
                 some_fit = True
             elif self._memory.outside_passes(of, mode) > budget_bytes:  # the same of all of them
@@ -1762,8 +1768,9 @@ def _frozen_forms(layout: StackLayout) -> tuple[FrozenForm, ...]:
 @lru_cache(maxsize=256)
 def _modes(
     fp32: bool, largest_pass: int, optimizers: frozenset[OptimizerMode], *, forms: tuple[FrozenForm, ...], reads: bool
-) -> tuple[ExecutionMode, ...]:
-    """Everything that is tried; of equally fast modes the first is taken: exact, large passes, little memory.
+) -> tuple[tuple[ExecutionMode, ...], dict[tuple[int, bool], ExecutionMode]]:
+    """Everything that is tried; of equally fast modes the first is taken: exact, large passes, little memory. And the
+    most sparing of them (:func:`_most_sparing`).
 
     Args:
         fp32: the arithmetic is fp32.
@@ -1791,11 +1798,10 @@ def _modes(
                 for checkpoint, form, residency in itertools.product((False, True), forms, residencies)
             ]
             size //= 2
-    return tuple(found)
+    return tuple(found), _most_sparing(found)
 
 
-@lru_cache(maxsize=256)
-def _most_sparing(modes: tuple[ExecutionMode, ...]) -> dict[tuple[int, bool], ExecutionMode]:
+def _most_sparing(modes: Sequence[ExecutionMode]) -> dict[tuple[int, bool], ExecutionMode]:
     """Sequences per pass and recomputation -> the mode that takes the least memory with them, whatever blocks train.
 
     In moments, frozen layers and residency the sparing choice never takes more than another (tested). A large pass
