@@ -250,12 +250,12 @@ def _by_updates(folder: RunFolder, ledger: Ledger, version: int) -> run_rules.Gl
     return run_rules.GlobalState(version=version, published=model.published, residual={}, sha256=model.sha256)
 
 
-def _folded_up_to(folder: RunFolder, ledger: Ledger, version: int) -> tuple[run_rules.GlobalState, bytes]:
+def _folded_up_to(folder: RunFolder, ledger: Ledger, version: int) -> tuple[run_rules.GlobalState, Bytes]:
     """The version and its step, folded again from the newest earlier version that is whole."""
     earlier = range(version - 1, max(0, version - 1 - KEPT_STATES), -1)
     start = next((v for v in earlier if _is_whole(folder, ledger, v)), 0)
     model = _load(folder, start)
-    step = None
+    step: Bytes | None = None
     for number in range(start + 1, version + 1):
         record = _record(ledger, number)
         before = ledger.get_round(record.round - 1)

@@ -397,7 +397,7 @@ def to_safetensors(state: State) -> list[Bytes]:
         header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little") + text, *(memoryview(values).cast("B") for values in tensors.values())]
+    return [len(text).to_bytes(8, "little") + text, *(values.data.cast("B") for values in tensors.values())]
 
 
 def read_state(path: Path) -> State:
