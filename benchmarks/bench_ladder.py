@@ -86,7 +86,7 @@ LARGE: Final[Mapping[str, Any]] = {"costs_of": "qwen2.5-0.5b", "tick_s": 5.0}
 LARGE_RUN: Final[Mapping[str, Any]] = {"server.heartbeat_interval_s": 60.0}
 PILOT_SEED: Final = 0
 PILOT_ROUNDS: Final = 20
-RATES: Final = (1e-3, 3e-3, 1e-2)
+RATES: Final = (3e-3, 1e-2)
 #: The demo's, which every fleet has that names none.
 USUAL_RATE: Final = 3e-3
 #: Each takes the learning rate that was best on the pilot seed (:func:`swept`); the pairs' tiers are 4, 8, 16 and 32.
