@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -246,7 +246,9 @@ class Book:
         return row
 
 
-def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> list[dict[str, Any]]:
+def rows_of(
+    name: str, seeds: Sequence[int], book: Book, *, workers: int, without: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """All runs of a comparison: seed by seed, so that an interrupted one has whole seeds.
 
     All arms of a seed have the deadline that one of them computes from its own measured speeds, or each its own; or
@@ -256,6 +258,8 @@ def rows_of(name: str, seeds: Sequence[int], book: Book, *, workers: int) -> lis
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         for arm_name, arm in comparison.arms.items():
+            if arm_name in without:
+                continue
             rate = USUAL_RATE
             if name in OF_METHODS:
                 rate = best_rate(swept(arm_name, book, workers=workers))
@@ -322,6 +326,8 @@ def speedup(ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any
 def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of a comparison under its key of the results file."""
     by_arm = {arm: [row for row in rows if row["arm"] == arm] for arm in COMPARISONS[name].arms}
+    not_run = [arm for arm, of_arm in by_arm.items() if not of_arm]
+    by_arm = {arm: of_arm for arm, of_arm in by_arm.items() if of_arm}
     found: dict[str, Any] = {
         "target": COMPARISONS[name].run.get("run.target_score") or TARGET,
         "costs_of": rows[0]["costs_of"],
@@ -336,12 +342,14 @@ def summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         case "robust":
             return {**found, **_robustness(by_arm["undisturbed"], by_arm["disturbed"])}
         case _ if name in OF_METHODS:
-            het = [speedups[arm]["mean"] for arm in HETEROGENEOUS if speedups[arm]["mean"] is not None]
+            run = [speedups[arm]["mean"] for arm in HETEROGENEOUS if arm in speedups]
+            het = [mean for mean in run if mean is not None]
             return {
                 "speedup_vs_fedit": speedups["fedit"]["mean"],
                 "speedup_vs_best_het_lora": min(het, default=None),
                 **found,
                 "speedups": speedups,
+                "not_run": not_run,
             }
         case _ if name.startswith("ladder"):
             return {
@@ -470,6 +478,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="time to target of ways of dealing out the work, on the ladder")
     parser.add_argument("comparison", choices=(*COMPARISONS, MANY), nargs="*", default=["ladder"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--without", nargs="+", default=[], help="arms that are left out, and named as not run")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--out", type=Path, help="default: fleet.json of the results, of methods methods.json")
     options = parser.parse_args(arguments)
@@ -478,7 +487,8 @@ def main(arguments: Sequence[str]) -> None:
         if name == MANY:
             figures = many(workers=options.workers)
         else:
-            figures = summary(name, rows_of(name, options.seeds, book, workers=options.workers))
+            rows = rows_of(name, options.seeds, book, workers=options.workers, without=options.without)
+            figures = summary(name, rows)
             if name in OF_METHODS:
                 figures["pilot"] = {
                     arm: {
@@ -486,6 +496,7 @@ def main(arguments: Sequence[str]) -> None:
                         for row in swept(arm, book, workers=options.workers)
                     }
                     for arm in METHODS
+                    if arm not in options.without
                 }
         out = options.out or RESULTS / ("methods.json" if name in OF_METHODS else "fleet.json")
         command = f"python benchmarks/bench_ladder.py {name}"

@@ -145,7 +145,12 @@ time of that line over that of `{first}`, mean and range over seeds; "at least":
 
 | line | learning rate | virtual hours to target | rounds | score at the end | GB moved | times as long |
 |---|---|---|---|---|---|---|
-{chr(10).join(rows)}"""
+{chr(10).join(rows)}{_not_run(found)}"""
+
+
+def _not_run(found: Mapping[str, Any]) -> str:
+    missing = found.get("not_run")
+    return f"\n\nNot run yet under these rules: {', '.join(missing)}." if missing else ""
 
 
 def _tried(found: Mapping[str, Any]) -> str:

@@ -109,6 +109,22 @@ def test_the_page_says_of_each_method_when_it_arrived_and_where_a_ratio_is_only_
     assert "| flora | 0.003 | - | 4 | 0.980 | 1.0 | at least **2.50** (2.50 to 2.50) |" in page
 
 
+def test_an_arm_that_was_left_out_is_named_and_the_others_stand():
+    from methods_document import tta_table
+
+    found = [
+        {
+            **run(1, seconds), "arm": arm, "rounds_to_target": 4, "score_mean_of_last_3": 1.0, "retention": 1.0,
+            "costs_of": "qwen2.5-0.5b", "deadline_s": 60.0, "bytes_up": 1, "bytes_down": 1, "energy_wh": 1.0,
+            "classes": [], "coverage": {}, "wall_s": 1.0, "id": arm,
+        }
+        for arm, seconds in (("fedbe", 100.0), ("fedit", 250.0), ("hetlora", 150.0))
+    ]  # fmt: skip
+    figures = bench_ladder.summary("tta", found)
+    assert (figures["speedup_vs_fedit"], figures["speedup_vs_best_het_lora"]) == (2.5, 1.5)
+    assert "Not run yet under these rules: flexlora, flora." in tta_table("tta", {"command": "c", **figures})
+
+
 @pytest.mark.parametrize(
     ("runs", "best"),
     [
