@@ -322,7 +322,7 @@ def test_ctrl_c_stops_the_aggregator_resumably_and_tells_the_clients(make_run) -
 
 def test_the_stop_verb_stops_the_aggregator_resumably_and_the_status_page_shows_the_run(make_run) -> None:
     port = free_port()
-    run, address = prepared(make_run, "run.max_rounds=3", f"server.metrics_address=127.0.0.1:{port}")
+    run, address = prepared(make_run, "run.max_rounds=10", f"server.metrics_address=127.0.0.1:{port}")
     fedblocks = str(Path(sys.executable).parent / "fedblocks")
     nobody = subprocess.run([fedblocks, "stop", str(run)], capture_output=True, text=True)
     assert nobody.returncode == 2
