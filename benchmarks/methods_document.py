@@ -117,7 +117,7 @@ frames of both directions are counted.
 
 
 TTA: Final = {
-    "tta": "every method with the deadline that it computes itself",
+    "tta": "every method as it comes, with the deadlines that its aggregator computes on the way",
     "tta_one_deadline": "all with FedIT's deadline",
     "tta_starter": "costs of the starter model, on which overheads are nearly all",
 }
@@ -140,7 +140,7 @@ def tta_table(name: str, found: Mapping[str, Any]) -> str:
 
 `{found["command"]}`: the 20 clients of the four-tier ladder, virtual clock, costs of {shape or "the starter model"}; target
 {found["target"]:g} on the clients' held-out rows (mean of three rounds); {len(found["seeds"])} seeds, in this order. Each line has the learning
-rate that brought it to the target first on a pilot seed of its own{_tried(found)}. The last column is the
+rate that did best on a pilot seed in at most 20 rounds{_tried(found)}. The last column is the
 time of that line over that of `{first}`, mean and range over seeds; "at least": the line ended before the target.
 
 | line | learning rate | virtual hours to target | rounds | score at the end | GB moved | times as long |
